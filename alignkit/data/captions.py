@@ -1,0 +1,117 @@
+"""Captions of a folder of videos: which files they may stand in, and what can be wrong with them."""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import DataError
+
+CAPTION_FILES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
+VIDEO_KEYS = ("video", "file_name", "filename", "video_path", "path", "file")
+TEXT_KEYS = ("caption", "text", "prompt", "description")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in the user's data that was left out, and why, in words for people.
+
+    `video` is the video's name, or file and line ("captions.jsonl:7") where no video can be named.
+    """
+
+    video: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One video's caption and where it was read ("captions.jsonl:7"). The text may be empty."""
+
+    text: str
+    where: str
+
+
+def read_captions(file: Path) -> tuple[dict[str, Caption], list[Problem]]:
+    """Read a .jsonl or .csv file of captions: video as the file names it -> caption.
+
+    A line that cannot be used becomes a Problem with its line number; of two captions for one video the
+    first is kept. Raises DataError if the file cannot be read at all or lacks the columns.
+    """
+    captions: dict[str, Caption] = {}
+    problems: list[Problem] = []
+    for number, row in _rows(file):
+        where = f"{file.name}:{number}"
+        if isinstance(row, str):
+            problems.append(Problem(where, f"line {number} {row}"))
+            continue
+        video, text = _first(row, VIDEO_KEYS), _first(row, TEXT_KEYS)
+        if not isinstance(video, str) or not video.strip():
+            problems.append(Problem(where, f"line {number} names no video (one of: {', '.join(VIDEO_KEYS)})"))
+            continue
+        video = Path(video.strip()).as_posix()
+        if video in captions:
+            problems.append(Problem(video, f"second caption at {where}; {captions[video].where} is kept"))
+            continue
+        if text is not None and not isinstance(text, str):
+            problems.append(Problem(where, f"line {number}: the caption is not a text but {text!r:.60}"))
+            text = None
+        captions[video] = Caption(" ".join((text or "").split()), where)
+    return captions, problems
+
+
+def caption_beside(video: Path) -> Caption | None:
+    """The caption in the .txt file beside a video, None if there is no such file.
+
+    Raises DataError if the file is no UTF-8 text.
+    """
+    file = video.with_suffix(".txt")
+    if not file.is_file():
+        return None
+    try:
+        return Caption(" ".join(file.read_text(encoding="utf-8-sig").split()), file.name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"its caption file {file.name} cannot be read as UTF-8 text ({error})") from error
+
+
+def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line number, the row, or what is wrong with the line)."""
+    if file.suffix.lower() not in (".jsonl", ".csv"):
+        raise DataError(f"captions file {file}: expected .jsonl or .csv, not '{file.suffix}'")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"captions file {file} cannot be read as UTF-8 text ({error})") from error
+    if file.suffix.lower() == ".csv":
+        yield from _csv_rows(file, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            yield number, f"is not JSON ({error})"
+            continue
+        yield number, row if isinstance(row, dict) else 'is not a JSON object like {"video": …, "caption": …}'
+
+
+def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    columns = reader.fieldnames or []
+    for needed in (VIDEO_KEYS, TEXT_KEYS):
+        if not set(needed) & set(columns):
+            raise DataError(
+                f"captions file {file}: its first line has the columns {', '.join(columns) or '(none)'}; "
+                f"one of {', '.join(needed)} is needed"
+            )
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise DataError(f"captions file {file}, line {reader.line_num}: {error}") from error

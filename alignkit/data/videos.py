@@ -1,0 +1,400 @@
+"""A folder of the user's videos: finding the clips, decoding them to one shape, writing new ones."""
+
+import hashlib
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+from PIL import Image
+from torch import Tensor
+
+from alignkit.data.captions import CAPTION_FILES, Caption, Problem, caption_beside, read_captions
+from alignkit.errors import DataError
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
+
+# A file is decoded beyond the frames that are used, because a damaged one often shows its damage late; a
+# minute at 30 frames a second bounds what that costs on very long videos.
+CHECKED_FRAMES = 1800
+
+# Between YUV and RGB: chroma interpolated to full size, rounded exactly, the same bits on every processor.
+CONVERSION = (
+    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+)
+
+
+@dataclass(frozen=True)
+class VideoSpec:
+    """The one shape every clip is brought to: pixels, frames, and frames a second.
+
+    `fps=None` takes the file's own frames, the first `num_frames` of them; a number resamples in time to that
+    rate, each frame the one with the nearest timestamp.
+    """
+
+    height: int
+    width: int
+    num_frames: int
+    fps: float | None = None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video file with its caption; `name` is its path inside the folder, unique there."""
+
+    path: Path
+    name: str
+    caption: str
+
+
+# --- finding ------------------------------------------------------------------------------------------------
+
+
+def find_clips(
+    folder: str | Path, captions: str | Path | None = None
+) -> tuple[list[Clip], list[Problem]]:
+    """The captioned videos of a folder and its subfolders, sorted by name, and what was left out and why.
+
+    Captions come from the file `captions`, else from the first of captions.jsonl, captions.csv,
+    metadata.jsonl, metadata.csv in the folder; a video that has none there may have a .txt file beside it.
+    Names in the captions file are paths inside the folder; a bare file name will do where it is unambiguous.
+    Hidden files are passed over. Left out, with a Problem each: videos without a caption or with an empty
+    one, captions without a video, lines that cannot be read, and all but the first of files with equal bytes.
+
+    Raises DataError if the folder or the captions file is missing, or nothing usable is left.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"video folder {folder} does not exist or is not a folder")
+    videos = _video_files(folder)
+    if not videos:
+        raise DataError(f"no videos in {folder} (looked for {', '.join(s[1:] for s in VIDEO_SUFFIXES)})")
+
+    file = _captions_file(folder, captions)
+    listed, problems = read_captions(file) if file else ({}, [])
+    by_video, missing = _match(listed, videos)
+    problems += missing
+
+    clips: list[Clip] = []
+    for name, path in videos.items():
+        try:
+            caption = by_video.get(name) or caption_beside(path)
+        except DataError as error:
+            problems.append(Problem(name, str(error)))
+            continue
+        if caption is None:
+            problems.append(Problem(name, "no caption"))
+        elif not caption.text:
+            problems.append(Problem(name, f"its caption is empty ({caption.where})"))
+        else:
+            clips.append(Clip(path, name, caption.text))
+    if not clips and not by_video and not any(p.with_suffix(".txt").is_file() for p in videos.values()):
+        raise DataError(
+            f"no captions for the {len(videos)} videos in {folder}: write captions.jsonl there with a line "
+            '{"video": "name.mp4", "caption": "…"} for each, or a .txt file beside each'
+            + (f" ({problems[0].video}: {problems[0].reason})" if file and problems else "")
+        )
+    clips, duplicates = _without_duplicates(clips)
+    problems += duplicates
+    if not clips:
+        raise DataError(f"no usable video in {folder}: {problems[0].video}: {problems[0].reason}"
+                        + (f", and {len(problems) - 1} more problems" if len(problems) > 1 else ""))
+    return clips, sorted(problems, key=lambda problem: problem.video)
+
+
+def _video_files(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    visited: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:  # a link that leads back up
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            path = Path(root, name)
+            if not name.startswith(".") and path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
+                found[path.relative_to(folder).as_posix()] = path
+    return dict(sorted(found.items()))
+
+
+def _captions_file(folder: Path, captions: str | Path | None) -> Path | None:
+    if captions is None:
+        return next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
+    for file in (Path(captions), folder / captions):
+        if file.is_file():
+            return file
+    raise DataError(f"captions file {captions} does not exist")
+
+
+def _match(listed: dict[str, Caption], videos: dict[str, Path]) -> tuple[dict[str, Caption], list[Problem]]:
+    """Captions by the videos' names, and a Problem for each caption that belongs to no video."""
+    by_file_name: dict[str, list[str]] = {}
+    for name in videos:
+        by_file_name.setdefault(Path(name).name, []).append(name)
+    absolute = {path.absolute().as_posix(): name for name, path in videos.items()}
+    matched: dict[str, Caption] = {}
+    problems: list[Problem] = []
+    for video, caption in listed.items():
+        name = video if video in videos else absolute.get(video)
+        if name is None and "/" not in video:
+            candidates = by_file_name.get(video, [])
+            if len(candidates) > 1:
+                problems.append(Problem(video, f"{caption.where} could mean any of {', '.join(candidates)}"))
+                continue
+            name = candidates[0] if candidates else None
+        if name is None:
+            reason = f"{caption.where} has a caption for it, but there is no such video"
+            problems.append(Problem(video, reason))
+        elif name in matched:
+            reason = f"second caption at {caption.where}; {matched[name].where} is kept"
+            problems.append(Problem(name, reason))
+        else:
+            matched[name] = caption
+    return matched, problems
+
+
+def _without_duplicates(clips: list[Clip]) -> tuple[list[Clip], list[Problem]]:
+    by_size: dict[int, list[Clip]] = {}
+    for clip in clips:
+        by_size.setdefault(clip.path.stat().st_size, []).append(clip)
+    kept, problems = [], []
+    seen: dict[bytes, str] = {}
+    for clip in clips:
+        if len(by_size[clip.path.stat().st_size]) > 1:
+            with clip.path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+            if digest in seen:
+                problems.append(Problem(clip.name, f"the same file as {seen[digest]}, byte for byte"))
+                continue
+            seen[digest] = clip.name
+        kept.append(clip)
+    return kept, problems
+
+
+# --- decoding -----------------------------------------------------------------------------------------------
+
+
+def usable_clips(
+    clips: Iterable[Clip], spec: VideoSpec, problems: list[Problem]
+) -> Iterator[tuple[Clip, Tensor]]:
+    """Decode clip by clip: yields (clip, uint8 [F, H, W, 3]) for the good ones.
+
+    For each of the others a Problem is appended to `problems`: what `decode_clip` refuses, and clips that
+    decode to the very pictures of one before (the same video in another container).
+    """
+    seen: dict[bytes, str] = {}
+    for clip in clips:
+        try:
+            frames = decode_clip(clip.path, spec)
+        except DataError as error:
+            problems.append(Problem(clip.name, str(error).removeprefix(f"{clip.path}: ")))
+            continue
+        digest = hashlib.sha256(frames.numpy().tobytes()).digest()
+        if digest in seen:
+            problems.append(Problem(clip.name, f"the same pictures as {seen[digest]}"))
+            continue
+        seen[digest] = clip.name
+        yield clip, frames
+
+
+def decode_clip(path: str | Path, spec: VideoSpec) -> Tensor:
+    """Decode one video to uint8 RGB [F, H, W, 3] as a player shows it, resized to cover and centre-cropped.
+
+    Honours rotation and mirroring (display matrix), the shape of pixels, the tagged colour matrix and range
+    (untagged: BT.601 limited, as ffmpeg does), and timestamps. The resize is bicubic with antialiasing.
+
+    Raises DataError, in one line that starts with the path, if the file has no video, cannot be decoded to
+    its end (at most `CHECKED_FRAMES` beyond the frames used), or is too short.
+    """
+    path = Path(path)
+    if min(spec.height, spec.width, spec.num_frames) < 1 or (spec.fps is not None and not spec.fps > 0):
+        raise DataError(f"impossible video shape {spec}: height, width, frames and fps must be above 0")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise DataError(f"{path}: holds no video stream")
+            if stream.codec_context is None:
+                raise DataError(f"{path}: no decoder for the codec of its video")
+            return _pick(_timed_frames(container, stream, path), stream, spec, path)
+    except av.FFmpegError as error:
+        raise DataError(f"{path}: cannot be read as a video ({_reason(error)})") from error
+    except (OSError, ValueError, MemoryError, OverflowError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: cannot be read as a video ({error})") from error
+
+
+def _reason(error: av.FFmpegError) -> str:
+    return error.strerror or type(error).__name__
+
+
+TimedFrame = tuple[Fraction, Fraction, VideoFrame]  # start and duration in seconds
+
+
+def _timed_frames(container, stream, path: Path) -> Iterator[TimedFrame]:
+    """The frames in the order shown. Raises DataError at any damage."""
+    stream.thread_type = "NONE"
+    stream.codec_context.thread_count = 1
+    step = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
+    count = 0
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise DataError(f"{path}: damaged after frame {count} (the file is cut off or broken there)")
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise DataError(f"{path}: damaged at frame {count + 1}")
+                start = frame.pts * frame.time_base if frame.pts is not None else count * step
+                yield start, (frame.duration * frame.time_base if frame.duration else step), frame
+                count += 1
+    except av.FFmpegError as error:
+        raise DataError(f"{path}: damaged, decoding fails after {count} frames ({_reason(error)})") from error
+
+
+def _pick(frames: Iterator[TimedFrame], stream, spec: VideoSpec, path: Path) -> Tensor:
+    """The pictures that `spec` asks for, out of all frames of the file."""
+    picture = _Pictures(spec, stream.sample_aspect_ratio)
+    chosen: list[np.ndarray] = []
+    count, beyond = 0, 0
+    before: TimedFrame | None = None
+    first = end = Fraction(0)
+    rate = Fraction(spec.fps).limit_denominator(100_000) if spec.fps is not None else None
+    for start, duration, frame in frames:
+        count += 1
+        if len(chosen) == spec.num_frames:
+            beyond += 1
+            if beyond >= CHECKED_FRAMES:
+                break
+            continue
+        if rate is None:
+            chosen.append(picture(frame))
+            continue
+        if before is None:
+            first = start
+        while len(chosen) < spec.num_frames and (wanted := first + len(chosen) / rate) <= start:
+            earlier = before is not None and wanted - before[0] <= start - wanted
+            chosen.append(picture(before[2] if earlier else frame))
+        before, end = (start, duration, frame), start + duration
+    while rate is not None and len(chosen) < spec.num_frames and first + len(chosen) / rate < end:
+        chosen.append(picture(before[2]))  # the last frame is shown until its duration ends
+    if count == 0:
+        raise DataError(f"{path}: holds no frame that can be decoded")
+    if len(chosen) < spec.num_frames:
+        has = f"{count} frame{'s' * (count != 1)}"
+        if rate is not None:
+            has += f" over {float(end - first):.2f} s, {len(chosen)} at {spec.fps:g} frames a second"
+        raise DataError(f"{path}: too short: it has {has}, and {spec.num_frames} are needed")
+    return torch.from_numpy(np.stack(chosen))
+
+
+class _Pictures:
+    """Turns decoded frames into upright uint8 RGB pictures [height, width, 3]; remembers the last one."""
+
+    def __init__(self, spec: VideoSpec, pixel_shape: Fraction | None):
+        self.spec = spec
+        self.pixel_shape = Fraction(pixel_shape) if pixel_shape else Fraction(1)
+        self.reformatter = VideoReformatter()
+        self.last: tuple[VideoFrame, np.ndarray] | None = None
+
+    def __call__(self, frame: VideoFrame) -> np.ndarray:
+        if self.last is not None and self.last[0] is frame:
+            return self.last[1]
+        rgb = self.reformatter.reformat(frame, format="rgb24", interpolation=CONVERSION).to_ndarray()
+        transposed, mirrored, flipped = _orientation(frame)
+        if transposed:
+            rgb = rgb.transpose(1, 0, 2)
+        rgb = rgb[:: -1 if flipped else 1, :: -1 if mirrored else 1]
+        stretch = 1 / self.pixel_shape if transposed else self.pixel_shape  # width of a pixel over its height
+        picture = _cover_and_crop(rgb, self.spec.height, self.spec.width, float(stretch))
+        self.last = frame, picture
+        return picture
+
+
+def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
+    """How the stored picture is to be shown: (transpose first, then mirror left-right, then flip top-bottom).
+
+    The display matrix [[a, b, u], [c, d, v], [x, y, w]] takes stored (p, q) to shown (a·p + c·q, b·p + d·q).
+    An angle between the quarter turns is taken as the nearest of them.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
+
+
+def _cover_and_crop(rgb: np.ndarray, height: int, width: int, stretch: float) -> np.ndarray:
+    rows, columns = rgb.shape[:2]
+    scale = max(height / rows, width / (columns * stretch))  # shown pixels for each stored row
+    box_w, box_h = min(width / (scale * stretch), columns), min(height / scale, rows)
+    left, top = (columns - box_w) / 2, (rows - box_h) / 2
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    box = (left, top, left + box_w, top + box_h)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def write_video(path: str | Path, frames: Tensor, fps: float) -> None:
+    """Write uint8 RGB frames [F, H, W, 3] as h264 yuv420p (BT.709, limited range) mp4, at `fps` a second.
+
+    An odd height or width is padded to even by repeating the last row or column (yuv420p has no odd sizes).
+    The file appears whole or not at all; its folder is made if missing. Raises DataError for other shapes.
+    """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        given = f"{frames.dtype} {list(frames.shape)}"
+        raise DataError(f"{path}: expected uint8 frames [F, H, W, 3], got {given}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = np.ascontiguousarray(frames.cpu().numpy())
+    _, height, width, _ = pictures.shape
+    pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".mp4")
+    os.close(handle)
+    try:
+        _encode(temporary, pictures, fps)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _encode(path: str, pictures: np.ndarray, fps: float) -> None:
+    with av.open(path, "w", format="mp4") as container:
+        # crf 10 is visually lossless; one thread because x264's threads change the bits
+        rate = Fraction(fps).limit_denominator(100_000)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "10", "threads": "1"})
+        stream.height, stream.width = pictures.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709 in all three tables
+        context.color_range = 1  # limited
+        reformatter = VideoReformatter()
+        for index, picture in enumerate(pictures):
+            frame = reformatter.reformat(
+                VideoFrame.from_ndarray(picture, format="rgb24"),
+                format="yuv420p",
+                dst_colorspace="ITU709",
+                dst_color_range="MPEG",
+                interpolation=CONVERSION,
+            )
+            frame.pts, frame.time_base = index, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())

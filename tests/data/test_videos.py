@@ -1,0 +1,518 @@
+import json
+import os
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alignkit.data.videos import Clip, VideoSpec, decode_clip, find_clips, usable_clips, write_video
+from alignkit.errors import DataError
+
+SPEC = VideoSpec(height=48, width=48, num_frames=17)
+
+
+def quadrants(height=48, width=48, frames=20) -> torch.Tensor:
+    """Red top left, green top right, blue bottom left, white bottom right, and a grey bar that moves: every
+    turn, mirroring and frame of it is different."""
+    video = torch.zeros(frames, height, width, 3, dtype=torch.uint8)
+    video[:, : height // 2, : width // 2, 0] = 255
+    video[:, : height // 2, width // 2 :, 1] = 255
+    video[:, height // 2 :, : width // 2, 2] = 255
+    video[:, height // 2 :, width // 2 :] = 255
+    for i in range(frames):
+        video[i, height // 2 - 4 : height // 2 + 4, 2 * i : 2 * i + 4] = 128
+    return video
+
+
+def corners(frame: torch.Tensor) -> list[str]:
+    """The colours of the four corners: top left, top right, bottom left, bottom right."""
+    height, width = frame.shape[:2]
+    y, x = height // 6, width // 6
+    named = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+    found = []
+    for point in (frame[y, x], frame[y, -x], frame[-y, x], frame[-y, -x]):
+        # 8-bit YCbCr with limited range is exact to about 3 levels
+        near = [n for n, rgb in named.items() if (point.int() - torch.tensor(rgb)).abs().max() <= 4]
+        found.append(near[0] if near else str(point.tolist()))
+    return found
+
+
+def grey_ramp(frames: int) -> torch.Tensor:
+    """Frame i is grey of value 10·i: a decoded frame says which one it is."""
+    values = (torch.arange(frames) * 10).to(torch.uint8)
+    return values[:, None, None, None].expand(frames, 16, 16, 3).contiguous()
+
+
+def which(frames: torch.Tensor) -> list[int]:
+    return [round(value / 10) for value in frames.float().mean(dim=(1, 2, 3)).tolist()]
+
+
+def set_display_matrix(path: Path, a: int, b: int, c: int, d: int) -> None:
+    """Patch the matrix in an mp4's track header, as a phone writes it for a turned camera."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 44  # type 4, version and flags 4, version 0 fields up to the matrix 36
+    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    assert data[start : start + 36] == identity
+    one = 1 << 16
+    data[start : start + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+
+
+def encode(path: Path, frames: torch.Tensor, *, codec="libx264", pix_fmt="yuv420p", times=None, matrix=None,
+           full_range=False, pixel_shape=None, audio=False) -> Path:
+    """A file unlike those that write_video makes: other codecs, formats, timestamps, tags, sound."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
+        if matrix is not None:
+            stream.codec_context.colorspace = {"ITU709": 1, "ITU601": 6}[matrix]
+            stream.codec_context.color_range = 2 if full_range else 1
+        if pixel_shape is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_shape
+        stream.codec_context.time_base = Fraction(1, 1000)
+        sound = container.add_stream("aac", rate=44100, layout="mono") if audio else None
+        if sound is not None:
+            noise = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), "fltp", "mono")
+            noise.sample_rate, noise.pts = 44100, 0
+            container.mux(sound.encode(noise))
+        for i, picture in enumerate(frames.numpy()):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+                format=pix_fmt, dst_colorspace=matrix, dst_color_range="JPEG" if full_range else None
+            )
+            frame.pts, frame.time_base = (times[i] if times else 100 * i), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if sound is not None:
+            container.mux(sound.encode())
+    return path
+
+
+# --- decoding -----------------------------------------------------------------------------------------------
+
+
+def test_written_video_reads_back_with_its_frames_and_colours(tmp_path):
+    video = quadrants()
+    write_video(tmp_path / "sub" / "a.mp4", video, 8)
+    frames = decode_clip(tmp_path / "sub" / "a.mp4", SPEC)
+    assert frames.shape == (17, 48, 48, 3) and frames.dtype == torch.uint8
+    assert corners(frames[0]) == ["red", "green", "blue", "white"]
+    # chroma at half resolution blurs the borders between colours only
+    assert (frames.float() - video[:17].float()).abs().mean() < 4
+    with av.open(str(tmp_path / "sub" / "a.mp4")) as container:
+        assert container.streams.video[0].average_rate == 8
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["a.mp4"], "a temporary file is left behind"
+
+
+@pytest.mark.parametrize(
+    "matrix, expected",
+    [
+        ((1, 0, 0, 1), ["red", "green", "blue", "white"]),
+        ((0, 1, -1, 0), ["blue", "red", "white", "green"]),  # a quarter turn clockwise
+        ((-1, 0, 0, -1), ["white", "blue", "green", "red"]),
+        ((0, -1, 1, 0), ["green", "white", "red", "blue"]),  # a quarter turn counterclockwise
+        ((-1, 0, 0, 1), ["green", "red", "white", "blue"]),  # mirrored
+        ((0, 1, 1, 0), ["red", "blue", "green", "white"]),  # transposed
+    ],
+)
+def test_rotated_and_mirrored_files_are_shown_upright(tmp_path, matrix, expected):
+    write_video(tmp_path / "r.mp4", quadrants(48, 64), 8)
+    if matrix != (1, 0, 0, 1):
+        set_display_matrix(tmp_path / "r.mp4", *matrix)
+    turned = matrix[0] == 0
+    spec = VideoSpec(*((64, 48) if turned else (48, 64)), num_frames=17)
+    frames = decode_clip(tmp_path / "r.mp4", spec)
+    assert corners(frames[0]) == expected
+    # the whole picture fits: its borders are where they belong, so nothing was cropped before turning
+    assert corners(decode_clip(tmp_path / "r.mp4", VideoSpec(48, 48, 17))[0]) == expected
+
+
+@pytest.mark.parametrize("codec, pix_fmt", [("libx264", "yuv444p"), ("ffv1", "bgr0"), ("ffv1", "yuv420p")])
+def test_odd_sizes_and_other_formats_are_used(tmp_path, codec, pix_fmt):
+    path = encode(tmp_path / "odd.mkv", quadrants(51, 77), codec=codec, pix_fmt=pix_fmt)
+    frames = decode_clip(path, SPEC)
+    assert frames.shape == (17, 48, 48, 3)
+    assert corners(frames[0]) == ["red", "green", "blue", "white"]
+
+
+def test_odd_sizes_are_written_padded(tmp_path):
+    video = quadrants(33, 47)
+    write_video(tmp_path / "odd.mp4", video, 8)
+    frames = decode_clip(tmp_path / "odd.mp4", VideoSpec(34, 48, 17))
+    assert corners(frames[0]) == ["red", "green", "blue", "white"]
+    last = frames[0, 33, 30:].float() - video[0, 32, 30].float()
+    assert last.abs().max() < 8, "the padding repeats the last row"
+
+
+@pytest.mark.parametrize("matrix", ["ITU601", "ITU709"])
+@pytest.mark.parametrize("full_range", [False, True])
+def test_tagged_colour_matrix_and_range_are_honoured(tmp_path, matrix, full_range):
+    path = encode(tmp_path / "tagged.mp4", quadrants(), matrix=matrix, full_range=full_range)
+    assert corners(decode_clip(path, SPEC)[0]) == ["red", "green", "blue", "white"]
+
+
+def test_pixels_that_are_not_square_are_stretched(tmp_path):
+    path = encode(tmp_path / "wide.mkv", quadrants(48, 48), pixel_shape=Fraction(2, 1))
+    shown = decode_clip(path, VideoSpec(48, 96, 17))
+    assert corners(shown[0]) == ["red", "green", "blue", "white"], "48x48 pixels of 2:1 are shown as 96x48"
+    middle = decode_clip(path, VideoSpec(48, 48, 17))
+    assert corners(middle[0]) == ["red", "green", "blue", "white"]
+    assert middle[0, 8, 20].argmax() == 0 and middle[0, 8, 27].argmax() == 1, "the crop is not centred"
+
+
+def test_pixels_that_are_not_square_are_stretched_before_turning(tmp_path):
+    path = encode(tmp_path / "wide.mp4", quadrants(48, 48), pixel_shape=Fraction(2, 1))
+    set_display_matrix(path, 0, 1, -1, 0)
+    shown = decode_clip(path, VideoSpec(96, 48, 17))[0]  # 96x48, turned
+    assert corners(shown) == ["blue", "red", "white", "green"]
+    # the bar is 8 of the 48 rows high as stored, and 8 of the 48 columns wide as shown
+    assert 6 <= ((shown[2].int() - 128).abs().amax(dim=-1) < 40).sum() <= 10
+
+
+def test_resize_covers_crops_in_the_middle_and_antialiases(tmp_path):
+    wide = torch.zeros(17, 64, 192, 3, dtype=torch.uint8)
+    wide[:, :, 64:128, 0] = 255  # the middle third is red
+    write_video(tmp_path / "wide.mp4", wide, 8)
+    crop = decode_clip(tmp_path / "wide.mp4", VideoSpec(32, 32, 17))
+    assert (crop[..., 0] > 200).float().mean() > 0.9, "the middle third should fill the square"
+
+    lines = torch.zeros(17, 128, 128, 3, dtype=torch.uint8)
+    lines[:, ::2] = 255  # the finest stripes there are: shrunk to a quarter they must become even grey
+    encode(tmp_path / "lines.mkv", lines, codec="ffv1", pix_fmt="bgr0")
+    small = decode_clip(tmp_path / "lines.mkv", VideoSpec(32, 32, 17)).float()
+    assert (small - 127.5).abs().max() < 12
+
+
+def test_sound_in_the_file_changes_nothing(tmp_path):
+    with_sound = encode(tmp_path / "sound.mkv", quadrants(), codec="ffv1", audio=True)
+    silent = encode(tmp_path / "silent.mkv", quadrants(), codec="ffv1")
+    with av.open(str(with_sound)) as container:
+        assert len(container.streams.audio) == 1
+    assert torch.equal(decode_clip(with_sound, SPEC), decode_clip(silent, SPEC))
+
+
+def test_own_frames_are_the_first_ones_whatever_their_times(tmp_path):
+    times = [0, 10, 20, 500, 510, 900]
+    path = encode(tmp_path / "vfr.mkv", grey_ramp(6), codec="ffv1", times=times)
+    assert which(decode_clip(path, VideoSpec(16, 16, 4))) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "fps, frames, expected",
+    [
+        (5, 5, [0, 2, 4, 6, 8]),  # 10 a second: every second one
+        (10, 4, [0, 1, 2, 3]),
+        (20, 5, [0, 0, 1, 1, 2]),  # halfway between two: the earlier one
+        (7.5, 4, [0, 1, 3, 4]),  # 0, 0.133, 0.267, 0.4 s
+    ],
+)
+def test_resampling_takes_the_frames_nearest_in_time(tmp_path, fps, frames, expected):
+    path = encode(tmp_path / "ramp.mkv", grey_ramp(10), codec="ffv1")
+    assert which(decode_clip(path, VideoSpec(16, 16, frames, fps))) == expected
+
+
+def test_resampling_uses_real_timestamps_when_they_are_uneven(tmp_path):
+    times = [0, 100, 600, 700, 1000, 1100]
+    path = encode(tmp_path / "vfr.mkv", grey_ramp(6), codec="ffv1", times=times)
+    # wanted at 0, 0.25, 0.5, 0.75, 1.0 s; nearest: 0, 0.1, 0.6, 0.7, 1.0 s
+    assert which(decode_clip(path, VideoSpec(16, 16, 5, 4))) == [0, 1, 2, 3, 4]
+
+
+def test_last_frame_counts_until_its_duration_ends(tmp_path):
+    path = encode(tmp_path / "ramp.mkv", grey_ramp(10), codec="ffv1")  # 1.0 s
+    assert decode_clip(path, VideoSpec(16, 16, 8, 8)).shape[0] == 8
+    with pytest.raises(DataError, match="8 at 8 frames a second, and 9 are needed"):
+        decode_clip(path, VideoSpec(16, 16, 9, 8))
+
+
+# --- files that cannot be used ------------------------------------------------------------------------------
+
+
+def test_too_short_says_how_many_frames_there_are_and_are_needed(tmp_path):
+    write_video(tmp_path / "short.mp4", quadrants(frames=5), 8)
+    with pytest.raises(DataError, match=r"short\.mp4: too short: it has 5 frames, and 17 are needed"):
+        decode_clip(tmp_path / "short.mp4", SPEC)
+
+
+def test_damage_is_refused_even_after_the_frames_that_are_used(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 255, (40, 48, 48, 3), dtype=torch.uint8, generator=generator)
+    write_video(tmp_path / "late.mp4", noise, 8)
+    data = bytearray((tmp_path / "late.mp4").read_bytes())
+    start, end = data.index(b"mdat"), data.index(b"moov")
+    at = start + int((end - start) * 0.9)
+    data[at : at + 400] = b"\xff" * 400
+    (tmp_path / "late.mp4").write_bytes(data)
+    with pytest.raises(DataError, match="damaged"):
+        decode_clip(tmp_path / "late.mp4", SPEC)
+
+
+def test_file_that_was_cut_off_is_refused(tmp_path):
+    with av.open(str(tmp_path / "whole.mp4"), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 48, "yuv420p"
+        for picture in quadrants(frames=40).numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    assert whole.index(b"moov") < whole.index(b"mdat"), "the index must survive the cut"
+    (tmp_path / "cut.mp4").write_bytes(whole[: (whole.index(b"mdat") + 9 * len(whole)) // 10])
+    assert decode_clip(tmp_path / "whole.mp4", SPEC).shape[0] == 17
+    with pytest.raises(DataError, match=r"cut\.mp4: damaged after frame \d+ \(the file is cut off"):
+        decode_clip(tmp_path / "cut.mp4", SPEC)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a video at all", bytes(4096)], ids=["empty", "text", "zeros"]
+)
+def test_files_that_are_no_video_are_refused(tmp_path, content):
+    (tmp_path / "bad.mp4").write_bytes(content)
+    with pytest.raises(DataError, match=r"bad\.mp4: cannot be read as a video"):
+        decode_clip(tmp_path / "bad.mp4", SPEC)
+
+
+def test_missing_file_and_sound_only_file_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        decode_clip(tmp_path / "none.mp4", SPEC)
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), "fltp", "mono")
+        frame.sample_rate, frame.pts = 44100, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(DataError, match="no video stream"):
+        decode_clip(tmp_path / "sound.mp4", SPEC)
+
+
+def test_random_damage_never_ends_in_anything_but_a_data_error(tmp_path):
+    write_video(tmp_path / "whole.mp4", quadrants(), 8)
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    generator = np.random.default_rng(0)
+    outcomes = set()
+    for round_ in range(60):
+        data = bytearray(whole)
+        if round_ % 2:
+            data = data[: generator.integers(len(data))]
+        for at in generator.integers(len(data) or 1, size=round_ % 7):
+            data[at : at + 1] = bytes([generator.integers(256)])
+        (tmp_path / "hit.mp4").write_bytes(data)
+        try:
+            assert decode_clip(tmp_path / "hit.mp4", SPEC).shape == (17, 48, 48, 3)
+            outcomes.add("used")
+        except DataError as error:
+            assert "\n" not in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"used", "refused"}
+
+
+def test_usable_clips_passes_over_bad_files_and_repeated_pictures(tmp_path):
+    encode(tmp_path / "a.mkv", quadrants(), codec="ffv1")
+    write_video(tmp_path / "b_short.mp4", quadrants(frames=3), 8)
+    (tmp_path / "c_broken.mp4").write_bytes(b"nothing")
+    encode(tmp_path / "d_again.avi", quadrants(frames=19), codec="ffv1")  # other bytes, the same pictures
+    write_video(tmp_path / "e.mp4", quadrants().flip(1), 8)
+    clips = [Clip(path, path.name, "a caption") for path in sorted(tmp_path.iterdir())]
+    problems = []
+    used = [clip.name for clip, _ in usable_clips(clips, SPEC, problems)]
+    assert used == ["a.mkv", "e.mp4"]
+    reasons = {problem.video: problem.reason for problem in problems}
+    assert list(reasons) == ["b_short.mp4", "c_broken.mp4", "d_again.avi"]
+    assert reasons["b_short.mp4"].startswith("too short: it has 3 frames")
+    assert reasons["d_again.avi"] == "the same pictures as a.mkv"
+
+
+def test_write_video_leaves_the_old_file_alone_when_it_fails(tmp_path):
+    write_video(tmp_path / "a.mp4", quadrants(), 8)
+    before = (tmp_path / "a.mp4").read_bytes()
+    with pytest.raises(DataError, match="uint8"):
+        write_video(tmp_path / "a.mp4", quadrants().float(), 8)
+    with pytest.raises(Exception):  # noqa: B017 (whatever the encoder says to a frame rate of 0)
+        write_video(tmp_path / "a.mp4", quadrants(), 0)
+    assert (tmp_path / "a.mp4").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_written_bytes_are_the_same_every_time(tmp_path):
+    write_video(tmp_path / "a.mp4", quadrants(), 8)
+    write_video(tmp_path / "b.mp4", quadrants(), 8)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+# --- real clips ---------------------------------------------------------------------------------------------
+
+BESIDE_THE_REPOSITORY = Path(__file__).parents[2] / ".." / "shared" / "data" / "clips"
+REAL = Path(os.environ.get("ALIGNKIT_TEST_CLIPS") or BESIDE_THE_REPOSITORY)
+needs_real = pytest.mark.skipif(
+    not REAL.is_dir(), reason="no folder of real clips: set ALIGNKIT_TEST_CLIPS to one that has them"
+)
+
+
+@needs_real
+@pytest.mark.parametrize("fps", [None, 8])
+def test_real_clips_are_used_and_the_two_bad_ones_refused_with_a_reason(fps):
+    names = sorted(p.name for p in REAL.iterdir() if p.suffix in (".mp4", ".mov", ".webm"))
+    problems = []
+    clips = [Clip(REAL / name, name, "a caption") for name in names]
+    spec = VideoSpec(48, 64, 17 if fps is None else 7, fps)
+    used = {clip.name: frames for clip, frames in usable_clips(clips, spec, problems)}
+    assert set(used) == set(names) - {"corrupted.mp4", "rotated_90.mov"}
+    reasons = {problem.video: problem.reason for problem in problems}
+    assert "damaged, decoding fails after 28 frames" in reasons["corrupted.mp4"]
+    assert "it has 3 frames" in reasons["rotated_90.mov"]
+    assert all(frames.float().std() > 5 for frames in used.values()), "a picture without contrast"
+
+
+@needs_real
+def test_real_rotated_file_is_upright():
+    frame = decode_clip(REAL / "rotated_90.mov", VideoSpec(568, 320, 3))[0].float().mean(dim=-1)
+    # A keyboard seen from the front, stored on its side: upright, its bright letters stand in rows, so the
+    # brightness varies more from row to row than from column to column.
+    assert frame.mean(dim=1).std() > frame.mean(dim=0).std()
+
+
+@needs_real
+def test_real_folder_lists_its_captioned_clips():
+    clips, problems = find_clips(REAL)
+    assert [clip.name for clip in clips] == sorted(clip.name for clip in clips) and len(clips) == 6
+    assert all(clip.caption for clip in clips)
+    assert {problem.video for problem in problems} == {
+        "corrupted.mp4", "odd_height_and_width.mp4", "rotated_90.mov"
+    }
+
+
+# --- finding ------------------------------------------------------------------------------------------------
+
+
+def touch(folder: Path, *names: str) -> None:
+    """Stand-ins that differ in their bytes; finding does not decode."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+def captions(folder: Path, rows: dict[str, str]) -> None:
+    lines = [json.dumps({"video": video, "caption": text}) for video, text in rows.items()]
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_folder_is_searched_with_subfolders_in_order_of_names(tmp_path):
+    touch(tmp_path, "b.MP4", "a.webm", "sub/c.mov", ".hidden.mp4", ".git/d.mp4", "note.md")
+    captions(tmp_path, {"b.MP4": "bee", "a.webm": "ay", "sub/c.mov": "sea"})
+    clips, problems = find_clips(tmp_path)
+    assert [(clip.name, clip.caption) for clip in clips] == [
+        ("a.webm", "ay"), ("b.MP4", "bee"), ("sub/c.mov", "sea")
+    ]
+    assert clips[2].path == tmp_path / "sub" / "c.mov"
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("captions.jsonl", '{"video": "a.mp4", "caption": "a cat"}\n'),
+        ("metadata.jsonl", '\ufeff{"file_name": "a.mp4", "text": "a cat"}\r\n\r\n'),
+        ("captions.csv", "video,caption\na.mp4,a cat\n"),
+        ("metadata.csv", "\ufefffile_name,prompt\r\na.mp4,\"a\ncat\"\r\n"),
+        ("a.txt", "  a cat\n"),
+    ],
+)
+def test_captions_are_read_from_each_documented_place(tmp_path, file, text):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / file).write_text(text, encoding="utf-8")
+    clips, problems = find_clips(tmp_path)
+    assert [clip.caption for clip in clips] == ["a cat"] and problems == []
+
+
+def test_captions_file_elsewhere_and_bare_names_for_files_in_subfolders(tmp_path):
+    touch(tmp_path / "videos", "x/a.mp4", "y/b.mp4", "z/b.mp4")
+    rows = [{"video": "a.mp4", "caption": "one"}, {"video": "b.mp4", "caption": "which?"}]
+    (tmp_path / "elsewhere.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    clips, problems = find_clips(tmp_path / "videos", tmp_path / "elsewhere.jsonl")
+    assert [clip.name for clip in clips] == ["x/a.mp4"]
+    reasons = {problem.video: problem.reason for problem in problems}
+    assert reasons["b.mp4"] == "elsewhere.jsonl:2 could mean any of y/b.mp4, z/b.mp4"
+    assert reasons["y/b.mp4"] == reasons["z/b.mp4"] == "no caption"
+
+
+def test_every_kind_of_problem_is_told_apart_and_the_good_ones_are_kept(tmp_path):
+    touch(tmp_path, "good.mp4", "captionless.mp4", "empty.mp4", "number.mp4", "beside.mp4")
+    (tmp_path / "later.mp4").write_bytes((tmp_path / "good.mp4").read_bytes())
+    (tmp_path / "beside.txt").write_bytes(b"\xff\xfe\x00broken")
+    (tmp_path / "captions.jsonl").write_text(
+        "\n".join([
+            '{"video": "good.mp4", "caption": "fine"}',
+            '{"video": "empty.mp4", "caption": "  "}',
+            '{"video": "gone.mp4", "caption": "of nothing"}',
+            '{"video": "later.mp4", "caption": "the same bytes"}',
+            '{"video": "half',
+            '["a", "list"]',
+            '{"caption": "of what?"}',
+            '{"video": "number.mp4", "caption": 7}',
+            '{"video": "good.mp4", "caption": "again"}',
+        ])
+    )
+    clips, problems = find_clips(tmp_path)
+    assert [(clip.name, clip.caption) for clip in clips] == [("good.mp4", "fine")]
+    found = {(problem.video, problem.reason) for problem in problems}
+    for video, part in [
+        ("captionless.mp4", "no caption"),
+        ("empty.mp4", "its caption is empty (captions.jsonl:2)"),
+        ("gone.mp4", "captions.jsonl:3 has a caption for it, but there is no such video"),
+        ("later.mp4", "the same file as good.mp4, byte for byte"),
+        ("captions.jsonl:5", "line 5 is not JSON"),
+        ("captions.jsonl:6", "line 6 is not a JSON object"),
+        ("captions.jsonl:7", "line 7 names no video"),
+        ("captions.jsonl:8", "line 8: the caption is not a text but 7"),
+        ("good.mp4", "second caption at captions.jsonl:9; captions.jsonl:1 is kept"),
+        ("beside.mp4", "its caption file beside.txt cannot be read as UTF-8 text"),
+    ]:
+        assert [v for v, reason in found if v == video and part in reason], (video, part, found)
+
+
+@pytest.mark.parametrize(
+    "names, rows, message",
+    [
+        ([], None, "no videos in"),
+        (["a.mp4"], None, "no captions for the 1 videos in"),
+        (["a.mp4"], {"b.mp4": "other"}, "no captions for the 1 videos in"),
+        (["a.mp4"], {"a.mp4": ""}, "no usable video in"),
+    ],
+)
+def test_folder_without_anything_usable_is_one_clear_error(tmp_path, names, rows, message):
+    touch(tmp_path, *names)
+    if rows is not None:
+        captions(tmp_path, rows)
+    with pytest.raises(DataError, match=message) as error:
+        find_clips(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_folder_missing_captions_file_and_wrong_columns_are_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        find_clips(tmp_path / "nowhere")
+    touch(tmp_path, "a.mp4")
+    with pytest.raises(DataError, match=r"captions file mine\.jsonl does not exist"):
+        find_clips(tmp_path, "mine.jsonl")
+    (tmp_path / "captions.csv").write_text("clip,words\na.mp4,a cat\n")
+    with pytest.raises(DataError, match="clip, words; one of video, file_name"):
+        find_clips(tmp_path)
+
+
+def test_a_link_back_up_does_not_go_round_in_circles(tmp_path):
+    touch(tmp_path, "sub/a.mp4")
+    (tmp_path / "sub" / "up").symlink_to(tmp_path, target_is_directory=True)
+    captions(tmp_path, {"sub/a.mp4": "one"})
+    clips, problems = find_clips(tmp_path)
+    assert [clip.name for clip in clips] == ["sub/a.mp4"] and problems == []
+
+
+def test_test_pictures_differ_in_every_orientation():
+    """The orientation tests stand on this: no two of the eight turns and mirrorings look alike."""
+    picture = Image.fromarray(quadrants()[0].numpy())
+    shown = [tuple(corners(torch.from_numpy(np.array(p)))) for p in
+             [picture, *(picture.transpose(method) for method in Image.Transpose)]]
+    assert len(set(shown)) == len(shown) == 8
