@@ -1,0 +1,254 @@
+"""The one configuration of a run: nested sections read from YAML, with ``section.key=value`` overrides.
+
+Every section refuses unknown keys and wrong types before any model is loaded, in one line that names
+the file and the key. `load_config` is the only way in; commands get a frozen `Config`.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from alignkit.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which base model is aligned."""
+
+    family: Literal["wan"] = "wan"
+    path: str = Field("tiny", description="a diffusers folder, a hub id, or 'tiny' for the shipped small model")
+    revision: str | None = None
+    max_sequence_length: Positive = Field(512, description="text tokens that the network attends to, padding included")
+
+
+class DataSection(Section):
+    """Real videos, which become the winners."""
+
+    videos: Path | None = Field(None, description="folder of videos with captions")
+    captions: Path | None = Field(None, description="captions file, if it does not lie in the folder")
+    height: Positive = 480
+    width: Positive = 832
+    num_frames: Positive = 81
+    fps: Annotated[float, Field(gt=0)] | None = Field(None, description="resample to this rate; null: as filmed")
+    heldout: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.1, description="share of the clips kept for evaluation")
+
+
+class MaskSection(Section):
+    """Random closed regions (arXiv 2601.04068): see alignkit.localdpo.masks."""
+
+    shape: Literal["bezier", "rectangle"] = "bezier"
+    blobs: tuple[Positive, Positive] = (1, 5)
+    moving: Fraction = Field(0.5, description="probability that a blob moves")
+
+
+class PairsSection(Section):
+    """How losers are made from winners."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    per_clip: Positive = Field(1, description="pairs made from each clip, with different masks and noise")
+    num_inference_steps: Positive = 50
+    strengths: tuple[Positive, ...] = Field((38, 40, 42, 45), description="how many of the last steps are redone")
+    guidance_scale: NonNegative = 6.0
+    prompt_prefix: str = ""
+    negative_prompt: str = ""
+    block_size: Positive = Field(32, description="pairs in one file: the unit that is made, stored and resumed whole")
+    batch_size: Positive = Field(1, description="videos corrupted at once")
+    mask: MaskSection = MaskSection()
+
+    @model_validator(mode="after")
+    def _strengths_fit(self) -> "PairsSection":
+        if self.strengths == () or max(self.strengths) > self.num_inference_steps:
+            raise ValueError(f"strengths must lie between 1 and num_inference_steps ({self.num_inference_steps})")
+        return self
+
+
+class NoiseSection(Section):
+    """At which states the pair is compared (the noise itself is keyed by pair and epoch)."""
+
+    source: Literal["shared"] = "shared"
+    timesteps: Literal["logit_normal", "uniform", "schedule"] = "logit_normal"
+
+
+class ObjectiveSection(Section):
+    """The LocalDPO loss; see docs/losses.md for what each weight does and how betas convert."""
+
+    name: Literal["local_dpo"] = "local_dpo"
+    beta: Annotated[float, Field(gt=0)] = 5000.0
+    strength_range: tuple[float, float] = (0.75, 0.90)
+    weight_region: NonNegative = 1.0
+    weight_global: NonNegative = 1.0
+    weight_sft: NonNegative = 0.1
+    weight_region_sft: NonNegative = 0.0
+
+
+class ReferenceSection(Section):
+    strategy: Literal["copy"] = "copy"
+
+
+class TrainSection(Section):
+    """Optimisation. Pair order, noise and timesteps are functions of (seed, epoch, pair id) alone."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    steps: Positive = 500
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: NonNegative = 1e-3
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    global_batch_size: Positive = Field(128, description="pairs per step, over all processes")
+    micro_batch_size: Positive = Field(1, description="pairs per forward on one process")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool = True
+    checkpoint_every: Positive = 100
+    keep_checkpoints: Positive = 2
+    max_bad_steps: Positive = Field(5, description="non-finite steps in a row after which the run stops")
+
+
+class DeepSpeedSection(Section):
+    """ZeRO stage and anything else of DeepSpeed's own JSON, passed through untouched."""
+
+    preset: Literal["zero2", "zero3", "zero3-offload"] = "zero3"
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class SampleSection(Section):
+    num_inference_steps: Positive = 50
+    guidance_scale: NonNegative = 5.0
+    negative_prompt: str = ""
+    count: Positive = Field(64, description="videos sampled per seed and model, from held-out prompts")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    batch_size: Positive = 1
+
+
+class EvaluationSection(Section):
+    """Held-out pairs are scored with fixed keys at these points of the inference schedule (0: pure noise)."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    positions: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    draws: Positive = Field(1, description="noises per pair and position")
+    batch_size: Positive = 16
+
+
+class OutputSection(Section):
+    dir: Path
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    pairs: PairsSection = PairsSection()
+    noise: NoiseSection = NoiseSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    reference: ReferenceSection = ReferenceSection()
+    train: TrainSection = TrainSection()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    sample: SampleSection = SampleSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    output: OutputSection
+
+    @model_validator(mode="after")
+    def _strengths_in_range(self) -> "Config":
+        low, high = self.objective.strength_range
+        for k in self.pairs.strengths:
+            alpha = k / self.pairs.num_inference_steps
+            if not low <= alpha <= high:
+                raise ValueError(
+                    f"pairs.strengths: {k} of {self.pairs.num_inference_steps} steps is a strength of {alpha:g}, "
+                    f"outside objective.strength_range [{low:g}, {high:g}]"
+                )
+        return self
+
+
+def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read `path` (YAML) and apply `overrides` ("train.steps=20"; values are YAML).
+
+    Raises ConfigError for a missing or malformed file, an unknown key (with the nearest known one),
+    a value of the wrong type or range.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as 'model:' and 'train:', got {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_describe(error)}") from None
+
+
+def shipped_config(name: str) -> Path:
+    """Path of a configuration that comes with alignkit, in a checkout and in an installed wheel alike."""
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"{name}: no such configuration is shipped with alignkit; reinstall it")
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r}: expected section.key=value, for example train.steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    for part in parts[:-1]:
+        child = tree.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
+        tree = child
+    tree[parts[-1]] = value
+
+
+def _describe(error: ValidationError) -> str:
+    """The first problem as one line; unknown keys get the nearest known name."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}{more}"
+    if problem["type"] == "missing":
+        return f"{where}: missing; set it in the file or as {where}=...{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not where:
+        return message + more
+    return f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}{more}"
+
+
+def _known_keys(location: tuple) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,51 @@
+"""`alignkit demo`: every stage in a row on the shipped small model, from drawn clips or a folder of the user's own."""
+
+import json
+from pathlib import Path
+
+from alignkit.config import Config, load_config, shipped_config
+from alignkit.progress import progress, say
+from alignkit.stages import STAGES, run_stage
+from alignkit.tiny.clips import write_clips
+
+CLIPS = 320
+CLIPS_SEED = 20_260  # other clips than the shipped weights were trained on
+CLIPS_PER_CALL = 16
+
+
+def run_demo(videos: Path | None, out: Path, overrides: list[str]) -> None:
+    """Draw clips (unless `videos` names a folder), then pairs, train, sample, eval and report, all under `out`.
+
+    Run again with the same folder it continues where it was stopped.
+    """
+    folder = videos or out / "clips"
+    settings = [f"data.videos={json.dumps(str(folder))}", f"output.dir={json.dumps(str(out))}", *overrides]
+    config = load_config(shipped_config("wan-tiny-localdpo.yaml"), settings)
+    if videos is None:
+        draw_clips(folder)
+    for number, name in enumerate(STAGES, 1):
+        say(f"\n[{number}/{len(STAGES)}] {name}")
+        run_stage(name, config)
+    _conclude(config)
+
+
+def draw_clips(folder: Path) -> None:
+    """The demo's real videos: mp4 files and captions.jsonl, drawn once."""
+    if (folder / "captions.jsonl").exists():
+        return
+    with progress("drawing clips", CLIPS) as bar:
+        for first in range(0, CLIPS, CLIPS_PER_CALL):
+            write_clips(folder, CLIPS_PER_CALL, CLIPS_SEED, first)
+            bar.advance(CLIPS_PER_CALL)
+
+
+def _conclude(config: Config) -> None:
+    summary = json.loads((config.output.dir / "summary.json").read_text())
+    say("")
+    for check in summary["criteria"]:
+        say(f"  {'✓' if check['reached'] else '✗'} {check['text']}")
+    total = sum(summary["seconds"].values())
+    say(f"alignment {'reached' if summary['reached'] else 'NOT reached'}, {total:.0f} s, "
+        f"{summary['peak_memory_gb']:.1f} GB at most")
+    say(f"report:  {config.output.dir / 'report.html'}")
+    say(f"model:   {config.output.dir / 'export'}  (WanPipeline.from_pretrained loads it)")

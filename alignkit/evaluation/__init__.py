@@ -1,0 +1,1 @@
+"""Held-out evaluation: pairs, samples, and whether the alignment can be called reached."""

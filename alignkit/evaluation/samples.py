@@ -1,0 +1,100 @@
+"""`alignkit sample`: videos from the base and from the aligned model, with the same prompts and the same noise."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from alignkit_kernels import NoiseKey, Stream, keyed_randn
+from torch import Tensor
+
+from alignkit.config import Config
+from alignkit.data.pairs import PairStore
+from alignkit.data.videos import VideoSpec, decode_clip, write_video
+from alignkit.errors import DataError
+from alignkit.files import write_lines
+from alignkit.localdpo.build import pairs_folder
+from alignkit.models import load_model
+from alignkit.progress import progress, say
+from alignkit.training.export import export_folder
+
+MODELS = ("base", "aligned")
+PLAYBACK_FPS = 8.0  # of sampled files where the data names no rate
+
+
+def samples_folder(config: Config) -> Path:
+    return config.output.dir / "samples"
+
+
+def heldout_prompts(config: Config) -> list[str]:
+    """`sample.count` prompts from the held-out pairs, in order and repeated as often as needed."""
+    store = PairStore(pairs_folder(config, "heldout"))
+    prompts = list(dict.fromkeys(store.rows["prompt"]))
+    return [prompts[i % len(prompts)] for i in range(config.sample.count)]
+
+
+def sample(config: Config, device: torch.device) -> Path:
+    """Sample every prompt with every seed from both models; returns the list of what was written.
+
+    Video number i of seed number j starts from keyed noise (seed, sample id i, stream "rollout"), the same for
+    both models, so that what differs between two videos is the training alone.
+    """
+    prompts = heldout_prompts(config)
+    folder = samples_folder(config)
+    aligned = export_folder(config)
+    if not aligned.is_dir():
+        raise DataError(f"{aligned}: no exported model; run 'alignkit train' with this configuration first")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    sections = {"base": config.model, "aligned": config.model.model_copy(update={"path": str(aligned), "revision": None})}
+    for name in MODELS:
+        say(f"sampling from the {name} model")
+        model = load_model(sections[name]).to(device)
+        shape = model.latent_shape(config.data.num_frames, config.data.height, config.data.width)
+        with progress(f"sampling {name}", len(prompts) * len(config.sample.seeds)) as bar:
+            for seed in config.sample.seeds:
+                for first in range(0, len(prompts), config.sample.batch_size):
+                    numbers = range(first, min(first + config.sample.batch_size, len(prompts)))
+                    frames = sample_batch(config, model, [prompts[i] for i in numbers], list(numbers), seed, shape, device)
+                    for i, video in zip(numbers, frames, strict=True):
+                        write_video(folder / _file(name, seed, i), video, config.data.fps or PLAYBACK_FPS)
+                    bar.advance(len(numbers))
+    rows = [
+        {"prompt": prompt, "seed": seed, **{name: _file(name, seed, i) for name in MODELS}}
+        for seed in config.sample.seeds
+        for i, prompt in enumerate(prompts)
+    ]
+    write_lines(folder / "samples.jsonl", rows)
+    return folder / "samples.jsonl"
+
+
+def sample_batch(config: Config, model, prompts: list[str], ids: list[int], seed: int, shape, device) -> Tensor:
+    """uint8 frames [B, F, H, W, 3] of `prompts`, from the keyed noise of their ids."""
+    key = NoiseKey(seed, torch.tensor(ids), 0, Stream.ROLLOUT)
+    noise = keyed_randn((len(prompts), *shape), key, device=device)
+    text = model.pad_text(model.encode_text(prompts)).to(device)
+    negative = model.pad_text(model.encode_text([config.sample.negative_prompt] * len(prompts))).to(device)
+    latents = model.sample(
+        noise, text, negative, num_steps=config.sample.num_inference_steps, guidance=config.sample.guidance_scale
+    )
+    return model.decode_video(latents)
+
+
+def read_samples(config: Config) -> tuple[list[dict], dict[tuple[str, int], Tensor]]:
+    """What `sample` wrote: its rows, and frames uint8 [count, F, H, W, 3] by (model, seed)."""
+    folder = samples_folder(config)
+    try:
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    except OSError:
+        raise DataError(f"{folder}: no samples; run 'alignkit sample' with this configuration first") from None
+    spec = VideoSpec(config.data.height, config.data.width, config.data.num_frames)
+    frames = {
+        (name, seed): torch.stack([decode_clip(folder / row[name], spec) for row in rows if row["seed"] == seed])
+        for name in MODELS
+        for seed in dict.fromkeys(row["seed"] for row in rows)
+    }
+    return rows, frames
+
+
+def _file(model: str, seed: int, number: int) -> str:
+    return f"{model}/seed{seed}-{number:04d}.mp4"

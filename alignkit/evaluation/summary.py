@@ -1,0 +1,183 @@
+"""`alignkit eval`: held-out pairs and samples measured before and after, and a verdict in plain words."""
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alignkit import __version__
+from alignkit.config import Config
+from alignkit.data.pairs import PairStore
+from alignkit.data.videos import decode_clip
+from alignkit.errors import DataError
+from alignkit.evaluation.measures import edge_energy, frechet_distance, motion_amount, temporal_flicker
+from alignkit.evaluation.pairs import describe, score_pairs
+from alignkit.evaluation.samples import read_samples
+from alignkit.files import write_json
+from alignkit.localdpo.build import pairs_folder, video_spec
+from alignkit.models import load_model
+from alignkit.progress import progress, say
+from alignkit.tiny.classifier import classify, features, named_attributes
+from alignkit.training.export import export_folder
+
+ACCURACY_WANTED = 0.70
+WINNER_ERROR_ALLOWED = 0.01
+MOTION_ALLOWED = 0.10
+NAMED_WANTED = 0.80
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "deepspeed", "datasets", "av")
+
+
+def evaluate(config: Config, device: torch.device) -> dict:
+    """Score held-out pairs and the samples of `alignkit sample`; writes eval.json and returns the summary's content."""
+    pairs = _score_both(config, device)
+    rows, frames = read_samples(config)
+    real = _real_clips(config)
+    with progress("measuring samples", 1) as bar:
+        pictures = _measure(rows, frames, real)
+        bar.advance()
+    write_json(config.output.dir / "eval.json", {"pairs": pairs, "by_timestep": pairs["after"]["by_timestep"], **pictures})
+    return summarize(config, pairs, pictures, device)
+
+
+def _score_both(config: Config, device: torch.device) -> dict:
+    store = PairStore(pairs_folder(config, "heldout"))
+    aligned = export_folder(config)
+    if not aligned.is_dir():
+        raise DataError(f"{aligned}: no exported model; run 'alignkit train' with this configuration first")
+    base = load_model(config.model, with_encoders=False).to(device)
+    section = config.model.model_copy(update={"path": str(aligned), "revision": None})
+    trained = load_model(section, with_encoders=False).to(device)
+    networks = {"before": base.transformer, "after": trained.transformer}
+    return {
+        when: describe(
+            score_pairs(config, base, store, network, base.transformer, f"scoring held-out pairs {when}", device)
+        )
+        for when, network in networks.items()
+    }
+
+
+def _real_clips(config: Config) -> Tensor:
+    """Frames of the held-out clips, uint8 [count, F, H, W, 3]."""
+    store = PairStore(pairs_folder(config, "heldout"))
+    names = list(dict.fromkeys(store.rows["source"]))
+    assert config.data.videos is not None
+    return torch.stack([decode_clip(config.data.videos / name, video_spec(config)) for name in names])
+
+
+def _measure(rows: list[dict], frames: dict[tuple[str, int], Tensor], real: Tensor) -> dict:
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    models = list(dict.fromkeys(name for name, _ in frames))
+    together = {name: torch.cat([frames[name, seed] for seed in seeds]) for name in models}
+    real_features = features(real)
+    measured = {
+        "frechet": {
+            name: [frechet_distance(features(frames[name, seed]), real_features) for seed in seeds] for name in models
+        }
+    }
+    for label, measure in (("motion", motion_amount), ("flicker", temporal_flicker), ("edge_energy", edge_energy)):
+        measured[label] = {"real": measure(real).mean().item()} | {
+            name: measure(together[name]).mean().item() for name in models
+        }
+    measured["classifier"] = _named(rows, frames, seeds[0], models)
+    return measured
+
+
+def _named(rows: list[dict], frames: dict, seed: int, models: list[str]) -> dict | None:
+    """Share of one seed's samples in which a classifier sees all that the prompt names; None for other prompts."""
+    wanted = [named_attributes(row["prompt"]) for row in rows if row["seed"] == seed]
+    if not all(wanted):
+        return None
+    shares = {}
+    for name in models:
+        seen = classify(frames[name, seed])
+        right = [all(seen[key][i] == value for key, value in names.items()) for i, names in enumerate(wanted)]
+        shares[name] = sum(right) / len(right)
+    return {**shares, "samples": len(wanted)}
+
+
+def summarize(config: Config, pairs: dict, pictures: dict, device: torch.device) -> dict:
+    before, after = pairs["before"], pairs["after"]
+    checks = criteria(after, pictures)
+    for check in checks:
+        say(f"{'reached' if check['reached'] else 'NOT reached'}: {check['text']}")
+    return {
+        "family": config.model.family,
+        "reached": all(check["reached"] for check in checks),
+        "criteria": checks,
+        "accuracy": {
+            name: {"before": before[f"{name}_accuracy"], "after": after[f"{name}_accuracy"]}
+            for name in ("region", "global")
+        },
+        "winner_error": _change(after, "w"),
+        "loser_error": _change(after, "l"),
+        **pictures,
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+    }
+
+
+def _change(after: dict, side: str) -> dict[str, float]:
+    reference, trained = after[f"error_{side}_before"], after[f"error_{side}_after"]
+    return {"before": reference, "after": trained, "relative_change": trained / reference - 1}
+
+
+def criteria(after: dict, pictures: dict) -> list[dict]:
+    """All must hold at once for an alignment to be called reached; accuracy alone is no success."""
+    accuracy = after["region_accuracy"]
+    change = _change(after, "w")["relative_change"]
+    base, aligned = (torch.tensor(pictures["frechet"][name], dtype=torch.float64) for name in ("base", "aligned"))
+    spread = (base.max() - base.min()).item()
+    limit = base.mean().item() + spread
+    motion = pictures["motion"]
+    off, off_before = (abs(motion[name] / motion["real"] - 1) for name in ("aligned", "base"))
+    checks = [
+        _check(
+            "accuracy", accuracy, ACCURACY_WANTED, accuracy >= ACCURACY_WANTED,
+            f"the winner's region is preferred in {accuracy:.1%} of held-out comparisons ({ACCURACY_WANTED:.0%} wanted)",
+        ),
+        _check(
+            "winner error", change, WINNER_ERROR_ALLOWED, change <= WINNER_ERROR_ALLOWED,
+            f"the error on real held-out videos changed by {change:+.2%} (at most {WINNER_ERROR_ALLOWED:+.0%} allowed)",
+        ),
+        _check(
+            "frechet distance", aligned.mean().item(), limit, aligned.mean().item() <= limit,
+            f"samples lie {aligned.mean():.3f} from real clips (Fréchet distance), the base's {base.mean():.3f} "
+            f"± {spread:.3f} between seeds",
+        ),
+        _check(
+            "motion", off, max(MOTION_ALLOWED, off_before), off <= max(MOTION_ALLOWED, off_before),
+            f"samples move {motion['aligned']:.2f} grey levels a frame, real clips {motion['real']:.2f}, "
+            f"the base {motion['base']:.2f}",
+        ),
+    ]
+    named = pictures["classifier"]
+    if named:
+        for name in ("base", "aligned"):
+            checks.append(
+                _check(
+                    f"prompt followed ({name})", named[name], NAMED_WANTED, named[name] >= NAMED_WANTED,
+                    f"shape, colour and direction are as prompted in {named[name]:.1%} of {named['samples']} samples "
+                    f"of the {name} model ({NAMED_WANTED:.0%} wanted)",
+                )
+            )
+    return checks
+
+
+def _check(name: str, value: float, limit: float, reached: bool, text: str) -> dict:
+    return {"name": name, "value": value, "limit": limit, "reached": bool(reached), "text": text}
+
+
+def versions() -> dict[str, str]:
+    found = {"alignkit": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def summary_file(config: Config) -> Path:
+    return config.output.dir / "summary.json"

@@ -1,0 +1,24 @@
+"""Writing files so that they appear whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path`, flush to disk, then rename over it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """JSON Lines."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -1,0 +1,129 @@
+"""Random spatio-temporal regions: closed Bézier blobs that rest or move (arXiv 2601.04068, section 3.2).
+
+Shapes are made in pixel units at the latent frame rate and rasterised at the centres of the latent grid, so
+that no full-size picture is ever drawn. A mask is a function of (seed, pair id, draw) alone.
+"""
+
+import math
+
+import numpy as np
+import torch
+from alignkit_kernels import NoiseKey, Stream, keyed_rand
+from torch import Tensor
+
+from alignkit.config import MaskSection
+
+CURVE_POINTS = 8  # straight pieces per Bézier curve: far below a latent cell at any size in use
+MAX_REDRAWS = 64
+
+
+class _Draws:
+    """Uniform numbers in [0, 1) of one mask, taken in order from its keyed stream."""
+
+    def __init__(self, seed: int, pair_id: int, draw: int):
+        key = NoiseKey(seed, torch.tensor([pair_id]), draw, Stream.MASK)
+        self._values = keyed_rand((1, 1024), key, device="cpu", dtype=torch.float64)[0].tolist()
+        self._next = 0
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        value = self._values[self._next]
+        self._next += 1
+        return low + (high - low) * value
+
+    def integer(self, low: int, high: int) -> int:
+        """Both ends included."""
+        return min(low + int(self.uniform() * (high - low + 1)), high)
+
+    def normal(self) -> float:
+        radius = math.sqrt(-2 * math.log(1 - self.uniform()))
+        return radius * math.cos(2 * math.pi * self.uniform())
+
+    def chance(self, probability: float) -> bool:
+        return self.uniform() < probability
+
+
+def region_mask(
+    latent_shape: tuple[int, int, int], pixel_shape: tuple[int, int], options: MaskSection, *, seed: int, pair_id: int
+) -> Tensor:
+    """One video's mask, uint8 [F, H, W] on the latent grid (1: regenerate), never empty and never full.
+
+    latent_shape: (F, H, W) of the latents; pixel_shape: (height, width) of the frames, in which sizes and
+    speeds are drawn. Attempts that come out empty or full on the latent grid are redrawn.
+    """
+    for draw in range(MAX_REDRAWS):
+        mask = _draw_mask(latent_shape, pixel_shape, options, _Draws(seed, pair_id, draw))
+        if mask.any() and not mask.all():
+            return torch.from_numpy(mask)
+    # A grid too coarse for the shapes (a few cells in all): regenerate its middle cell.
+    mask = np.zeros(latent_shape, dtype=np.uint8)
+    mask[:, latent_shape[1] // 2, latent_shape[2] // 2] = 1
+    return torch.from_numpy(mask)
+
+
+def _draw_mask(latent_shape, pixel_shape, options: MaskSection, draws: _Draws) -> np.ndarray:
+    frames, rows, columns = latent_shape
+    height, width = pixel_shape
+    y = (np.arange(rows) + 0.5) * height / rows
+    x = (np.arange(columns) + 0.5) * width / columns
+    points = np.stack(np.meshgrid(x, y), axis=-1)  # [rows, columns, 2], (x, y) in pixels
+    mask = np.zeros(latent_shape, dtype=np.uint8)
+    count = draws.integer(*options.blobs)
+    shrink_all = draws.chance(0.7)
+    for _ in range(count):
+        shrink = count**-0.5 if shrink_all or draws.chance(0.5) else 1.0
+        half = np.array([draws.uniform(1 / 3, 1) * width / 2, draws.uniform(1 / 3, 1) * height / 2]) * shrink
+        outline = _bezier_outline(draws) if options.shape == "bezier" else _RECTANGLE
+        size, angle = 1.0, 0.0
+        turns, zooms, moves = draws.chance(0.25), draws.chance(0.25), draws.chance(options.moving)
+        turn = math.radians(draws.uniform(1, 10)) * (1 if draws.chance(0.5) else -1) if turns else 0.0
+        zoom = draws.uniform(0.9, 1.1) if zooms else 1.0
+        centre = np.array([draws.uniform(0, width), draws.uniform(0, height)])
+        speed, direction = draws.uniform(1, 3), draws.uniform(0, 2 * math.pi)
+        velocity = speed * np.array([math.cos(direction), math.sin(direction)])
+        for frame in range(frames):
+            rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+            mask[frame] |= _inside(points, centre + (outline * half * size) @ rotation.T)
+            if moves:
+                centre, velocity = _bounce(centre + velocity, velocity, np.array([width, height]))
+                velocity = velocity + np.array([draws.normal(), draws.normal()])
+                angle, size = angle + turn, size * zoom
+    return mask
+
+
+_RECTANGLE = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+
+
+def _bezier_outline(draws: _Draws) -> np.ndarray:
+    """A closed chain of 6–8 cubic Béziers around the unit circle, radii scaled by 0.6–0.8; [points, 2]."""
+    count = draws.integer(6, 8)
+    angles = 2 * math.pi * np.arange(count) / count
+    radii = np.array([draws.uniform(0.6, 0.8) for _ in range(count)])
+    knots = radii[:, None] * np.stack((np.cos(angles), np.sin(angles)), axis=1)
+    # Control points along the tangent at distance 4/3·tan(π/2n)·r, which makes a circle of equal radii.
+    tangents = np.stack((-np.sin(angles), np.cos(angles)), axis=1)
+    reach = 4 / 3 * math.tan(math.pi / (2 * count)) * radii[:, None]
+    leave, arrive = knots + reach * tangents, knots - reach * tangents
+    t = np.linspace(0, 1, CURVE_POINTS, endpoint=False)[:, None]
+    pieces = [
+        (1 - t) ** 3 * knots[i]
+        + 3 * (1 - t) ** 2 * t * leave[i]
+        + 3 * (1 - t) * t**2 * arrive[(i + 1) % count]
+        + t**3 * knots[(i + 1) % count]
+        for i in range(count)
+    ]
+    return np.concatenate(pieces)
+
+
+def _inside(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
+    """Even-odd test of points [..., 2] against a closed polygon [n, 2]; uint8 [...]."""
+    ends = np.roll(polygon, -1, axis=0)
+    x, y = points[..., 0, None], points[..., 1, None]
+    crosses = (polygon[:, 1] > y) != (ends[:, 1] > y)
+    rise = np.where(ends[:, 1] == polygon[:, 1], 1.0, ends[:, 1] - polygon[:, 1])
+    at = polygon[:, 0] + (y - polygon[:, 1]) * (ends[:, 0] - polygon[:, 0]) / rise
+    return ((crosses & (x < at)).sum(axis=-1) % 2).astype(np.uint8)
+
+
+def _bounce(centre: np.ndarray, velocity: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    outside = (centre < 0) | (centre > size)
+    return np.clip(centre, 0, size), np.where(outside, -velocity, velocity)

@@ -1,0 +1,1 @@
+"""Training methods: which state a pair is compared at, which errors, which loss, which diagnostics."""

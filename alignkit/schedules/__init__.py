@@ -1,0 +1,71 @@
+"""Inference schedules as path coefficients: what a network sees and must predict at each sampler step.
+
+Every parameterisation is four numbers (a, s, c, d) per sample:
+
+    x_t = a·x0 + s·ε        y = c·ε + d·x0
+
+so samplers, corruption, training and the kernels share one form and know nothing of schedulers.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The states an N-step sampler visits.
+
+    coefficients: fp64 [N + 1, 4], rows (a, s, c, d); the last row is the clean end (a = 1, s = 0).
+    timesteps: fp64 [N], what the network is given at each step (Wan's sampler truncates it to an integer
+    while it solves with the exact σ, so the two cannot be derived from each other).
+    """
+
+    coefficients: Tensor
+    timesteps: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.coefficients.dtype == self.timesteps.dtype == torch.float64
+        assert self.coefficients.shape == (len(self.timesteps) + 1, 4)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any coefficient or timestep; stored with whatever was made on this schedule."""
+        digest = hashlib.sha256()
+        for tensor in (self.coefficients, self.timesteps):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def flow_coefficients(sigmas: Tensor) -> Tensor:
+    """Rectified flow at noise level σ: x_t = (1−σ)·x0 + σ·ε, y = ε − x0. fp64 [...] to fp64 [..., 4]."""
+    sigmas = sigmas.double()
+    one = torch.ones_like(sigmas)
+    return torch.stack((1 - sigmas, sigmas, one, -one), dim=-1)
+
+
+def flow_shift(u: Tensor, shift: float) -> Tensor:
+    """S(u) = k·u / (1 + (k−1)·u): moves noise levels towards 1 for larger latents (arXiv 2403.03206, eq. 23)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def split_prediction(state: Tensor, prediction: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve x = a·x0 + s·ε, y = c·ε + d·x0 for (x0, ε). `coefficients` is one row [4]."""
+    a, s, c, d = coefficients.tolist()
+    determinant = a * c - s * d
+    return (c * state - s * prediction) / determinant, (a * prediction - d * state) / determinant
+
+
+def one_step(state: Tensor, prediction: Tensor, row: Tensor, next_row: Tensor) -> Tensor:
+    """First-order solver from one schedule row to the next: Euler for flow, DDIM (η = 0) for v and ε.
+
+    It carries nothing from step to step, which is what makes pasting known content into `state` safe.
+    """
+    clean, noise = split_prediction(state, prediction, row)
+    a, s, _, _ = next_row.tolist()
+    return a * clean + s * noise

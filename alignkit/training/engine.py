@@ -1,0 +1,121 @@
+"""DeepSpeed engines for the policy and its frozen reference, so built that they agree bit for bit at step 0."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignkit.config import Config
+from alignkit.errors import ConfigError
+from alignkit.training.distributed import Process
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+    "zero3-offload": {
+        "stage": 3,
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+    },
+}
+
+
+def precision(config: Config, device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it natively, else fp32, unless the configuration names one."""
+    if config.train.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Forwards per step and process. Raises ConfigError when the batch sizes do not divide."""
+    train = config.train
+    together = train.micro_batch_size * world_size
+    if train.global_batch_size % together:
+        raise ConfigError(
+            f"train.global_batch_size: {train.global_batch_size} is not a multiple of micro_batch_size "
+            f"({train.micro_batch_size}) times {world_size} processes"
+        )
+    return train.global_batch_size // together
+
+
+def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
+    """DeepSpeed's own JSON: the preset, what the other sections imply, then the user's keys on top."""
+    train = config.train
+    zero = copy.deepcopy(PRESETS[config.deepspeed.preset])
+    if process.device.type == "cpu":
+        zero.pop("offload_param", None), zero.pop("offload_optimizer", None)
+    base = {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(config, process.world_size),
+        "train_batch_size": train.global_batch_size,
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": precision(config, process.device) == torch.bfloat16},
+        "steps_per_print": None,
+    }
+    return _merged(base, config.deepspeed.config)
+
+
+def start_policy(config: Config, process: Process, transformer: nn.Module):
+    """The trained network in its engine, with AdamW on every parameter."""
+    import deepspeed
+
+    transformer.requires_grad_(True).train()
+    if config.train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    train = config.train
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
+    )
+    return deepspeed.initialize(
+        model=transformer, optimizer=optimizer, config=deepspeed_config(config, process), dist_init_required=False
+    )[0]
+
+
+def start_reference(config: Config, process: Process, transformer: nn.Module) -> nn.Module:
+    """The frozen network, partitioned as the policy is and in the same precision.
+
+    It must go through the same wrapper: ZeRO-3 replaces `F.linear`, and a plain module differs from a wrapped
+    one by up to 0.17 logits at β = 5000. Under ZeRO-2 the policy computes as a plain module, and so does this.
+    """
+    import deepspeed
+
+    transformer.requires_grad_(False).eval()
+    settings = deepspeed_config(config, process)
+    if settings["zero_optimization"]["stage"] < 3:
+        return transformer.to(process.device, precision(config, process.device))
+    zero = {key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"}
+    frozen = {
+        "train_micro_batch_size_per_gpu": settings["train_micro_batch_size_per_gpu"],
+        "zero_optimization": zero,
+        "bf16": settings["bf16"],
+        "steps_per_print": None,
+    }
+    engine = deepspeed.initialize(model=transformer, config=frozen, dist_init_required=False)[0]
+    engine.eval()
+    return engine
+
+
+def full_precision_weights(engine) -> dict[str, torch.Tensor]:
+    """fp32 master weights by name, on CPU, on the first process; every process must call this.
+
+    Parameters are gathered one at a time, so that no process ever holds the model twice.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        if torch.distributed.get_rank() == 0:
+            weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
+    return weights
+
+
+def _merged(base: dict, extra: dict) -> dict:
+    result = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result

@@ -1,0 +1,225 @@
+"""`alignkit train`: the training loop, from stored pairs to an exported model."""
+
+import math
+import resource
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from alignkit.config import Config, dump_config
+from alignkit.data.pairs import PairBatch, PairStore, collate
+from alignkit.data.sampler import global_batch, rank_share
+from alignkit.errors import AlignkitError, DataError
+from alignkit.files import write_atomically
+from alignkit.localdpo.build import pairs_folder
+from alignkit.models import load_model
+from alignkit.objectives.local_dpo import diagnostics, local_dpo, training_states
+from alignkit.progress import progress, say
+from alignkit.training import checkpoints
+from alignkit.training.distributed import Process
+from alignkit.training.engine import accumulation_steps, full_precision_weights, start_policy, start_reference
+from alignkit.training.export import export, export_folder
+from alignkit.training.metrics import MetricsLog
+
+
+class TrainingDiverged(AlignkitError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+def train_folder(config: Config) -> Path:
+    return config.output.dir / "train"
+
+
+def train(config: Config, process: Process) -> None:
+    """Train from the newest whole checkpoint to `train.steps`, then export. Every process calls this.
+
+    SIGTERM or an interrupt ends the run after the step under way, with a checkpoint and exit code 0.
+    """
+    accumulation = accumulation_steps(config, process.world_size)
+    store = PairStore(pairs_folder(config, "train"))
+    model = load_model(config.model, with_encoders=False)
+    _check_store(store, model, config)
+    terms = run_terms(config, store, model)
+    folder = train_folder(config)
+    if process.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
+        say(f"training on {process.world_size} process(es), {process.device}, {torch.get_num_threads()} threads each")
+    reference_network = load_model(config.model, with_encoders=False).transformer
+    policy = start_policy(config, process, model.transformer)
+    reference = start_reference(config, process, reference_network)
+    done = checkpoints.load_latest(policy, folder / "checkpoints", terms)
+    if done and process.main:
+        say(f"resuming after step {done}")
+    log = MetricsLog(folder, done) if process.main else None
+
+    bad_in_a_row = 0
+    with _stop_signals() as stop, progress("training", config.train.steps, done=done, show=process.main) as bar:
+        for step in range(done, config.train.steps):
+            start = time.perf_counter()
+            rows = global_batch(len(store), config.train.seed, step, config.train.global_batch_size)
+            share = rank_share(rows, process.rank, process.world_size)
+            _set_learning_rate(policy, config, step)
+            numbers = [
+                _forward_backward(config, model, policy, reference, store, micro, process, step)
+                for micro in _chunks(share, accumulation)
+            ]
+            applied = _applied(policy)
+            metrics = _mean_over_processes(numbers, process)
+            metrics |= {"lr": policy.optimizer.param_groups[0]["lr"], "epoch": rows[-1][1], "skipped": int(not applied)}
+            metrics["grad_norm"] = float(policy.get_global_grad_norm()) if applied else math.nan
+            bad_in_a_row = 0 if applied else bad_in_a_row + 1
+            if log:
+                log.write(step + 1, _printable(metrics), _timings(start, len(rows)))
+                bar.advance(note=f"loss {metrics['loss']:.4f}  region accuracy {metrics['region/accuracy']:.2f}")
+            if bad_in_a_row >= config.train.max_bad_steps:
+                _stop_diverged(config, folder, step, rows, store, process)
+            stopping = _any_process(stop(), process)
+            if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == config.train.steps or stopping:
+                if log:
+                    log.flush_to_disk()
+                checkpoints.save(policy, folder / "checkpoints", step + 1, terms, config.train.keep_checkpoints)
+            if stopping:
+                if process.main:
+                    say(f"stopped after step {step + 1} with a checkpoint; the same command continues")
+                return
+    if log:
+        log.close()
+    weights = full_precision_weights(policy)
+    if process.main:
+        export(model, weights, export_folder(config))
+    torch.distributed.barrier()
+
+
+def run_terms(config: Config, store: PairStore, model) -> dict:
+    """What a checkpoint and the run that resumes it must share; how long to train and how often to save are free."""
+    train = config.train.model_dump(mode="json", exclude={"steps", "checkpoint_every", "keep_checkpoints", "max_bad_steps"})
+    return {
+        "model": model.fingerprint(),
+        "pairs": store.fingerprint,
+        **{f"train.{key}": value for key, value in train.items()},
+        **{f"objective.{key}": value for key, value in config.objective.model_dump(mode="json").items()},
+        **{f"noise.{key}": value for key, value in config.noise.model_dump(mode="json").items()},
+        "deepspeed": config.deepspeed.model_dump(mode="json"),
+    }
+
+
+def _check_store(store: PairStore, model, config: Config) -> None:
+    for name, ours in (("family", model.family), ("model", model.fingerprint())):
+        if store.info[name] != ours:
+            raise DataError(
+                f"{store.folder}: its pairs were made with {name} {store.info[name]!r}, but model.path "
+                f"{config.model.path!r} is {ours!r}; build the pairs again with this model"
+            )
+
+
+def load_rows(store: PairStore, rows: list[int], device: torch.device) -> PairBatch:
+    batch = collate([store[row] for row in rows])
+    return PairBatch(
+        batch.ids, batch.winner.to(device), batch.loser.to(device), batch.mask.to(device), batch.text, batch.strength
+    )
+
+
+def _forward_backward(config, model, policy, reference, store, micro, process, step) -> dict[str, torch.Tensor]:
+    """One micro-batch through loss, backward and (at the last one of a step) the optimizer."""
+    batch = load_rows(store, [row for row, _ in micro], process.device)
+    epochs = torch.tensor([epoch for _, epoch in micro])
+    dtype = next(policy.module.parameters()).dtype
+    states = training_states(config, model, batch, epochs, dtype)
+    result = local_dpo(config, model, policy, reference, batch, states)
+    if step == 0:
+        logits = torch.cat([result.logits_region, result.logits_global]).abs().max().item()
+        assert_first_logits_zero(logits)
+    policy.backward(result.loss)
+    policy.step()
+    return diagnostics(result, states)
+
+
+def assert_first_logits_zero(largest: float) -> None:
+    """Policy and reference are the same weights before the first update: any other logit is a fault of the set-up."""
+    if largest != 0.0:
+        raise AlignkitError(
+            f"step 0: policy and reference differ by {largest:g} logits where they must agree exactly; they do not run "
+            "in the same precision, attention or partitioning (is a key of deepspeed.config the cause?)"
+        )
+
+
+def _applied(policy) -> bool:
+    """Whether the optimizer took the step: DeepSpeed skips it, on every process, when a gradient is not finite."""
+    return bool(policy.was_step_applied())
+
+
+def _set_learning_rate(policy, config: Config, step: int) -> None:
+    warmup = config.train.warmup_steps
+    rate = config.train.learning_rate * min(1.0, (step + 1) / warmup if warmup else 1.0)
+    for group in policy.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _mean_over_processes(numbers: list[dict[str, torch.Tensor]], process: Process) -> dict[str, float]:
+    """Means over the global batch, in fp64."""
+    names = list(numbers[0])
+    sums = torch.stack([torch.cat([part[name] for part in numbers]).sum() for name in names])
+    count = torch.tensor([sum(len(part[names[0]]) for part in numbers)], dtype=torch.float64, device=sums.device)
+    together = torch.cat([sums, count])
+    if process.world_size > 1:
+        torch.distributed.all_reduce(together)
+    return dict(zip(names, (together[:-1] / together[-1]).tolist(), strict=True))
+
+
+def _any_process(flag: bool, process: Process) -> bool:
+    if process.world_size == 1:
+        return flag
+    together = torch.tensor([int(flag)], device=process.device)
+    torch.distributed.all_reduce(together)
+    return bool(together.item())
+
+
+def _chunks(rows: list, count: int) -> list[list]:
+    size = len(rows) // count
+    return [rows[i * size : (i + 1) * size] for i in range(count)]
+
+
+def _printable(metrics: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN: a number that is not finite is written as null."""
+    return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+
+
+def _timings(start: float, pairs: int) -> dict[str, float]:
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    return {"seconds": seconds, "pairs_per_second": pairs / seconds, "peak_memory_gb": peak / 1e9}
+
+
+def _stop_diverged(config: Config, folder: Path, step: int, rows: list, store: PairStore, process: Process) -> None:
+    """Nothing is saved over the last good checkpoint; the batch is named, so that it can be looked at."""
+    file = folder / f"diverged-step-{step + 1}.parquet"
+    if process.main:
+        store.rows.select([row for row, _ in rows]).to_parquet(str(file))
+    raise TrainingDiverged(
+        f"step {step + 1}: loss or gradient not finite in {config.train.max_bad_steps} steps in a row; the last batch is "
+        f"in {file}, the last checkpoint is untouched; lower train.learning_rate or objective.beta"
+    )
+
+
+@contextmanager
+def _stop_signals():
+    """Yields a function that says whether SIGTERM or an interrupt has come; a second interrupt ends at once."""
+    seen = []
+
+    def note(number, _frame):
+        if seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
