@@ -1,6 +1,8 @@
 """Processes of a run: who I am, how many we are, how many threads I may use, and starting several of us."""
 
+import contextlib
 import ctypes
+import io
 import os
 import signal
 import socket
@@ -49,12 +51,13 @@ def start_process() -> Process:
     if cuda:
         torch.cuda.set_device(local_rank)
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(minutes=30),
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints where its extension was built
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timedelta(minutes=30),
+            )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
 
@@ -116,3 +119,7 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(os.environ[PARENT]):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":  # `make setup` builds what a first run would have to wait for
+    start_process()

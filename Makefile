@@ -1,0 +1,34 @@
+# make demo   sets everything up, runs the main job on this machine, says where its report is
+# make test   sets everything up, runs the tests
+# make setup  the set-up alone: .venv with the tested versions; a second call installs nothing
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt .ci/check_machine.py
+	@command -v $(PYTHON) >/dev/null || { echo "make setup: $(PYTHON) is missing; install Python 3.11 or newer, or call make PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) .ci/check_machine.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[train,bench,dev]'
+	@echo "building DeepSpeed's CPU communication (once, about half a minute)"
+	@$(BIN)/python -m alignkit.training.distributed
+	@touch $@
+
+demo: setup
+	$(BIN)/alignkit demo
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache
