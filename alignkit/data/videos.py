@@ -5,6 +5,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
 from PIL import Image
 from torch import Tensor
 
@@ -219,6 +221,27 @@ def decode_clip(path: str | Path, spec: VideoSpec) -> Tensor:
     path = Path(path)
     if min(spec.height, spec.width, spec.num_frames) < 1 or (spec.fps is not None and not spec.fps > 0):
         raise DataError(f"impossible video shape {spec}: height, width, frames and fps must be above 0")
+    with _opened(path) as stream:
+        return _pick(_timed_frames(stream, path), stream, spec, path)
+
+
+def read_video(path: str | Path) -> Tensor:
+    """Every frame of a video at its own size, uint8 RGB [F, H, W, 3]: what `write_video` wrote, for example.
+
+    Upright and in the tagged colours as `decode_clip`, and refused with the same errors.
+    """
+    path = Path(path)
+    with _opened(path) as stream:
+        reformatter = VideoReformatter()
+        frames = [_upright(frame, reformatter)[0] for _, _, frame in _timed_frames(stream, path)]
+    if not frames:
+        raise DataError(f"{path}: holds no frame that can be decoded")
+    return torch.from_numpy(np.stack(frames))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[VideoStream]:
+    """The file's main video stream. What goes wrong in here becomes a DataError that names the file."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
@@ -228,7 +251,7 @@ def decode_clip(path: str | Path, spec: VideoSpec) -> Tensor:
                 raise DataError(f"{path}: holds no video stream")
             if stream.codec_context is None:
                 raise DataError(f"{path}: no decoder for the codec of its video")
-            return _pick(_timed_frames(container, stream, path), stream, spec, path)
+            yield stream
     except av.FFmpegError as error:
         raise DataError(f"{path}: cannot be read as a video ({_reason(error)})") from error
     except (OSError, ValueError, MemoryError, OverflowError) as error:
@@ -244,14 +267,14 @@ def _reason(error: av.FFmpegError) -> str:
 TimedFrame = tuple[Fraction, Fraction, VideoFrame]  # start and duration in seconds
 
 
-def _timed_frames(container, stream, path: Path) -> Iterator[TimedFrame]:
+def _timed_frames(stream: VideoStream, path: Path) -> Iterator[TimedFrame]:
     """The frames in the order shown. Raises DataError at any damage."""
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1
     step = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
     count = 0
     try:
-        for packet in container.demux(stream):
+        for packet in stream.container.demux(stream):
             if packet.is_corrupt:
                 raise DataError(f"{path}: damaged after frame {count} (the file is cut off or broken there)")
             for frame in packet.decode():
@@ -264,7 +287,7 @@ def _timed_frames(container, stream, path: Path) -> Iterator[TimedFrame]:
         raise DataError(f"{path}: damaged, decoding fails after {count} frames ({_reason(error)})") from error
 
 
-def _pick(frames: Iterator[TimedFrame], stream, spec: VideoSpec, path: Path) -> Tensor:
+def _pick(frames: Iterator[TimedFrame], stream: VideoStream, spec: VideoSpec, path: Path) -> Tensor:
     """The pictures that `spec` asks for, out of all frames of the file."""
     picture = _Pictures(spec, stream.sample_aspect_ratio)
     chosen: list[np.ndarray] = []
@@ -312,15 +335,20 @@ class _Pictures:
     def __call__(self, frame: VideoFrame) -> np.ndarray:
         if self.last is not None and self.last[0] is frame:
             return self.last[1]
-        rgb = self.reformatter.reformat(frame, format="rgb24", interpolation=CONVERSION).to_ndarray()
-        transposed, mirrored, flipped = _orientation(frame)
-        if transposed:
-            rgb = rgb.transpose(1, 0, 2)
-        rgb = rgb[:: -1 if flipped else 1, :: -1 if mirrored else 1]
+        rgb, transposed = _upright(frame, self.reformatter)
         stretch = 1 / self.pixel_shape if transposed else self.pixel_shape  # width of a pixel over its height
         picture = _cover_and_crop(rgb, self.spec.height, self.spec.width, float(stretch))
         self.last = frame, picture
         return picture
+
+
+def _upright(frame: VideoFrame, reformatter: VideoReformatter) -> tuple[np.ndarray, bool]:
+    """uint8 RGB [height, width, 3] as shown, and whether rows and columns were exchanged for it."""
+    rgb = reformatter.reformat(frame, format="rgb24", interpolation=CONVERSION).to_ndarray()
+    transposed, mirrored, flipped = _orientation(frame)
+    if transposed:
+        rgb = rgb.transpose(1, 0, 2)
+    return rgb[:: -1 if flipped else 1, :: -1 if mirrored else 1], transposed
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:

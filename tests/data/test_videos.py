@@ -10,7 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from alignkit.data.videos import Clip, VideoSpec, decode_clip, find_clips, usable_clips, write_video
+from alignkit.data.videos import (
+    Clip,
+    VideoSpec,
+    decode_clip,
+    find_clips,
+    read_video,
+    usable_clips,
+    write_video,
+)
 from alignkit.errors import DataError
 
 SPEC = VideoSpec(height=48, width=48, num_frames=17)
@@ -137,6 +145,16 @@ def test_odd_sizes_and_other_formats_are_used(tmp_path, codec, pix_fmt):
     frames = decode_clip(path, SPEC)
     assert frames.shape == (17, 48, 48, 3)
     assert corners(frames[0]) == ["red", "green", "blue", "white"]
+
+
+def test_whole_video_is_read_at_its_own_size(tmp_path):
+    write_video(tmp_path / "a.mp4", quadrants(48, 64), 8)
+    set_display_matrix(tmp_path / "a.mp4", 0, 1, -1, 0)
+    frames = read_video(tmp_path / "a.mp4")
+    assert frames.shape == (20, 64, 48, 3)
+    assert corners(frames[0]) == ["blue", "red", "white", "green"]
+    with pytest.raises(DataError, match="no such file"):
+        read_video(tmp_path / "b.mp4")
 
 
 def test_odd_sizes_are_written_padded(tmp_path):
