@@ -1,0 +1,60 @@
+"""`region_errors` as torch sees it: an op, its backward, their shapes, and what implements them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference as plain
+
+
+@torch.library.custom_op("alignkit::region_errors", mutates_args=())
+def region_errors(
+    pred: Tensor,
+    reference: Tensor | None,
+    clean: Tensor,
+    coefficients: Tensor,
+    source: str,
+    noise: Sequence[Tensor],
+    regions: Tensor | None,
+    num_regions: int,
+) -> Tensor:
+    return plain.forward(pred, reference, clean, coefficients, source, noise, regions, num_regions)
+
+
+@torch.library.custom_op("alignkit::region_errors_backward", mutates_args=())
+def region_errors_backward(
+    grad: Tensor,
+    pred: Tensor,
+    clean: Tensor,
+    coefficients: Tensor,
+    source: str,
+    noise: Sequence[Tensor],
+    regions: Tensor | None,
+) -> Tensor:
+    return plain.backward(grad, pred, clean, coefficients, source, noise, regions)
+
+
+@region_errors.register_fake
+def _(pred, reference, clean, coefficients, source, noise, regions, num_regions):
+    return pred.new_empty((3, pred.shape[0], num_regions), dtype=torch.float64)
+
+
+@region_errors_backward.register_fake
+def _(grad, pred, clean, coefficients, source, noise, regions):
+    return torch.empty_like(pred, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    pred, _, clean, coefficients, source, noise, regions, _ = inputs
+    ctx.source = source
+    ctx.save_for_backward(pred, clean, coefficients, regions, *noise)
+
+
+def _backward(ctx, grad):
+    pred, clean, coefficients, regions, *noise = ctx.saved_tensors
+    dpred = region_errors_backward(grad, pred, clean, coefficients, ctx.source, noise, regions)
+    return dpred, None, None, None, None, [None] * len(noise), None, None
+
+
+region_errors.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,111 @@
+"""Errors and gaps by region in plain torch: the meaning of the kernel beside it.
+
+Terms are computed in fp32 (fp64 when an input is), products of differences so that equal predictions give
+exactly 0; they are summed in fp64 over a tree fixed by the sample's size alone, with elementwise additions
+only. So a sample's numbers depend on neither its batch nor the number of threads.
+"""
+
+import torch
+from torch import Tensor
+
+from ..noise.reference import coefficient_columns, noise_of
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def target_of(
+    clean: Tensor, coefficients: Tensor, source: str, noise: list[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """y = c * noise + d * clean, what the network should have predicted."""
+    columns = coefficient_columns(coefficients, dtype, clean.dim())
+    _, _, c, d = columns
+    clean = clean.to(dtype)
+    return c * noise_of(source, noise, clean, columns) + d * clean
+
+
+def gap_terms(pred: Tensor, reference: Tensor, target: Tensor) -> Tensor:
+    """(p - y)**2 - (r - y)**2 without cancellation."""
+    return (pred - reference) * (pred + reference - 2 * target)
+
+
+def tree_sum(x: Tensor, dim: int) -> Tensor:
+    """Sum over `dim`, kept with size 1, by folding halves: the same bits for any number of threads."""
+    while (size := x.shape[dim]) > 1:
+        half = size // 2
+        folded = x.narrow(dim, 0, half) + x.narrow(dim, half, half)
+        x = torch.cat((folded, x.narrow(dim, 2 * half, 1)), dim) if size % 2 else folded
+    return x
+
+
+def region_sums(terms: Tensor, regions: Tensor | None, num_regions: int) -> Tensor:
+    """fp64 [B, R]: the sum of `terms` over each region; labels of `num_regions` and above go nowhere."""
+    sums = terms.to(torch.float64)
+    if regions is None:
+        return tree_sum(sums.flatten(1), 1)
+    for dim in range(1, terms.dim()):
+        if regions.shape[dim] == 1:
+            sums = tree_sum(sums, dim)
+    return torch.cat(
+        [tree_sum(torch.where(regions == k, sums, 0.0).flatten(1), 1) for k in range(num_regions)], dim=1
+    )
+
+
+def region_counts(like: Tensor, regions: Tensor | None, num_regions: int) -> Tensor:
+    """fp64 [B, R]: elements in each region, those along broadcast axes included."""
+    batch, elements = like.shape[0], like[0].numel()
+    if regions is None:
+        return torch.full((batch, 1), float(elements), dtype=torch.float64, device=like.device)
+    labels = regions.flatten(1)
+    counts = torch.stack([(labels == k).sum(1) for k in range(num_regions)], dim=1).to(torch.float64)
+    return (counts * (elements // labels.shape[1])).expand(batch, num_regions)
+
+
+def scaled_by_region(values: Tensor, weights: Tensor, regions: Tensor | None) -> Tensor:
+    """values * weights[b, region]; 0 where the label has no weight, whatever the value is."""
+    weights = weights.to(values.dtype)
+    if regions is None:
+        return values * weights.reshape(-1, *[1] * (values.dim() - 1))
+    num_regions, batch = weights.shape[1], values.shape[0]
+    labels = regions.flatten(1).long().expand(batch, -1)
+    weight = weights.gather(1, labels.clamp(max=num_regions - 1)).reshape(batch, *regions.shape[1:])
+    return torch.where(regions < num_regions, values * weight, 0.0)
+
+
+def forward(
+    pred: Tensor,
+    reference: Tensor | None,
+    clean: Tensor,
+    coefficients: Tensor,
+    source: str,
+    noise: list[Tensor],
+    regions: Tensor | None,
+    num_regions: int,
+) -> Tensor:
+    """fp64 [3, B, R]: count, error, gap (0 without a reference)."""
+    dtype = compute_dtype(pred, reference, clean)
+    target = target_of(clean, coefficients, source, noise, dtype)
+    p = pred.to(dtype)
+    count = region_counts(pred, regions, num_regions)
+    error = region_sums((p - target) ** 2, regions, num_regions)
+    if reference is None:
+        return torch.stack((count, error, torch.zeros_like(error)))
+    gap = region_sums(gap_terms(p, reference.to(dtype), target), regions, num_regions)
+    return torch.stack((count, error, gap))
+
+
+def backward(
+    grad: Tensor,
+    pred: Tensor,
+    clean: Tensor,
+    coefficients: Tensor,
+    source: str,
+    noise: list[Tensor],
+    regions: Tensor | None,
+) -> Tensor:
+    """d(loss)/d(pred) = 2 * g[region] * (pred - y), with g the gradients of error and gap together."""
+    dtype = compute_dtype(pred, clean)
+    residual = pred.to(dtype) - target_of(clean, coefficients, source, noise, dtype)
+    return scaled_by_region(residual, 2 * (grad[1] + grad[2]), regions).to(pred.dtype)

@@ -1,0 +1,70 @@
+"""Keyed noise: the same numbers wherever, whenever and beside whatever they are drawn."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import InputError, check_coefficients, check_latents
+from ..sources import NoiseKey, NoiseSource, key_words, noise_inputs
+from . import op
+
+
+def keyed_randn(
+    shape: Sequence[int],
+    key: NoiseKey,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise of `shape` = [B, ...] that depends on the key and the place in the sample alone.
+
+    Row b is sample `key.sample_ids[b]`; element i of a row is element i of the contiguous sample, so the same
+    sample drawn with another batch, block size or number of ranks is the same. Normals are made in fp32 and
+    rounded to `dtype`. `device` defaults to where the ids are.
+
+    Raises InputError when the shape does not start with the number of ids, or a word of the key does not fit.
+    """
+    if not dtype.is_floating_point:
+        raise InputError(f"keyed_randn makes floating-point noise, not {dtype}")
+    return op.keyed_normal(*_request(shape, key, device), dtype)
+
+
+def keyed_rand(
+    shape: Sequence[int],
+    key: NoiseKey,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Uniform numbers in [0, 1) of `shape` = [B, ...]: the top 24 bits of the words `keyed_randn` uses.
+
+    `dtype` is float32 or float64 (a narrower one would round up to 1). Raises InputError as `keyed_randn`.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise InputError(f"keyed_rand makes float32 or float64, not {dtype}, which would round up to 1")
+    return op.keyed_uniform(*_request(shape, key, device), dtype)
+
+
+def add_keyed_noise(clean: Tensor, coefficients: Tensor, key: NoiseSource) -> Tensor:
+    """x_t = a * clean + s * noise in one pass; keyed noise is never stored.
+
+    clean: [B, C, F, H, W], [B, F, C, H, W] or [B, C, H, W]; coefficients: [B, 4] rows (a, s, c, d); key:
+    usually a `NoiseKey`, but any noise source works. Computed in fp32 (fp64 for fp64), returned in `clean`'s
+    dtype. Not differentiable. Raises InputError when shapes, dtypes or devices do not fit.
+    """
+    check_latents("clean", clean)
+    check_coefficients(coefficients, clean)
+    return op.add_noise(clean, coefficients, *noise_inputs("key", key, clean))
+
+
+def _request(
+    shape: Sequence[int], key: NoiseKey, device: torch.device | str | None
+) -> tuple[list[int], list[Tensor]]:
+    shape = list(shape)
+    if not isinstance(key, NoiseKey):
+        raise InputError(f"key must be a NoiseKey, got {type(key).__name__}")
+    if not shape or min(shape) < 1:
+        raise InputError(f"shape is {shape}, expected [B, ...] with every size at least 1")
+    device = torch.device(device) if device is not None else key.sample_ids.device
+    return shape, key_words(key, shape[0], device)

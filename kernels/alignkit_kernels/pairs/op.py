@@ -1,0 +1,85 @@
+"""`pair_region_errors` as torch sees it: an op, its backward, their shapes, and what implements them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference as plain
+
+
+@torch.library.custom_op("alignkit::pair_region_errors", mutates_args=())
+def pair_region_errors(
+    pred_w: Tensor,
+    pred_l: Tensor,
+    reference_w: Tensor | None,
+    reference_l: Tensor | None,
+    clean_w: Tensor,
+    clean_l: Tensor,
+    coefficients: Tensor,
+    source_w: str,
+    noise_w: Sequence[Tensor],
+    source_l: str,
+    noise_l: Sequence[Tensor],
+    regions: Tensor | None,
+    num_regions: int,
+) -> Tensor:
+    return plain.forward(
+        pred_w, pred_l, reference_w, reference_l, clean_w, clean_l, coefficients,
+        source_w, noise_w, source_l, noise_l, regions, num_regions,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("alignkit::pair_region_errors_backward", mutates_args=())
+def pair_region_errors_backward(
+    grad: Tensor,
+    pred_w: Tensor,
+    pred_l: Tensor,
+    clean_w: Tensor,
+    clean_l: Tensor,
+    coefficients: Tensor,
+    source_w: str,
+    noise_w: Sequence[Tensor],
+    source_l: str,
+    noise_l: Sequence[Tensor],
+    regions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return plain.backward(
+        grad, pred_w, pred_l, clean_w, clean_l, coefficients, source_w, noise_w, source_l, noise_l, regions
+    )
+
+
+@pair_region_errors.register_fake
+def _(pred_w, *args):
+    return pred_w.new_empty((6, pred_w.shape[0], args[-1]), dtype=torch.float64)
+
+
+@pair_region_errors_backward.register_fake
+def _(grad, pred_w, pred_l, *args):
+    return (
+        torch.empty_like(pred_w, memory_format=torch.contiguous_format),
+        torch.empty_like(pred_l, memory_format=torch.contiguous_format),
+    )
+
+
+def _save(ctx, inputs, output):
+    pred_w, pred_l, _, _, clean_w, clean_l, coefficients, *sources, regions, _ = inputs
+    source_w, noise_w, source_l, noise_l = sources
+    ctx.sources = source_w, source_l, len(noise_w), len(noise_l)
+    ctx.save_for_backward(pred_w, pred_l, clean_w, clean_l, coefficients, regions, *noise_w, *noise_l)
+
+
+def _backward(ctx, grad):
+    source_w, source_l, size_w, size_l = ctx.sources
+    pred_w, pred_l, clean_w, clean_l, coefficients, regions, *noise = ctx.saved_tensors
+    dpred_w, dpred_l = pair_region_errors_backward(
+        grad, pred_w, pred_l, clean_w, clean_l, coefficients,
+        source_w, noise[:size_w], source_l, noise[size_w:], regions,
+    )  # fmt: skip
+    return (
+        dpred_w, dpred_l, None, None, None, None, None,
+        None, [None] * size_w, None, [None] * size_l, None, None,
+    )  # fmt: skip
+
+
+pair_region_errors.register_autograd(_backward, setup_context=_save)

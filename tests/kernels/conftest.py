@@ -1,0 +1,175 @@
+"""Inputs and an independent fp64 oracle, shared by the kernel tests."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from alignkit_kernels import NoiseKey, PathState, keyed_randn
+from torch import Tensor
+
+SHAPES = {"channels_first": (3, 4, 3, 5, 7), "frames_first": (3, 3, 4, 5, 7), "image": (3, 4, 5, 7)}
+EPS = 2.0**-23
+
+
+def closed_form(shape, p, q, amp=1.0) -> Tensor:
+    """amp * sin(p i + q) * cos(0.37 p i - q), i in C order: inputs that anyone can write down."""
+    i = torch.arange(int(np.prod(shape)), dtype=torch.float64)
+    return (amp * torch.sin(p * i + q) * torch.cos(0.37 * p * i - q)).reshape(shape)
+
+
+@dataclass
+class Case:
+    """One side: what `region_errors` takes, and its exact answer on the rounded inputs."""
+
+    pred: Tensor
+    reference: Tensor
+    clean: Tensor
+    coefficients: Tensor
+    noise: Tensor | NoiseKey | PathState
+    regions: Tensor | None
+    num_regions: int | None
+
+    def arguments(self) -> tuple:
+        return self.pred, self.clean, self.coefficients, self.noise
+
+    def options(self) -> dict:
+        return {"reference": self.reference, "regions": self.regions, "num_regions": self.num_regions}
+
+    def rows(self, index) -> "Case":
+        """The case for some samples of the batch, in the given order."""
+        noise = self.noise
+        if isinstance(noise, NoiseKey):
+            noise = replace(noise, sample_ids=noise.sample_ids[index])
+        elif isinstance(noise, PathState):
+            noise = PathState(noise.state[index])
+        else:
+            noise = noise[index]
+        regions = self.regions
+        if regions is not None and regions.shape[0] > 1:
+            regions = regions[index]
+        return Case(
+            self.pred[index], self.reference[index], self.clean[index], self.coefficients[index],
+            noise, regions, self.num_regions,
+        )  # fmt: skip
+
+    def epsilon(self) -> np.ndarray:
+        if isinstance(self.noise, NoiseKey):
+            return keyed_randn(self.pred.shape, self.noise).double().numpy()
+        if isinstance(self.noise, PathState):
+            a, s = self._columns()[:2]
+            return (self.noise.state.double().numpy() - a * self.clean.double().numpy()) / s
+        return self.noise.double().numpy()
+
+    def labels(self) -> np.ndarray:
+        if self.regions is None:
+            return np.zeros(self.pred.shape, np.int64)
+        return np.broadcast_to(self.regions.numpy().astype(np.int64), self.pred.shape)
+
+    def target(self) -> tuple[np.ndarray, np.ndarray]:
+        """y, and the sum of magnitudes that bounds its rounding error in units of eps."""
+        a, s, c, d = self._columns()
+        epsilon, clean = self.epsilon(), self.clean.double().numpy()
+        magnitude = np.abs(c * epsilon) + np.abs(d * clean)
+        if isinstance(self.noise, PathState):
+            state = np.abs(self.noise.state.double().numpy())
+            magnitude = magnitude + np.abs(c) * (state + np.abs(a * clean)) / s
+        return c * epsilon + d * clean, magnitude
+
+    def exact(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """error, gap and count [B, R], each with the sum of term magnitudes its rounding scales with."""
+        y, magnitude = self.target()
+        p, r = self.pred.double().numpy(), self.reference.double().numpy()
+        count = self._sums(np.ones_like(p))
+        return {
+            "error": (self._sums((p - y) ** 2), self._sums(np.abs(p - y) * (np.abs(p) + magnitude))),
+            "gap": (
+                self._sums((p - r) * (p + r - 2 * y)),
+                self._sums(np.abs(p - r) * (np.abs(p) + np.abs(r) + 2 * magnitude)),
+            ),
+            "count": (count, 0 * count),
+        }
+
+    def exact_gradient(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """d(sum weights * error)/d(pred), and the magnitude its rounding scales with."""
+        y, magnitude = self.target()
+        p, labels = self.pred.double().numpy(), self.labels()
+        held = labels < weights.shape[1]
+        batch = np.arange(p.shape[0]).reshape(-1, *[1] * (p.ndim - 1))
+        g = np.where(held, 2 * weights[batch, np.where(held, labels, 0)], 0.0)
+        return g * (p - y), np.abs(g) * (np.abs(p) + magnitude)
+
+    def _columns(self) -> list[np.ndarray]:
+        columns = self.coefficients.double().numpy()
+        return [columns[:, i].reshape(-1, *[1] * (self.pred.dim() - 1)) for i in range(4)]
+
+    def _sums(self, terms: np.ndarray) -> np.ndarray:
+        labels, size = self.labels(), self.num_regions or 1
+        return np.stack(
+            [
+                np.bincount(k.ravel(), weights=t.ravel(), minlength=256)[:size]
+                for k, t in zip(labels, terms, strict=True)
+            ]
+        )
+
+
+@pytest.fixture
+def make_case():
+    return _make_case
+
+
+@pytest.fixture
+def formula():
+    return closed_form
+
+
+@pytest.fixture
+def eps():
+    return EPS
+
+
+def _make_case(
+    layout="channels_first",
+    *,
+    noise="given",
+    num_regions=2,
+    dtype=torch.float32,
+    dtypes=None,
+    shape=None,
+    seed=0,
+) -> Case:
+    """Random inputs whose prediction and reference are near the target, as in training."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = shape or SHAPES[layout]
+    pred_dtype, reference_dtype, clean_dtype = dtypes or (dtype,) * 3
+
+    def normal() -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    batch, columns = shape[0], [-1] + [1] * (len(shape) - 1)
+    s = 0.1 + 0.8 * torch.rand(batch, generator=generator, dtype=torch.float64)
+    coefficients = torch.stack((1 - s, s, torch.ones_like(s), -torch.ones_like(s)), 1).float()
+    clean = normal().to(clean_dtype)
+    key = NoiseKey(2**63 + 5, torch.arange(batch) * 7 + 3, 2)
+    epsilon = keyed_randn(shape, key).double()
+    a_column, s_column = coefficients[:, 0].view(columns), coefficients[:, 1].view(columns)
+    state = (a_column * clean + s_column * epsilon).to(torch.promote_types(pred_dtype, torch.float32))
+    sources = {"given": epsilon.to(pred_dtype), "keyed": key, "path": PathState(state)}
+    target = epsilon - clean.double()
+    reference = target + 0.3 * normal()
+    pred = reference + 0.03 * normal()
+    regions = None
+    if num_regions is not None:
+        axis = 2 if layout == "frames_first" else 1
+        label_shape = [1 if i == axis else size for i, size in enumerate(shape)]
+        labels = torch.randint(0, num_regions + 1, label_shape, generator=generator)  # the last is ignored
+        regions = labels.to(torch.uint8)
+    return Case(
+        pred.to(pred_dtype),
+        reference.to(reference_dtype),
+        clean,
+        coefficients,
+        sources[noise],
+        regions,
+        num_regions,
+    )

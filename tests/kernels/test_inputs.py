@@ -1,0 +1,103 @@
+"""What a caller can get wrong is refused with a message that names it; what is allowed imports anywhere."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from alignkit_kernels import (
+    InputError,
+    NoiseKey,
+    PathState,
+    add_keyed_noise,
+    keyed_rand,
+    keyed_randn,
+    local_dpo_loss,
+    pair_region_errors,
+    region_errors,
+)
+
+X = torch.zeros(2, 4, 3, 5, 7)
+ROWS = torch.tensor([[0.5, 0.5, 1.0, -1.0]] * 2)
+MASK = torch.zeros(2, 1, 3, 5, 7, dtype=torch.uint8)
+KEY = NoiseKey(0, torch.tensor([1, 2]), 0)
+
+
+def errors(pred=X, clean=X, rows=ROWS, noise=KEY, **options):
+    return region_errors(pred, clean, rows, noise, **options)
+
+
+def pairs(*args, **options):
+    return pair_region_errors(X, X, X, X, ROWS, *args, **options)
+
+
+def loss(ref_w=X, ref_l=X, **options):
+    return local_dpo_loss(X, X, ref_w, ref_l, X, X, ROWS, KEY, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: errors(pred=X.int()), "pred must be a floating-point tensor .* got int32"),
+        (lambda: errors(pred=X[0, 0]), r"pred must be .* got float32 \[3, 5, 7\]"),
+        (lambda: errors(clean=X[:1]), r"clean is \[1, 4, 3, 5, 7\] but pred is \[2, 4, 3, 5, 7\]"),
+        (lambda: errors(pred=X[:0], clean=X[:0]), "pred has no elements"),
+        (lambda: errors(rows=ROWS[0]), r"coefficients are \[4\], expected \[2, 4\]"),
+        (lambda: errors(rows=ROWS.half()), "coefficients must be a float32 or float64"),
+        (lambda: errors(reference=X[..., 1:]), r"reference is \[2, 4, 3, 5, 6\]"),
+        (lambda: errors(noise=X[:, 1:]), r"noise is \[2, 3, 3, 5, 7\] but clean is"),
+        (lambda: errors(noise=PathState(X[:1])), r"noise.state is \[1, 4"),
+        (lambda: errors(noise=7), "noise must be a Tensor, a NoiseKey or a PathState, got int"),
+        (lambda: errors(regions=MASK), "num_regions is required"),
+        (lambda: errors(num_regions=2), "num_regions is 2 but regions is None"),
+        (lambda: errors(regions=MASK, num_regions=0), "num_regions is 0, expected 1 to 255"),
+        (lambda: errors(regions=MASK.float(), num_regions=2), "regions must be a uint8 or bool"),
+        (lambda: errors(regions=MASK[:, 0], num_regions=2), "every axis must be equal or 1"),
+        (lambda: errors(regions=MASK[..., :5], num_regions=2), "every axis must be equal or 1"),
+        (lambda: errors(noise=replace(KEY, sample_ids=torch.tensor([1]))), "1 ids for a batch of 2"),
+        (lambda: errors(noise=replace(KEY, sample_ids=torch.tensor([1, -2]))), "sample_ids holds -2"),
+        (lambda: errors(noise=replace(KEY, sample_ids=torch.tensor([1, 2**32]))), "sample_ids holds 429"),
+        (lambda: errors(noise=replace(KEY, sample_ids=[1, 2])), "sample_ids must be an int64 tensor"),
+        (lambda: errors(noise=replace(KEY, draw=-1)), "draw holds -1"),
+        (lambda: errors(noise=replace(KEY, draw=torch.tensor([1.0]))), "draw must be an int or int64"),
+        (lambda: keyed_randn((3, 5), KEY), "2 ids for a batch of 3"),
+        (lambda: keyed_randn((2, 0), KEY), "every size at least 1"),
+        (lambda: keyed_randn((2, 5), KEY, dtype=torch.int32), "floating-point"),
+        (lambda: keyed_randn((2, 5), 3), "key must be a NoiseKey, got int"),
+        (lambda: keyed_rand((2, 5), KEY, dtype=torch.bfloat16), "round up to 1"),
+        (lambda: add_keyed_noise(X, ROWS[:1], KEY), r"coefficients are \[1, 4\], expected \[2, 4\]"),
+        (lambda: pairs(KEY, reference_w=X), "reference_l is None"),
+        (lambda: pairs(PathState(X)), "noise_l is required"),
+        (lambda: loss(ref_l=None), "pass either the reference's predictions"),
+        (lambda: loss(None, None), "pass either the reference's predictions"),
+        (lambda: loss(ref_error_w=ROWS[:, :1].double()), "pass either the reference's predictions"),
+        (
+            lambda: loss(None, None, ref_error_w=ROWS[:, :1], ref_error_l=ROWS[:, :1]),
+            r"ref_error_w is torch.float32 \[2, 1\], expected float64",
+        ),
+        (lambda: loss(strength=torch.tensor([0.8])), r"strength must be a tensor \[2\]"),
+        (lambda: loss(strength_range=(0.9, 0.8)), "expected low <= high"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_importable_without_triton_and_without_anything_else():
+    """A machine with torch alone: every other distribution is refused, and the reference path answers."""
+    program = """
+import sys, torch
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("triton", "alignkit", "diffusers", "deepspeed", "transformers", "scipy"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import alignkit_kernels as k
+x = torch.ones(1, 2, 2, 2)
+rows = torch.tensor([[0.5, 0.5, 1.0, -1.0]])
+print(float(k.region_errors(x, x, rows, k.NoiseKey(0, torch.tensor([1]), 0)).count))
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert answer.stdout.strip() == "8.0", answer.stderr
