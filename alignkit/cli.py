@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Preference alignment of text-to-video diffusion transformers: a folder of real videos in, an aligned model out.",
+    help="Preference alignment of text-to-video diffusion transformers: real videos in, an aligned model out.",
     epilog="Each stage reads one YAML file; any key can be overridden: alignkit train run.yaml train.steps=200",
 )
 
@@ -35,7 +35,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -43,10 +45,13 @@ def _options(
 @app.command()
 def demo(
     overrides: Overrides = None,
-    videos: Annotated[Path | None, typer.Option(help="A folder of your own videos with captions, instead of drawn clips.")] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="A folder of your own videos with captions, instead of drawn clips.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
 ) -> None:
     """Run every stage on a small Wan2.1 that comes with alignkit, on this machine, and write a report."""
+    _quiet_libraries()
     from alignkit.demo import run_demo
 
     run_demo(videos, out, overrides or [])
@@ -62,7 +67,9 @@ def pairs(config: ConfigFile, overrides: Overrides = None) -> None:
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes to start on this machine (torchrun and deepspeed work too).")] = 1,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Processes to start on this machine (torchrun and deepspeed work too).")
+    ] = 1,
 ) -> None:
     """Train on the pairs with DeepSpeed and export a diffusers folder; run again to resume."""
     from alignkit.training.distributed import launched, run_processes
@@ -95,6 +102,7 @@ def report(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 def _run(name: str, config: Config) -> None:
+    _quiet_libraries()
     from alignkit.stages import run_stage
 
     run_stage(name, config)
@@ -109,3 +117,15 @@ def run() -> None:
             time.sleep(2)  # what all processes stumble over, the first one says; the launcher ends the others
         print(f"alignkit: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _quiet_libraries() -> None:
+    """Loading bars and notices of the libraries would drown our own; their warnings and errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "1" if name.startswith("HF_HUB") else "error")
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

@@ -45,7 +45,9 @@ def _conclude(config: Config) -> None:
     for check in summary["criteria"]:
         say(f"  {'✓' if check['reached'] else '✗'} {check['text']}")
     total = sum(summary["seconds"].values())
-    say(f"alignment {'reached' if summary['reached'] else 'NOT reached'}, {total:.0f} s, "
-        f"{summary['peak_memory_gb']:.1f} GB at most")
+    say(
+        f"alignment {'reached' if summary['reached'] else 'NOT reached'}, {total:.0f} s, "
+        f"{summary['peak_memory_gb']:.1f} GB at most"
+    )
     say(f"report:  {config.output.dir / 'report.html'}")
     say(f"model:   {config.output.dir / 'export'}  (WanPipeline.from_pretrained loads it)")

@@ -33,7 +33,9 @@ class _Lines:
             return
         self._last = now
         left = (now - self._start) / max(self._done - self._first, 1) * (self._total - self._done)
-        print(f"{self._title}: {self._done}/{self._total}, {left:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)
+        print(
+            f"{self._title}: {self._done}/{self._total}, {left:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True
+        )
 
 
 class _Silent:

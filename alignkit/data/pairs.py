@@ -166,7 +166,7 @@ class PairStore:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs side by side: latents fp32 [B, ...], mask uint8 [B, ...], text per pair, ids int64 [B], strength fp64 [B]."""
+    """Pairs side by side: latents fp32 [B, ...], mask uint8 [B, ...], a text each, ids int64 [B], strength fp64 [B]."""
 
     ids: Tensor
     winner: Tensor

@@ -46,7 +46,10 @@ def sample(config: Config, device: torch.device) -> Path:
         raise DataError(f"{aligned}: no exported model; run 'alignkit train' with this configuration first")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    sections = {"base": config.model, "aligned": config.model.model_copy(update={"path": str(aligned), "revision": None})}
+    sections = {
+        "base": config.model,
+        "aligned": config.model.model_copy(update={"path": str(aligned), "revision": None}),
+    }
     for name in MODELS:
         say(f"sampling from the {name} model")
         model = load_model(sections[name]).to(device)
@@ -55,7 +58,9 @@ def sample(config: Config, device: torch.device) -> Path:
             for seed in config.sample.seeds:
                 for first in range(0, len(prompts), config.sample.batch_size):
                     numbers = range(first, min(first + config.sample.batch_size, len(prompts)))
-                    frames = sample_batch(config, model, [prompts[i] for i in numbers], list(numbers), seed, shape, device)
+                    frames = sample_batch(
+                        config, model, [prompts[i] for i in numbers], list(numbers), seed, shape, device
+                    )
                     for i, video in zip(numbers, frames, strict=True):
                         write_video(folder / _file(name, seed, i), video, config.data.fps or PLAYBACK_FPS)
                     bar.advance(len(numbers))

@@ -99,8 +99,10 @@ def _check_membership(folder: Path, names: list[str]) -> None:
     if not file.exists():
         write_json(file, names)
     elif json.loads(file.read_text()) != names:
-        raise DataError(f"{folder}: was built from other clips than data.videos holds now; choose another "
-                        "output.dir or delete that folder")
+        raise DataError(
+            f"{folder}: was built from other clips than data.videos holds now; choose another "
+            "output.dir or delete that folder"
+        )
 
 
 def _store_info(config: Config, model) -> StoreInfo:

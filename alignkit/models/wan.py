@@ -156,9 +156,7 @@ class WanModel:
 
 def predict(transformer: nn.Module, state: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
     """The network's output for states [B, C, F, H, W] at timesteps [B]; `transformer` may be a DeepSpeed engine."""
-    return transformer(
-        hidden_states=state, timestep=timesteps, encoder_hidden_states=text, return_dict=False
-    )[0]
+    return transformer(hidden_states=state, timestep=timesteps, encoder_hidden_states=text, return_dict=False)[0]
 
 
 def guided(
@@ -186,17 +184,13 @@ def load(
             raise ModelError(f"model.path: {path}/scheduler: use_flow_sigmas is off, so its states are not Wan's")
         transformer = None
         if with_transformer:
-            transformer = WanTransformer3DModel.from_pretrained(
-                path, subfolder="transformer", revision=revision, torch_dtype=torch.float32
-            )
-            transformer.requires_grad_(False).eval()
+            transformer = WanTransformer3DModel.from_pretrained(path, subfolder="transformer", revision=revision)
+            transformer.float().requires_grad_(False).eval()
         pipeline = None
         if with_encoders:
-            pipeline = WanPipeline.from_pretrained(
-                path, revision=revision, transformer=None, torch_dtype=torch.float32
-            )
-            pipeline.vae.requires_grad_(False).eval()
-            pipeline.text_encoder.requires_grad_(False).eval()
+            pipeline = WanPipeline.from_pretrained(path, revision=revision, transformer=None)
+            pipeline.vae.float().requires_grad_(False).eval()
+            pipeline.text_encoder.float().requires_grad_(False).eval()
     except ModelError:
         raise
     except Exception as error:  # diffusers, safetensors and json each raise their own kinds for damaged files

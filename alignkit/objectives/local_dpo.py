@@ -54,9 +54,7 @@ def make_states(
     """Noise both videos of each pair with the pair's own noise (by its id) at the pair's own point of the path."""
     device = batch.winner.device
     coefficients = coefficients.to(device)
-    states = torch.cat(
-        [add_keyed_noise(clean, coefficients, noise) for clean in (batch.winner, batch.loser)]
-    )
+    states = torch.cat([add_keyed_noise(clean, coefficients, noise) for clean in (batch.winner, batch.loser)])
     text = model.pad_text(batch.text).to(device, dtype)
     return States(
         states=states.to(dtype),
@@ -104,30 +102,34 @@ def local_dpo(
     )
 
 
-def diagnostics(result: LocalDPOLoss, states: States) -> dict[str, Tensor]:
+def diagnostics(config: Config, result: LocalDPOLoss, states: States) -> dict[str, Tensor]:
     """Per-pair numbers, fp64 [B], whose means over the global batch are logged.
 
-    rewards/*: TRL's names for the global logit: −β/2 · gap of each side is left to the reader, since β is in
-    the log; margins is the logit itself, accuracies counts a tie as half. gradient_factor is σ(−z), by which
-    a pair's gradient is scaled: 0.5 at the start, towards 0 where the pair is learnt.
+    rewards/* carry TRL's names for the global term: chosen and rejected are −β/2 · gap of each side, margins
+    their difference (the logit), accuracies counts a tie as half. gradient_factor is σ(−z), by which a pair's
+    gradient is scaled: 0.5 at the start, towards 0 where the pair is learnt. Gaps are policy − reference.
     """
     region, whole = result.logits_region.detach(), result.logits_global.detach()
+    gap_w, gap_l = result.gap_w.detach(), result.gap_l.detach()
+    half_beta = config.objective.beta / 2
     return {
         "loss": result.loss_per_pair.detach(),
+        "rewards/chosen": -half_beta * gap_w,
+        "rewards/rejected": -half_beta * gap_l,
+        "rewards/margins": whole,
+        "rewards/accuracies": accuracy(whole),
+        "global/gap_w": gap_w,
+        "global/gap_l": gap_l,
+        "global/gradient_factor": torch.sigmoid(-whole),
         "region/accuracy": accuracy(region),
         "region/logit": region,
         "region/gap_w": result.region_gap_w.detach(),
         "region/gap_l": result.region_gap_l.detach(),
         "region/gradient_factor": torch.sigmoid(-region),
         "region/saturated": (region.abs() > SATURATED).double(),
-        "global/accuracy": accuracy(whole),
-        "global/logit": whole,
-        "global/gap_w": result.gap_w.detach(),
-        "global/gap_l": result.gap_l.detach(),
-        "global/gradient_factor": torch.sigmoid(-whole),
+        "region_empty": result.region_empty.double(),
         "error_w": result.error_w.detach(),
         "error_l": result.error_l.detach(),
-        "region_empty": result.region_empty.double(),
         "noise_level": states.coefficients[:, 1].double(),
     }
 

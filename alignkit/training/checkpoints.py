@@ -82,12 +82,18 @@ def _choose(folder: Path, terms: dict) -> list:
         manifest = json.loads((path / MANIFEST).read_text())
         world_size = torch.distributed.get_world_size()
         if manifest["world_size"] != world_size:
-            return [None, f"{path}: written by {manifest['world_size']} processes, this run has {world_size}; "
-                          "resume with the same number, or start in another output.dir"]
+            return [
+                None,
+                f"{path}: written by {manifest['world_size']} processes, this run has {world_size}; "
+                "resume with the same number, or start in another output.dir",
+            ]
         for key, value in terms.items():
             if manifest["terms"].get(key) != value:
-                return [None, f"{path}: written with {key} = {manifest['terms'].get(key)!r}, now it is {value!r}; "
-                              "put it back to resume, or start in another output.dir"]
+                return [
+                    None,
+                    f"{path}: written with {key} = {manifest['terms'].get(key)!r}, now it is {value!r}; "
+                    "put it back to resume, or start in another output.dir",
+                ]
         return [path.name, None]
     return [None, None]
 

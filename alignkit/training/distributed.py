@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -45,6 +46,8 @@ def start_process() -> Process:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     _die_with_launcher()
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates; said at every step, by every process.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
     cuda = torch.cuda.is_available()

@@ -37,4 +37,3 @@ def export(model, weights: dict[str, Tensor], target: Path) -> None:
     os.rename(partial, target)
     shutil.rmtree(old, ignore_errors=True)
     say(f"exported to {target}")
-

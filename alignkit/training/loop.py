@@ -24,6 +24,8 @@ from alignkit.training.engine import accumulation_steps, full_precision_weights,
 from alignkit.training.export import export, export_folder
 from alignkit.training.metrics import MetricsLog
 
+NOISE_BUCKETS = 4  # quarters of the noise level, for the error by timestep
+
 
 class TrainingDiverged(AlignkitError):
     """Too many steps in a row had a non-finite loss or gradient."""
@@ -96,7 +98,9 @@ def train(config: Config, process: Process) -> None:
 
 def run_terms(config: Config, store: PairStore, model) -> dict:
     """What a checkpoint and the run that resumes it must share; how long to train and how often to save are free."""
-    train = config.train.model_dump(mode="json", exclude={"steps", "checkpoint_every", "keep_checkpoints", "max_bad_steps"})
+    train = config.train.model_dump(
+        mode="json", exclude={"steps", "checkpoint_every", "keep_checkpoints", "max_bad_steps"}
+    )
     return {
         "model": model.fingerprint(),
         "pairs": store.fingerprint,
@@ -135,7 +139,7 @@ def _forward_backward(config, model, policy, reference, store, micro, process, s
         assert_first_logits_zero(logits)
     policy.backward(result.loss)
     policy.step()
-    return diagnostics(result, states)
+    return diagnostics(config, result, states)
 
 
 def assert_first_logits_zero(largest: float) -> None:
@@ -159,15 +163,21 @@ def _set_learning_rate(policy, config: Config, step: int) -> None:
         group["lr"] = rate
 
 
-def _mean_over_processes(numbers: list[dict[str, torch.Tensor]], process: Process) -> dict[str, float]:
-    """Means over the global batch, in fp64."""
-    names = list(numbers[0])
-    sums = torch.stack([torch.cat([part[name] for part in numbers]).sum() for name in names])
-    count = torch.tensor([sum(len(part[names[0]]) for part in numbers)], dtype=torch.float64, device=sums.device)
-    together = torch.cat([sums, count])
+def _mean_over_processes(parts: list[dict[str, torch.Tensor]], process: Process) -> dict:
+    """Means over the global batch, in fp64, and the winner's error by noise level (None where no pair fell)."""
+    names = list(parts[0])
+    values = torch.stack([torch.cat([part[name] for part in parts]) for name in names])  # [metric, pair]
+    bucket = (values[names.index("noise_level")] * NOISE_BUCKETS).long().clamp(max=NOISE_BUCKETS - 1)
+    member = torch.nn.functional.one_hot(bucket, NOISE_BUCKETS).double()  # [pair, bucket]
+    count = torch.tensor([values.shape[1]], dtype=torch.float64, device=values.device)
+    sums = torch.cat([values.sum(dim=1), count, values[names.index("error_w")] @ member, member.sum(dim=0)])
     if process.world_size > 1:
-        torch.distributed.all_reduce(together)
-    return dict(zip(names, (together[:-1] / together[-1]).tolist(), strict=True))
+        torch.distributed.all_reduce(sums)
+    means, (total, *rest) = sums[: len(names)].tolist(), sums[len(names) :].tolist()
+    by_noise = zip(rest[:NOISE_BUCKETS], rest[NOISE_BUCKETS:], strict=True)
+    return {name: value / total for name, value in zip(names, means, strict=True)} | {
+        "error_by_timestep": [error / pairs if pairs else None for error, pairs in by_noise]
+    }
 
 
 def _any_process(flag: bool, process: Process) -> bool:
@@ -183,9 +193,11 @@ def _chunks(rows: list, count: int) -> list[list]:
     return [rows[i * size : (i + 1) * size] for i in range(count)]
 
 
-def _printable(metrics: dict[str, float]) -> dict[str, float | None]:
+def _printable(metrics: dict) -> dict:
     """JSON has no NaN: a number that is not finite is written as null."""
-    return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()
+    }
 
 
 def _timings(start: float, pairs: int) -> dict[str, float]:
@@ -202,8 +214,8 @@ def _stop_diverged(config: Config, folder: Path, step: int, rows: list, store: P
     if process.main:
         store.rows.select([row for row, _ in rows]).to_parquet(str(file))
     raise TrainingDiverged(
-        f"step {step + 1}: loss or gradient not finite in {config.train.max_bad_steps} steps in a row; the last batch is "
-        f"in {file}, the last checkpoint is untouched; lower train.learning_rate or objective.beta"
+        f"step {step + 1}: loss or gradient not finite in {config.train.max_bad_steps} steps in a row; the last "
+        f"batch is in {file}, the last checkpoint is untouched; lower train.learning_rate or objective.beta"
     )
 
 

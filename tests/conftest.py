@@ -1,0 +1,103 @@
+"""What the whole suite shares: the shipped model, a folder of drawn clips, and a configuration of a few seconds."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# One thread each: bits do not depend on the machine's cores, and parallel workers do not get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "wan-tiny-localdpo.yaml"
+NUM_CLIPS = 10
+SMALL = (
+    "pairs.num_inference_steps=4",
+    "pairs.strengths=[3]",
+    "pairs.block_size=4",
+    "pairs.batch_size=4",
+    "train.steps=6",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "train.checkpoint_every=2",
+    "sample.num_inference_steps=4",
+    "sample.count=2",
+    "sample.seeds=[0]",
+    "sample.batch_size=2",
+    "evaluation.positions=[0.5]",
+)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """A folder of ten drawn clips with captions."""
+    from alignkit.tiny.clips import write_clips
+
+    folder = tmp_path_factory.mktemp("clips")
+    write_clips(folder, NUM_CLIPS, seed=99)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def overrides(clips) -> Callable[..., list[str]]:
+    """`overrides(out, "train.steps=3")`: the demo's configuration cut down to seconds, written under `out`."""
+    return lambda out, *more: [f"data.videos={clips}", f"output.dir={out}", *SMALL, *more]
+
+
+@pytest.fixture
+def small_config(overrides, tmp_path):
+    """`small_config("train.steps=3")`: a loaded configuration of a few seconds under tmp_path / "run"."""
+    from alignkit.config import load_config
+
+    return lambda *more: load_config(CONFIG, overrides(tmp_path / "run", *more))
+
+
+@pytest.fixture(scope="session")
+def made_pairs(overrides, tmp_path_factory) -> Path:
+    """A run folder that holds pairs made by the shipped base: 8 to train on, 2 held out."""
+    from alignkit.config import load_config
+    from alignkit.localdpo.build import build_pairs
+
+    out = tmp_path_factory.mktemp("made") / "run"
+    build_pairs(load_config(CONFIG, overrides(out)), torch.device("cpu"))
+    return out
+
+
+@pytest.fixture
+def run_with_pairs(made_pairs, overrides, tmp_path):
+    """`run_with_pairs("name", "train.steps=3")`: (config, overrides) of a run of its own that starts with the pairs."""
+    from alignkit.config import load_config
+
+    def prepare(name: str = "run", *more: str):
+        out = tmp_path / name
+        shutil.copytree(made_pairs, out)
+        settings = overrides(out, *more)
+        return load_config(CONFIG, settings), settings
+
+    return prepare
+
+
+def alignkit(*arguments: str, python: tuple[str, ...] = ("-m", "alignkit"), **options) -> subprocess.CompletedProcess:
+    """Run the command line as a user would; returns exit code, output and errors."""
+    return subprocess.run(
+        [sys.executable, *python, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
+    )
+
+
+@pytest.fixture(scope="session")
+def command():
+    """`command("train", CONFIG, ...)` runs the alignkit command line in a process of its own."""
+    return alignkit
+
+
+@pytest.fixture(scope="session")
+def config_file() -> Path:
+    return CONFIG

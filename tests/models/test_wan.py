@@ -1,0 +1,109 @@
+"""The Wan adapter against its oracle, WanPipeline, and against models that are not what they should be."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from alignkit.config import ModelSection
+from alignkit.errors import ConfigError, ModelError
+from alignkit.models import load_model, shipped_model
+from alignkit.models.wan import guided
+
+PROMPTS = ["a red circle moves left on a plain background", "a blue square moves up on a striped background"]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipe = WanPipeline.from_pretrained(shipped_model("wan"))
+    for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        module.float()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_text_is_what_the_pipeline_feeds_the_network(wan, pipeline):
+    ours = wan.pad_text(wan.encode_text([*PROMPTS, ""]))
+    theirs, empty = pipeline.encode_prompt(PROMPTS, max_sequence_length=64)
+    assert torch.equal(ours[:2], theirs)
+    assert torch.equal(ours[2], empty[0])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_samples_equal_the_pipelines_bit_for_bit(wan, pipeline, guidance):
+    noise = torch.randn(2, *wan.latent_shape(17, 48, 48), generator=torch.Generator().manual_seed(0))
+    theirs = pipeline(
+        PROMPTS, height=48, width=48, num_frames=17, num_inference_steps=5, guidance_scale=guidance,
+        latents=noise, max_sequence_length=64, output_type="latent",
+    ).frames  # fmt: skip
+    text, negative = wan.pad_text(wan.encode_text(PROMPTS)), wan.pad_text(wan.encode_text(["", ""]))
+    ours = wan.sample(noise, text, negative, num_steps=5, guidance=guidance)
+    assert torch.equal(ours, theirs)
+
+
+def test_decoded_frames_equal_the_pipelines(wan, pipeline):
+    latents = wan.encode_video(torch.randint(0, 256, (1, 17, 48, 48, 3), dtype=torch.uint8))
+    mean = torch.tensor(pipeline.vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(pipeline.vae.config.latents_std).view(1, -1, 1, 1, 1)
+    with torch.no_grad():
+        video = pipeline.vae.decode(latents * std + mean).sample
+    theirs = pipeline.video_processor.postprocess_video(video, output_type="np")[0]
+    ours = wan.decode_video(latents)[0].numpy() / 255
+    assert abs(ours - theirs).max() <= 0.5 / 255 + 1e-6  # uint8 rounding
+
+
+def test_guidance_is_a_line_through_both_branches(wan):
+    state = torch.randn(1, *wan.latent_shape(17, 48, 48))
+    text, negative = wan.pad_text(wan.encode_text(PROMPTS[:1])), wan.pad_text(wan.encode_text([""]))
+    t = torch.tensor([500.0])
+    one, none = (guided(wan.transformer, state, t, x, negative, 1.0) for x in (text, negative))
+    got = guided(wan.transformer, state, t, text, negative, 3.0)
+    torch.testing.assert_close(got, none + 3.0 * (one - none), rtol=0, atol=1e-5)
+
+
+def test_sizes_that_do_not_fit_are_refused(wan):
+    assert wan.latent_shape(17, 48, 64) == (8, 5, 12, 16)
+    for frames, height, width, name in ((16, 48, 48, "num_frames"), (17, 50, 48, "height"), (17, 48, 52, "width")):
+        with pytest.raises(ConfigError, match=f"data.{name}"):
+            wan.latent_shape(frames, height, width)
+
+
+def load(path):
+    return load_model(ModelSection(path=str(path)))
+
+
+def test_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="no such folder"):
+        load(tmp_path / "nothing")
+
+
+def test_other_pipeline_is_refused(tmp_path):
+    shutil.copytree(shipped_model("wan"), tmp_path / "m")
+    index = json.loads((tmp_path / "m/model_index.json").read_text())
+    (tmp_path / "m/model_index.json").write_text(json.dumps(index | {"_class_name": "CogVideoXPipeline"}))
+    with pytest.raises(ModelError, match="a CogVideoXPipeline, not a WanPipeline"):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_missing_and_truncated_weights_are_refused(tmp_path, part):
+    shutil.copytree(shipped_model("wan"), tmp_path / "m")
+    (weights,) = (tmp_path / "m" / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot load"):
+        load(tmp_path / "m")
+    weights.unlink()
+    with pytest.raises(ModelError, match="cannot load"):
+        load(tmp_path / "m")
+
+
+def test_fingerprint_follows_the_weights(tmp_path, wan):
+    shutil.copytree(shipped_model("wan"), tmp_path / "m")
+    assert load(tmp_path / "m").fingerprint() == wan.fingerprint()
+    (weights,) = (tmp_path / "m/transformer").glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert load(tmp_path / "m").fingerprint() != wan.fingerprint()

@@ -1,0 +1,104 @@
+"""The layout: who may import whom, one copy of noise and losses, and what the wheel holds."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "alignkit"
+# A layer may import the ones below it, never those above.
+LAYERS = [
+    {"errors", "config", "files", "progress"},
+    {"schedules", "models", "data", "tiny"},
+    {"objectives", "localdpo"},
+    {"training"},
+    {"evaluation", "report"},
+    {"stages"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part(name: str) -> str | None:
+    """ "alignkit.data.pairs" to "data"."""
+    pieces = name.split(".")
+    return pieces[1] if pieces[0] == "alignkit" and len(pieces) > 1 else None
+
+
+def test_arrows_point_one_way():
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    for file in PACKAGE.rglob("*.py"):
+        own = part(".".join(file.relative_to(ROOT).with_suffix("").parts))
+        if own == "__init__":
+            continue
+        assert own in level, f"{file}: place {own!r} in LAYERS"
+        for name in imports(file):
+            other = part(name)
+            if other in level:
+                assert level[other] <= level[own], f"{file} imports {name}, which lies above it"
+
+
+def test_kernels_import_nothing_of_ours_and_only_torch_and_triton():
+    allowed = {"torch", "triton", "alignkit_kernels"} | set(sys.stdlib_module_names)
+    for file in (ROOT / "kernels").rglob("*.py"):
+        for name in imports(file):
+            assert name.split(".")[0] in allowed, f"{file} imports {name}"
+
+
+def test_family_differences_stay_in_models():
+    for file in PACKAGE.rglob("*.py"):
+        if file.is_relative_to(PACKAGE / "models") or file.is_relative_to(PACKAGE / "tiny"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Compare):
+                words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                assert not words & {"wan", "cogvideox"}, f"{file}:{node.lineno} compares with a family's name"
+
+
+def test_noise_and_loss_are_called_only_through_the_kernels():
+    """No generator of random latents and no squared error outside alignkit_kernels (but to train the tiny weights)."""
+    forbidden = ("torch.randn", "randn_like", "mse_loss", ".normal_(", "logsigmoid", "add_noise(")
+    for file in PACKAGE.rglob("*.py"):
+        if not file.is_relative_to(PACKAGE / "tiny"):
+            for word in forbidden:
+                assert word not in file.read_text(), f"{file} uses {word}"
+
+
+def test_kernels_is_a_source_root_and_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert [p.name for p in (ROOT / "kernels").iterdir() if p.is_dir() and p.name != "__pycache__"] == [
+        "alignkit_kernels"
+    ]
+
+
+@pytest.mark.parametrize("blocked", ["diffusers", "deepspeed"])
+def test_the_kernels_import_without_the_rest(blocked):
+    code = f"import sys; sys.modules['{blocked}'] = None; import alignkit_kernels; print(len(alignkit_kernels.__all__))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and int(result.stdout) > 5, result.stderr
+
+
+def test_the_wheel_holds_the_two_packages_and_what_they_need(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"alignkit", "alignkit_kernels", "alignkit-0.1.0.dist-info"}
+    for needed in ("alignkit/configs/wan-tiny-localdpo.yaml", "alignkit/tiny/wan/model_index.json"):
+        assert needed in names
+    assert wheel.stat().st_size < 12e6

@@ -1,0 +1,119 @@
+"""The command line as a user meets it: help, one clear line for every mistake, and a folder of real-life videos."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from alignkit.data.pairs import PairStore
+from alignkit.data.videos import VideoSpec, decode_clip, write_video
+
+COMMANDS = ("demo", "pairs", "train", "sample", "eval", "report")
+
+
+def test_help_lists_every_command_and_each_explains_itself(command):
+    text = command("--help").stdout
+    for name in COMMANDS:
+        assert name in text
+        own = command(name, "--help")
+        assert own.returncode == 0
+        assert "CONFIG" in own.stdout or name == "demo"
+
+
+def one_line(result) -> str:
+    """The single line that a refused command prints."""
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("alignkit: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", ["pairs", "train", "sample", "eval", "report"])
+def test_an_unknown_key_is_refused_by_every_command(command, config_file, tmp_path, name):
+    line = one_line(command(name, config_file, f"output.dir={tmp_path}", "train.stepz=3"))
+    assert "train.stepz: unknown key; did you mean 'steps'?" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_configuration_is_named(command, tmp_path):
+    assert f"{tmp_path / 'no.yaml'}: cannot read" in one_line(command("pairs", tmp_path / "no.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [("train", "alignkit pairs"), ("sample", "alignkit pairs"), ("eval", "alignkit pairs"), ("report", "summary.json")],
+)
+def test_a_stage_without_the_one_before_says_what_to_run(command, config_file, tmp_path, stage, words):
+    assert words in one_line(command(stage, config_file, f"output.dir={tmp_path}"))
+
+
+def test_two_processes_say_it_once(command, config_file, tmp_path):
+    line = one_line(command("train", config_file, f"output.dir={tmp_path}", "--nproc", "2"))
+    assert "alignkit pairs" in line
+
+
+def test_folders_without_usable_videos_are_refused(command, config_file, overrides, tmp_path):
+    out = tmp_path / "out"
+    for folder, words in (("missing", "missing"), ("empty", "no videos")):
+        if folder == "empty":
+            (tmp_path / folder).mkdir()
+        line = one_line(command("pairs", config_file, *overrides(out, f"data.videos={tmp_path / folder}")))
+        assert words in line
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.mp4").write_bytes(b"not a video" * 100)
+    (broken / "a.txt").write_text("a caption")
+    line = one_line(command("pairs", config_file, *overrides(out, f"data.videos={broken}")))
+    assert "0 usable of 1" in line and "skipped.jsonl" in line
+
+
+def test_bad_videos_are_listed_and_skipped_and_the_rest_is_used(command, config_file, overrides, clips, tmp_path):
+    folder, out = tmp_path / "mixed", tmp_path / "out"
+    shutil.copytree(clips, folder)
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()][:4]
+    for file in folder.glob("*.mp4"):
+        if file.name not in {row["video"] for row in rows}:
+            file.unlink()
+    good = {row["video"] for row in rows}
+    frames = decode_clip(folder / rows[0]["video"], VideoSpec(48, 48, 17))
+    (folder / "corrupt.mp4").write_bytes((folder / rows[0]["video"]).read_bytes()[:2000])
+    write_video(folder / "short.mp4", frames[:5], 8)
+    write_video(folder / "silent.mp4", frames.flip(2), 8)
+    write_video(folder / "odd.mp4", torch.nn.functional.pad(frames, (0, 0, 0, 5, 0, 3)), 8)
+    shutil.copy(folder / rows[1]["video"], folder / "twice.mp4")
+    rows += [{"video": name, "caption": "a thing"} for name in ("corrupt.mp4", "short.mp4", "odd.mp4", "twice.mp4")]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = command("pairs", config_file, *overrides(out, f"data.videos={folder}"))
+    assert result.returncode == 0, result.stderr
+    skipped = {row["video"]: row["reason"] for row in map(json.loads, (out / "skipped.jsonl").read_text().splitlines())}
+    assert set(skipped) == {"corrupt.mp4", "short.mp4", "silent.mp4", "twice.mp4"}
+    for name, words in (("short", "too short"), ("silent", "caption"), ("twice", "same")):
+        assert words in skipped[f"{name}.mp4"]
+    used = {pair.source for split in ("train", "heldout") for pair in PairStore(out / "pairs" / split)}
+    assert used == good | {"odd.mp4"}
+
+
+def test_every_stage_in_turn_leaves_a_report(command, config_file, run_with_pairs):
+    config, settings = run_with_pairs()
+    for stage in ("train", "sample", "eval", "report"):
+        result = command(stage, config_file, *settings)
+        assert result.returncode == 0, result.stderr
+    summary = json.loads((config.output.dir / "summary.json").read_text())
+    assert summary["accuracy"]["region"]["before"] == summary["accuracy"]["global"]["before"] == 0.5
+    assert set(summary["seconds"]) == {"train", "sample", "eval"}
+    assert {"torch", "triton", "diffusers", "deepspeed"} <= set(summary["versions"])
+    assert summary["reached"] == all(check["reached"] for check in summary["criteria"])
+    page = (config.output.dir / "report.html").read_text()
+    assert not re.search(r"(src|href)=.https?:", page)
+
+
+def test_without_the_extras_the_command_says_what_to_install(command):
+    code = "import sys; sys.modules['typer'] = None\nimport runpy; runpy.run_module('alignkit', run_name='__main__')"
+    result = command(python=("-c", code))
+    assert result.returncode == 2
+    assert result.stderr.strip() == (
+        "alignkit: the command line needs typer, which is not installed: pip install 'alignkit[train]'"
+    )

@@ -1,0 +1,70 @@
+"""Configuration: one clear line for every mistake, before anything slow starts."""
+
+import pytest
+
+from alignkit.config import dump_config, load_config, shipped_config
+from alignkit.errors import ConfigError
+
+
+def write(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    return file
+
+
+GOOD = "output: {dir: out}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        (
+            GOOD + "train: {learning_rat: 1e-6}",
+            [],
+            ["run.yaml", "train.learning_rat", "unknown key", "'learning_rate'"],
+        ),
+        (GOOD + "trainn: {}", [], ["trainn", "unknown key", "'train'"]),
+        (GOOD + "train: {steps: many}", [], ["train.steps", "integer", "'many'"]),
+        (GOOD + "train: {steps: 0}", [], ["train.steps", "greater than or equal to 1", "0"]),
+        (GOOD + "pairs: {mask: {shap: x}}", [], ["pairs.mask.shap", "unknown key", "'shape'"]),
+        (GOOD + "pairs: {strengths: [60]}", [], ["pairs", "strengths", "50"]),
+        (GOOD + "pairs: {strengths: [10]}", [], ["pairs.strengths", "0.2", "[0.75, 0.9]"]),
+        ("train: {}", [], ["output", "missing"]),
+        ("- a\n- b", [], ["sections", "list"]),
+        ("a: [", [], ["not valid YAML"]),
+        (GOOD, ["train.steps"], ["train.steps", "section.key=value"]),
+        (GOOD, ["output.dir.x=1"], ["output.dir.x=1", "not a section"]),
+        (GOOD, ["train.stepz=3"], ["train.stepz", "'steps'"]),
+        (GOOD, ["train.learning_rate=.nan"], ["train.learning_rate"]),
+    ],
+)
+def test_mistakes_are_named_in_one_line(tmp_path, text, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot read"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    file = write(tmp_path, GOOD + "train: {steps: 5, learning_rate: 1e-6}")
+    config = load_config(file, ["train.steps=7", "pairs.strengths=[40]"])
+    assert (config.train.steps, config.train.learning_rate, config.pairs.strengths) == (7, 1e-6, (40,))
+
+
+def test_dumped_configuration_reads_back_equal(tmp_path):
+    config = load_config(shipped_config("wan-tiny-localdpo.yaml"), ["data.videos=some/where"])
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_every_configuration_in_the_folder_is_valid():
+    files = sorted(shipped_config("wan-tiny-localdpo.yaml").parent.glob("*localdpo*.yaml"))
+    assert files
+    for file in files:
+        load_config(file)

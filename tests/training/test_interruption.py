@@ -1,0 +1,101 @@
+"""Runs that are killed or stopped, at random moments and inside a save, end with the metrics of an unbroken run."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from alignkit.training.distributed import start_process
+from alignkit.training.loop import train, train_folder
+from alignkit.training.metrics import read_metrics
+
+# Ends the process at the worst moment of the second save: everything written, not yet renamed.
+KILLED_IN_A_SAVE = """
+import os, signal, sys
+from alignkit.training import checkpoints
+rename, saves = os.rename, []
+def kill_at_second(source, target):
+    if "step-" in str(target):
+        saves.append(target)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+checkpoints.os.rename = kill_at_second
+sys.argv = ["alignkit", *sys.argv[1:]]
+from alignkit.__main__ import main
+main()
+"""
+
+
+@pytest.fixture
+def unbroken(run_with_pairs):
+    config, _ = run_with_pairs("unbroken")
+    train(config, start_process())
+    return (train_folder(config) / "metrics.jsonl").read_bytes()
+
+
+def start(config_file, settings, *more):
+    command = [sys.executable, "-m", "alignkit", "train", str(config_file), *settings, *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_at_random_moments_it_reaches_the_same_metrics(run_with_pairs, config_file, unbroken):
+    config, settings = run_with_pairs("killed")
+    draw = random.Random()
+    file = train_folder(config) / "metrics.jsonl"
+    moments = []
+    for _ in range(2):
+        child = start(config_file, settings)
+        lines = len(read_metrics(file)) if file.exists() else 0
+        while child.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") <= lines):
+            time.sleep(0.01)  # until its first step is done: starting takes longer than training
+        moments.append(draw.uniform(0, 1.0))
+        time.sleep(moments[-1])
+        child.kill()
+        child.wait()
+    last = start(config_file, settings)
+    assert last.wait() == 0, f"killed {moments} s after a first step: {last.stderr.read()}"
+    assert file.read_bytes() == unbroken, f"killed {moments} s after a first step"
+
+
+def test_killed_inside_a_save_it_reaches_the_same_metrics(run_with_pairs, config_file, command, unbroken):
+    config, settings = run_with_pairs("killed")
+    result = command("train", config_file, *settings, python=("-c", KILLED_IN_A_SAVE))
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    names = {path.name for path in (train_folder(config) / "checkpoints").iterdir()}
+    assert "step-00000002" in names and "step-00000004" not in names
+    result = command("train", config_file, *settings)
+    assert result.returncode == 0, result.stderr
+    assert "resuming after step 2" in result.stderr
+    assert (train_folder(config) / "metrics.jsonl").read_bytes() == unbroken
+
+
+def test_sigterm_saves_a_checkpoint_on_both_processes_and_exits_0(run_with_pairs, config_file, command):
+    config, settings = run_with_pairs("stopped", "train.steps=200", "train.checkpoint_every=1000")
+    child = start(config_file, settings, "--nproc", "2")
+    file = train_folder(config) / "metrics.jsonl"
+    while child.poll() is None and (not file.exists() or b"\n" not in file.read_bytes()):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    errors = child.communicate()[1]
+    assert child.returncode == 0, errors
+    done = len(read_metrics(file))
+    assert 0 < done < 200
+    assert (train_folder(config) / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
+
+
+def test_no_process_outlives_a_killed_launcher(run_with_pairs, config_file):
+    config, settings = run_with_pairs("orphans", "train.steps=100000")
+    child = start(config_file, settings, "--nproc", "2")
+    file = train_folder(config) / "metrics.jsonl"
+    while child.poll() is None and (not file.exists() or b"\n" not in file.read_bytes()):
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    deadline = time.monotonic() + 20
+    while subprocess.run(["pgrep", "-f", str(config.output.dir)], capture_output=True).returncode == 0:
+        assert time.monotonic() < deadline, "a training process is still there"
+        time.sleep(0.2)

@@ -1,0 +1,172 @@
+"""The training loop on real pairs: repeatable, indifferent to the number of processes, and safe against bad numbers."""
+
+import json
+import math
+import shutil
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignkit.data.pairs import Pair, PairStore, write_block
+from alignkit.errors import AlignkitError, CheckpointError, ConfigError, DataError
+from alignkit.models import shipped_model
+from alignkit.training import loop
+from alignkit.training.distributed import start_process
+from alignkit.training.export import export_folder
+from alignkit.training.loop import TrainingDiverged, train, train_folder
+from alignkit.training.metrics import read_metrics
+
+
+def metrics_of(config):
+    return read_metrics(train_folder(config) / "metrics.jsonl")
+
+
+@pytest.fixture
+def process():
+    return start_process()
+
+
+def test_two_runs_with_one_seed_write_the_same_metrics(run_with_pairs, process):
+    files = []
+    for name in ("one", "two"):
+        config, _ = run_with_pairs(name, "train.steps=3")
+        train(config, process)
+        files.append((train_folder(config) / "metrics.jsonl").read_bytes())
+    assert files[0] == files[1]
+    rows = [json.loads(line) for line in files[0].splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    first = rows[0]
+    assert first["region/logit"] == first["rewards/margins"] == first["region/gap_w"] == 0.0
+    assert first["region/accuracy"] == first["rewards/accuracies"] == first["region/gradient_factor"] == 0.5
+    assert rows[2]["region/logit"] != 0.0
+
+
+def test_two_processes_agree_with_one(run_with_pairs, process, command, config_file):
+    one, _ = run_with_pairs("one", "train.steps=3")
+    train(one, process)
+    two, settings = run_with_pairs("two", "train.steps=3")
+    result = command("train", config_file, *settings, "--nproc", "2")
+    assert result.returncode == 0, result.stderr
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        # Both sum the same numbers in another order. A forward is some 10³ fp32 roundings deep, so errors agree to
+        # 1e3·2⁻²⁴; a logit is β/2 = 2500 times a difference of errors near 1; Adam's first steps are sign-like,
+        # so a weight whose gradient is all rounding may move the other way: 2·lr·steps of it.
+        assert a["error_w"] == pytest.approx(b["error_w"], rel=1e3 * 2**-24)
+        assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=2500 * 1e3 * 2**-24)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding(run_with_pairs, process):
+    norms = []
+    for name, micro in (("whole", 4), ("parts", 1)):
+        config, _ = run_with_pairs(name, "train.steps=1", f"train.micro_batch_size={micro}")
+        train(config, process)
+        norms.append(metrics_of(config)[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e3 * 2**-24)
+
+
+def test_batch_sizes_that_do_not_divide_are_refused_before_anything_loads(run_with_pairs, process):
+    config, _ = run_with_pairs("run", "train.global_batch_size=3")
+    with pytest.raises(ConfigError, match="global_batch_size: 3 is not a multiple"):
+        train(config, process)
+
+
+def test_a_reference_that_is_not_the_policy_is_noticed_at_step_0(run_with_pairs, process, monkeypatch):
+    config, _ = run_with_pairs()
+    start = loop.start_reference
+
+    def slightly_off(config, process, transformer):
+        with torch.no_grad():
+            transformer.proj_out.bias += 1e-3
+        return start(config, process, transformer)
+
+    monkeypatch.setattr(loop, "start_reference", slightly_off)
+    with pytest.raises(AlignkitError, match="step 0: policy and reference differ by"):
+        train(config, process)
+
+
+def spoil(config, rows):
+    """Rewrite the training pairs so that `rows` hold a NaN."""
+    folder = config.output.dir / "pairs" / "train"
+    pairs = list(PairStore(folder))
+    for file in folder.glob("block-*.arrow"):
+        file.unlink()
+    for i in rows:
+        winner = pairs[i].winner.clone()
+        winner[0] = math.nan
+        pairs[i] = Pair(**{**vars(pairs[i]), "winner": winner})
+    write_block(folder, 0, pairs)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(run_with_pairs, process):
+    config, _ = run_with_pairs("run", "train.steps=4", "noise.timesteps=uniform")
+    spoil(config, [0])
+    train(config, process)
+    rows = metrics_of(config)
+    assert sum(row["skipped"] for row in rows) == 2  # one pair of eight, batches of four, two epochs
+    assert all((row["loss"] is None) == bool(row["skipped"]) for row in rows)
+    weights = load_file(next(export_folder(config).glob("transformer/*.safetensors")))
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_several_bad_steps_in_a_row_stop_the_run_with_the_batch_saved(run_with_pairs, process):
+    config, _ = run_with_pairs("run", "train.max_bad_steps=2")
+    spoil(config, range(8))
+    with pytest.raises(TrainingDiverged, match="2 steps in a row"):
+        train(config, process)
+    (file,) = train_folder(config).glob("diverged-step-*.parquet")
+    assert len(datasets.Dataset.from_parquet(str(file), cache_dir=str(config.output.dir / "cache"))) == 4
+    assert not export_folder(config).exists()
+
+
+def test_pairs_of_another_model_are_refused(run_with_pairs, process, tmp_path):
+    shutil.copytree(shipped_model("wan"), tmp_path / "other")
+    (weights,) = (tmp_path / "other/transformer").glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    config, _ = run_with_pairs("run", f"model.path={tmp_path / 'other'}")
+    with pytest.raises(DataError, match="its pairs were made with model"):
+        train(config, process)
+
+
+def test_resuming_under_other_terms_is_refused_by_name(run_with_pairs, process):
+    config, _ = run_with_pairs("run", "train.steps=2")
+    train(config, process)
+    changed = config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 1e-5, "steps": 4})})
+    with pytest.raises(CheckpointError, match=r"train\.learning_rate = 3e-06, now it is 1e-05"):
+        train(changed, process)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(run_with_pairs, process, capfd):
+    whole, _ = run_with_pairs("whole")
+    train(whole, process)
+    hurt, _ = run_with_pairs("hurt", "train.steps=4")
+    train(hurt, process)
+    newest = sorted((train_folder(hurt) / "checkpoints").glob("step-*"))[-1]
+    file = max(newest.rglob("*.pt"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    longer = hurt.model_copy(update={"train": hurt.train.model_copy(update={"steps": 6})})
+    train(longer, process)
+    assert "does not match its hash" in capfd.readouterr().err
+    assert metrics_of(longer) == metrics_of(whole)
+
+
+def test_a_small_update_survives_a_bf16_run_in_the_export(run_with_pairs, process):
+    """Updates of a tenth of a bf16 ulp are in the fp32 master weights and so in the export."""
+    config, _ = run_with_pairs("run", "train.steps=2", "train.precision=bf16", "train.learning_rate=1e-6")
+    train(config, process)
+    exported = load_file(next(export_folder(config).glob("transformer/*.safetensors")))
+    base = load_file(next(shipped_model("wan").glob("transformer/*.safetensors")))
+    moved = rounded_away = total = 0
+    for name, value in exported.items():
+        assert value.dtype == torch.float32
+        moved += int((value != base[name].float()).sum())
+        rounded_away += int((value.bfloat16() == base[name].bfloat16()).sum())
+        total += value.numel()
+    assert moved > 0.9 * total
+    assert rounded_away > 0.9 * total
