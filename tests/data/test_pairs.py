@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from alignkit.data.pairs import Pair, PairStore, StoreInfo, collate, open_for_building, write_block
 from alignkit.errors import DataError
 
@@ -63,7 +64,7 @@ def test_an_unfinished_block_is_not_seen(tmp_path, monkeypatch):
 def test_other_terms_are_refused_by_name(tmp_path):
     open_for_building(tmp_path, INFO)
     open_for_building(tmp_path, INFO)
-    with pytest.raises(DataError, match="guidance_scale = 6.0, now it is 4.0"):
+    with pytest.raises(DataError, match=r"guidance_scale = 6\.0, now it is 4\.0"):
         open_for_building(tmp_path, dataclasses.replace(INFO, guidance_scale=4.0))
 
 

@@ -28,4 +28,5 @@ def test_epochs_and_seeds_differ():
 def test_processes_share_one_batch():
     batch = global_batch(100, 0, 5, 8)
     for world_size in (1, 2, 4):
-        assert sum((rank_share(batch, rank, world_size) for rank in range(world_size)), []) == batch
+        shares = [rank_share(batch, rank, world_size) for rank in range(world_size)]
+        assert [item for share in shares for item in share] == batch
