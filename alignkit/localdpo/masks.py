@@ -15,6 +15,8 @@ from alignkit.config import MaskSection
 
 CURVE_POINTS = 8  # straight pieces per Bézier curve: far below a latent cell at any size in use
 MAX_REDRAWS = 64
+# Chosen so that masks at 480×720 cover what the published ones do: 9.4 % of the latent volume on average.
+SIZE = 0.70
 
 
 class _Draws:
@@ -71,7 +73,7 @@ def _draw_mask(latent_shape, pixel_shape, options: MaskSection, draws: _Draws) -
     shrink_all = draws.chance(0.7)
     for _ in range(count):
         shrink = count**-0.5 if shrink_all or draws.chance(0.5) else 1.0
-        half = np.array([draws.uniform(1 / 3, 1) * width / 2, draws.uniform(1 / 3, 1) * height / 2]) * shrink
+        half = np.array([draws.uniform(1 / 3, 1) * width / 2, draws.uniform(1 / 3, 1) * height / 2]) * shrink * SIZE
         outline = _bezier_outline(draws) if options.shape == "bezier" else _RECTANGLE
         size, angle = 1.0, 0.0
         turns, zooms, moves = draws.chance(0.25), draws.chance(0.25), draws.chance(options.moving)
