@@ -29,9 +29,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 CHECKED_FRAMES = 1800
 
 # Between YUV and RGB: chroma interpolated to full size, rounded exactly, the same bits on every processor.
-CONVERSION = (
-    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-)
+CONVERSION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,7 @@ class Clip:
 # --- finding ------------------------------------------------------------------------------------------------
 
 
-def find_clips(
-    folder: str | Path, captions: str | Path | None = None
-) -> tuple[list[Clip], list[Problem]]:
+def find_clips(folder: str | Path, captions: str | Path | None = None) -> tuple[list[Clip], list[Problem]]:
     """The captioned videos of a folder and its subfolders, sorted by name, and what was left out and why.
 
     Captions come from the file `captions`, else from the first of captions.jsonl, captions.csv,
@@ -107,8 +103,10 @@ def find_clips(
     clips, duplicates = _without_duplicates(clips)
     problems += duplicates
     if not clips:
-        raise DataError(f"no usable video in {folder}: {problems[0].video}: {problems[0].reason}"
-                        + (f", and {len(problems) - 1} more problems" if len(problems) > 1 else ""))
+        raise DataError(
+            f"no usable video in {folder}: {problems[0].video}: {problems[0].reason}"
+            + (f", and {len(problems) - 1} more problems" if len(problems) > 1 else "")
+        )
     return clips, sorted(problems, key=lambda problem: problem.video)
 
 
@@ -186,9 +184,7 @@ def _without_duplicates(clips: list[Clip]) -> tuple[list[Clip], list[Problem]]:
 # --- decoding -----------------------------------------------------------------------------------------------
 
 
-def usable_clips(
-    clips: Iterable[Clip], spec: VideoSpec, problems: list[Problem]
-) -> Iterator[tuple[Clip, Tensor]]:
+def usable_clips(clips: Iterable[Clip], spec: VideoSpec, problems: list[Problem]) -> Iterator[tuple[Clip, Tensor]]:
     """Decode clip by clip: yields (clip, uint8 [F, H, W, 3]) for the good ones.
 
     For each of the others a Problem is appended to `problems`: what `decode_clip` refuses, and clips that

@@ -71,8 +71,18 @@ def set_display_matrix(path: Path, a: int, b: int, c: int, d: int) -> None:
     path.write_bytes(data)
 
 
-def encode(path: Path, frames: torch.Tensor, *, codec="libx264", pix_fmt="yuv420p", times=None, matrix=None,
-           full_range=False, pixel_shape=None, audio=False) -> Path:
+def encode(
+    path: Path,
+    frames: torch.Tensor,
+    *,
+    codec="libx264",
+    pix_fmt="yuv420p",
+    times=None,
+    matrix=None,
+    full_range=False,
+    pixel_shape=None,
+    audio=False,
+) -> Path:
     """A file unlike those that write_video makes: other codecs, formats, timestamps, tags, sound."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)
@@ -284,9 +294,7 @@ def test_file_that_was_cut_off_is_refused(tmp_path):
         decode_clip(tmp_path / "cut.mp4", SPEC)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"not a video at all", bytes(4096)], ids=["empty", "text", "zeros"]
-)
+@pytest.mark.parametrize("content", [b"", b"not a video at all", bytes(4096)], ids=["empty", "text", "zeros"])
 def test_files_that_are_no_video_are_refused(tmp_path, content):
     (tmp_path / "bad.mp4").write_bytes(content)
     with pytest.raises(DataError, match=r"bad\.mp4: cannot be read as a video"):
@@ -397,9 +405,7 @@ def test_real_folder_lists_its_captioned_clips():
     clips, problems = find_clips(REAL)
     assert [clip.name for clip in clips] == sorted(clip.name for clip in clips) and len(clips) == 6
     assert all(clip.caption for clip in clips)
-    assert {problem.video for problem in problems} == {
-        "corrupted.mp4", "odd_height_and_width.mp4", "rotated_90.mov"
-    }
+    assert {problem.video for problem in problems} == {"corrupted.mp4", "odd_height_and_width.mp4", "rotated_90.mov"}
 
 
 # --- finding ------------------------------------------------------------------------------------------------
@@ -421,9 +427,7 @@ def test_folder_is_searched_with_subfolders_in_order_of_names(tmp_path):
     touch(tmp_path, "b.MP4", "a.webm", "sub/c.mov", ".hidden.mp4", ".git/d.mp4", "note.md")
     captions(tmp_path, {"b.MP4": "bee", "a.webm": "ay", "sub/c.mov": "sea"})
     clips, problems = find_clips(tmp_path)
-    assert [(clip.name, clip.caption) for clip in clips] == [
-        ("a.webm", "ay"), ("b.MP4", "bee"), ("sub/c.mov", "sea")
-    ]
+    assert [(clip.name, clip.caption) for clip in clips] == [("a.webm", "ay"), ("b.MP4", "bee"), ("sub/c.mov", "sea")]
     assert clips[2].path == tmp_path / "sub" / "c.mov"
     assert problems == []
 
@@ -434,7 +438,7 @@ def test_folder_is_searched_with_subfolders_in_order_of_names(tmp_path):
         ("captions.jsonl", '{"video": "a.mp4", "caption": "a cat"}\n'),
         ("metadata.jsonl", '\ufeff{"file_name": "a.mp4", "text": "a cat"}\r\n\r\n'),
         ("captions.csv", "video,caption\na.mp4,a cat\n"),
-        ("metadata.csv", "\ufefffile_name,prompt\r\na.mp4,\"a\ncat\"\r\n"),
+        ("metadata.csv", '\ufefffile_name,prompt\r\na.mp4,"a\ncat"\r\n'),
         ("a.txt", "  a cat\n"),
     ],
 )
@@ -461,17 +465,19 @@ def test_every_kind_of_problem_is_told_apart_and_the_good_ones_are_kept(tmp_path
     (tmp_path / "later.mp4").write_bytes((tmp_path / "good.mp4").read_bytes())
     (tmp_path / "beside.txt").write_bytes(b"\xff\xfe\x00broken")
     (tmp_path / "captions.jsonl").write_text(
-        "\n".join([
-            '{"video": "good.mp4", "caption": "fine"}',
-            '{"video": "empty.mp4", "caption": "  "}',
-            '{"video": "gone.mp4", "caption": "of nothing"}',
-            '{"video": "later.mp4", "caption": "the same bytes"}',
-            '{"video": "half',
-            '["a", "list"]',
-            '{"caption": "of what?"}',
-            '{"video": "number.mp4", "caption": 7}',
-            '{"video": "good.mp4", "caption": "again"}',
-        ])
+        "\n".join(
+            [
+                '{"video": "good.mp4", "caption": "fine"}',
+                '{"video": "empty.mp4", "caption": "  "}',
+                '{"video": "gone.mp4", "caption": "of nothing"}',
+                '{"video": "later.mp4", "caption": "the same bytes"}',
+                '{"video": "half',
+                '["a", "list"]',
+                '{"caption": "of what?"}',
+                '{"video": "number.mp4", "caption": 7}',
+                '{"video": "good.mp4", "caption": "again"}',
+            ]
+        )
     )
     clips, problems = find_clips(tmp_path)
     assert [(clip.name, clip.caption) for clip in clips] == [("good.mp4", "fine")]
@@ -531,6 +537,8 @@ def test_a_link_back_up_does_not_go_round_in_circles(tmp_path):
 def test_test_pictures_differ_in_every_orientation():
     """The orientation tests stand on this: no two of the eight turns and mirrorings look alike."""
     picture = Image.fromarray(quadrants()[0].numpy())
-    shown = [tuple(corners(torch.from_numpy(np.array(p)))) for p in
-             [picture, *(picture.transpose(method) for method in Image.Transpose)]]
+    shown = [
+        tuple(corners(torch.from_numpy(np.array(p))))
+        for p in [picture, *(picture.transpose(method) for method in Image.Transpose)]
+    ]
     assert len(set(shown)) == len(shown) == 8

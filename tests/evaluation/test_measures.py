@@ -56,8 +56,13 @@ def test_frechet_distance_does_not_lose_a_small_difference_in_float32_features()
 
 
 @pytest.mark.parametrize(
-    "a, b", [(torch.zeros(1, 3), torch.zeros(5, 3)), (torch.zeros(5, 3), torch.zeros(5, 4)),
-             (torch.zeros(5), torch.zeros(5)), (torch.full((5, 3), math.nan), torch.zeros(5, 3))]
+    "a, b",
+    [
+        (torch.zeros(1, 3), torch.zeros(5, 3)),
+        (torch.zeros(5, 3), torch.zeros(5, 4)),
+        (torch.zeros(5), torch.zeros(5)),
+        (torch.full((5, 3), math.nan), torch.zeros(5, 3)),
+    ],
 )
 def test_frechet_distance_refuses_what_has_none(a, b):
     with pytest.raises(DataError, match="Fréchet distance"):

@@ -1,0 +1,150 @@
+"""Videos for the report: panels side by side in one animated WebP, so that they stay in step."""
+
+import base64
+import io
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from alignkit.data.videos import read_video
+from alignkit.errors import DataError
+
+GAP = 2  # transparent pixels between panels
+MASK_COLOUR = (255, 0, 170)
+PANEL_WIDTH = 144  # pixels on the page that a small panel is magnified to, about
+LARGEST_PANEL = 240  # pixels; larger videos are shrunk to it
+MOST_FRAMES = 48  # of a longer video every second, third, … is shown
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
+LOSSLESS_BYTES = 250_000  # above this a picture is compressed with losses
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An animated picture, a still of it for people who want no motion, and its size on the page."""
+
+    animation: bytes
+    still: bytes
+    width: int
+    panels: int
+    magnified: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in the page, in base64."""
+        return (len(self.animation) + len(self.still)) * 4 // 3 + 200
+
+
+@dataclass(frozen=True)
+class StoredPair:
+    winner: np.ndarray
+    loser: np.ndarray
+    mask: np.ndarray
+    prompt: str
+    strength: float | None
+
+
+def read_pair(file: Path) -> StoredPair:
+    """Read report_pairs/NNN.npz: videos uint8 [F, H, W, 3], mask [f, h, w]. DataError if it is unusable."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            winner, loser, mask = (np.asarray(stored[name]) for name in ("winner", "loser", "mask"))
+            prompt = str(stored["prompt"]) if "prompt" in stored else ""
+            strength = float(stored["strength"]) if "strength" in stored else None
+    except UNREADABLE as error:
+        raise DataError(f"{file.name} cannot be read ({error})") from error
+    if winner.ndim != 4 or winner.shape != loser.shape or winner.dtype != np.uint8 or winner.shape[-1] != 3:
+        shapes = f"winner {winner.dtype} {winner.shape} and loser {loser.dtype} {loser.shape}"
+        raise DataError(f"{file.name}: {shapes} are no uint8 videos of one shape")
+    if mask.ndim != 3 or 0 in mask.shape:
+        raise DataError(f"{file.name}: the mask has the shape {mask.shape}, expected [F, H, W]")
+    return StoredPair(winner, loser, mask, prompt, strength)
+
+
+def pair_picture(pair: StoredPair, fps: float) -> Picture:
+    """Winner, winner with the mask over it, loser."""
+    return compose([pair.winner, with_mask(pair.winner, pair.mask), pair.loser], fps)
+
+
+def sample_picture(base: Path, aligned: Path, fps: float) -> Picture:
+    """The base's sample and the aligned model's, from files. Raises DataError if one cannot be read."""
+    videos = [read_video(file).numpy() for file in (base, aligned)]
+    if videos[0].shape != videos[1].shape:
+        raise DataError(f"{base.name} and {aligned.name} are not of one shape")
+    return compose(videos, fps)
+
+
+def with_mask(video: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The video uint8 [F, H, W, 3] with the mask [f, h, w] (any grid, nearest) tinted and outlined on it."""
+    frames, height, width = video.shape[:3]
+    rows = np.arange(height) * mask.shape[1] // height
+    columns = np.arange(width) * mask.shape[2] // width
+    inside = mask[_mask_frames(frames, mask.shape[0])][:, rows][:, :, columns] > 0
+    padded = np.pad(inside, ((0, 0), (1, 1), (1, 1)))  # the picture's border closes the outline too
+    core = padded[:, :-2, 1:-1] & padded[:, 2:, 1:-1] & padded[:, 1:-1, :-2] & padded[:, 1:-1, 2:]
+    weight = np.where(inside & ~core, 0.95, np.where(inside, 0.3, 0.0))[..., None]
+    return np.rint(video * (1 - weight) + np.array(MASK_COLOUR) * weight).astype(np.uint8)
+
+
+def _mask_frames(frames: int, mask_frames: int) -> np.ndarray:
+    """For each video frame, the frame of the mask that covers it.
+
+    A latent mask has its first frame for the first picture alone and one for every few after that, since
+    video VAEs are causal in time; where the counts do not fit that, they are spread evenly.
+    """
+    index = np.arange(frames)
+    if 1 < mask_frames < frames and (frames - 1) % (mask_frames - 1) == 0:
+        step = (frames - 1) // (mask_frames - 1)
+        return (index + step - 1) // step
+    return index * mask_frames // frames
+
+
+def compose(videos: list[np.ndarray], fps: float) -> Picture:
+    """Videos uint8 [F, H, W, 3] of one shape, side by side with a transparent gap, moving together for ever."""
+    every = -(-videos[0].shape[0] // MOST_FRAMES)
+    videos = [_shrunk(video[::every]) for video in videos]
+    frames, height, width = videos[0].shape[:3]
+    canvas = np.zeros((frames, height, width * len(videos) + GAP * (len(videos) - 1), 4), np.uint8)
+    for i, video in enumerate(videos):
+        left = i * (width + GAP)
+        canvas[:, :, left : left + width, :3] = video
+        canvas[:, :, left : left + width, 3] = 255
+    images = [Image.fromarray(frame) for frame in canvas]
+    scale = max(1, min(4, round(PANEL_WIDTH / width)))
+    return Picture(
+        animation=_animated(images, duration=round(1000 * every / fps)),
+        still=_webp(images[frames // 2], lossless=True, quality=60, method=4),
+        width=canvas.shape[2] * scale,
+        panels=len(videos),
+        magnified=scale > 1,
+    )
+
+
+def data_uri(webp: bytes) -> str:
+    return "data:image/webp;base64," + base64.b64encode(webp).decode("ascii")
+
+
+def _shrunk(video: np.ndarray) -> np.ndarray:
+    height, width = video.shape[1:3]
+    if width <= LARGEST_PANEL:
+        return video
+    size = (LARGEST_PANEL, max(1, round(height * LARGEST_PANEL / width)))
+    return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in video])
+
+
+def _animated(images: list[Image.Image], duration: int) -> bytes:
+    motion = {"save_all": True, "append_images": images[1:], "duration": duration, "loop": 0}
+    if images[0].width * images[0].height <= 320 * 160:
+        exact = _webp(images[0], lossless=True, quality=60, method=4, **motion)
+        if len(exact) <= LOSSLESS_BYTES:
+            return exact
+    return _webp(images[0], quality=78, method=4, **motion)
+
+
+def _webp(image: Image.Image, **options) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "WEBP", **options)
+    return content.getvalue()

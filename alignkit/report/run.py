@@ -1,0 +1,101 @@
+"""Reading a run directory for the report: only summary.json must be there, all else may be missing."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignkit.errors import DataError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds; empty or None where a file is missing or cannot be read."""
+
+    folder: Path
+    summary: dict
+    config_text: str | None
+    config: dict
+    metrics: list[dict]
+    evaluation: dict
+    pairs: list[Path]
+    samples: list[dict]
+    skipped: list[dict]
+
+
+def read_run(folder: Path) -> Run:
+    """Raises DataError if summary.json is missing or is no JSON object."""
+    config_text = _text(folder / "config.yaml")
+    return Run(
+        folder=folder,
+        summary=_summary(folder / "summary.json"),
+        config_text=config_text,
+        config=_yaml(config_text),
+        metrics=_lines(folder / "train" / "metrics.jsonl"),
+        evaluation=_object(_text(folder / "eval.json")),
+        pairs=sorted((folder / "report_pairs").glob("*.npz")),
+        samples=_lines(folder / "samples" / "samples.jsonl"),
+        skipped=_lines(folder / "skipped.jsonl"),
+    )
+
+
+def number(tree: Any, *keys: str) -> float | None:
+    """The finite number at tree[key][key]…, None if there is none."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree if _is_number(tree) else None
+
+
+def numbers(tree: Any, *keys: str) -> list[float]:
+    """The list of finite numbers at tree[key][key]…, empty if there is none."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return [value for value in tree if _is_number(value)] if isinstance(tree, list) else []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _summary(file: Path) -> dict:
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{file}: missing, so there is nothing to report; run 'alignkit eval' first") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read as JSON ({error}); run 'alignkit eval' again") from error
+    if not isinstance(summary, dict):
+        raise DataError(f"{file}: holds no JSON object; run 'alignkit eval' again")
+    return summary
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _object(text: str | None) -> dict:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _yaml(text: str | None) -> dict:
+    try:
+        value = yaml.safe_load(text or "")
+    except yaml.YAMLError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _lines(file: Path) -> list[dict]:
+    """The JSON objects of a JSON Lines file, without lines that are none (cut off while being written)."""
+    rows = (_object(line) for line in (_text(file) or "").splitlines())
+    return [row for row in rows if row]

@@ -1,0 +1,246 @@
+"""The parts of the report that are words and numbers: the verdict, the measures, the costs, the settings."""
+
+from html import escape
+
+from alignkit.report.plots import percent, short, signed_percent, strip_plot
+from alignkit.report.run import Run, number, numbers
+
+MOST_SKIPPED = 200
+FAMILIES = {"wan": "Wan2.1", "cogvideox": "CogVideoX"}
+MISSING = '<span class="missing">not available</span>'
+KINDS = ("real", "base", "aligned")
+
+
+def header(run: Run) -> str:
+    steps = max((number(row, "step") or 0 for row in run.metrics), default=0)
+    size = number(run.config, "train", "global_batch_size")
+    length = f" in {steps:g} steps" if steps else ""
+    length += f" of {size:g} pairs" if steps and size else ""
+    return f"""<header>
+<p class="brand">alignkit</p>
+<h1>{escape(_model(run))}, aligned with LocalDPO</h1>
+<p class="lead">The model learned{length} to prefer real videos to copies of them in which it had redrawn random
+regions itself, without any labels from people. Then it was compared with the model it started from: on pairs held
+out from training, and on videos that both generate from the same noise.</p>
+<nav><a href="#pictures">Pictures</a><a href="#curves">Curves</a><a href="#numbers">Numbers</a>
+<a href="#configuration">Configuration</a></nav>
+</header>
+"""
+
+
+def _model(run: Run) -> str:
+    family = str(run.summary.get("family") or "")
+    name = FAMILIES.get(family, family) or "Text-to-video model"
+    section = run.config.get("model")
+    return f"Tiny {name}" if isinstance(section, dict) and section.get("path") == "tiny" else name
+
+
+def verdict(run: Run) -> str:
+    listed = run.summary.get("criteria")
+    criteria = [c for c in listed if isinstance(c, dict)] if isinstance(listed, list) else []
+    reached = run.summary.get("reached") is True
+    failed = [str(c.get("name", "?")) for c in criteria if c.get("reached") is not True]
+    if not criteria:
+        words = "No criteria were recorded for this run."
+    elif not failed:
+        words = f"All {len(criteria)} criteria hold at once, on data that was not trained on."
+    else:
+        are = "is" if len(failed) == 1 else "are"
+        words = f"{len(failed)} of {len(criteria)} criteria {are} not met: {', '.join(failed)}."
+    items = "".join(_criterion(c) for c in criteria)
+    return f"""<section id="verdict" class="{"reached" if reached else "unreached"}">
+<h2>Alignment {"reached" if reached else "not reached"}</h2>
+<p>{escape(words)}</p>
+<ul class="criteria">{items}</ul>
+{_tiles(run)}
+</section>
+"""
+
+
+def _criterion(criterion: dict) -> str:
+    css, label, sign = ("yes", "met", "✓") if criterion.get("reached") is True else ("no", "not met", "✗")
+    name, text = escape(str(criterion.get("name", ""))), escape(str(criterion.get("text", "")))
+    tick = f'<span class="tick" role="img" aria-label="{label}">{sign}</span>'
+    return f'<li class="{css}">{tick}<div><b>{name}</b> {text}</div></li>'
+
+
+def _tiles(run: Run) -> str:
+    s = run.summary
+    accuracy = [number(s, "accuracy", "region", when) for when in ("before", "after")]
+    change = number(s, "winner_error", "relative_change")
+    frechet = [_mean(numbers(s, "frechet", kind)) for kind in ("base", "aligned")]
+    motion = [number(s, "motion", kind) for kind in ("base", "aligned")]
+    tiles = [
+        ("Region accuracy", _arrow(accuracy, percent), "on held-out pairs; 50 % is chance"),
+        ("Winner’s error", None if change is None else signed_percent(change), "on real videos, against the base"),
+        ("Fréchet distance", _arrow(frechet, short), "to real clips; lower is closer"),
+        ("Motion", _arrow(motion, short), f"real clips: {short(number(s, 'motion', 'real'))}"),
+    ]
+    return f'<div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>'
+
+
+def _tile(name: str, value: str | None, note: str) -> str:
+    return (
+        f'<div><p class="tile-name">{name}</p><p class="tile-value">{value or MISSING}</p>'
+        f'<p class="tile-note">{note}</p></div>'
+    )
+
+
+def _arrow(before_after: list[float | None], written) -> str | None:
+    before, after = before_after
+    return None if after is None else f'<span class="before">{written(before)} →</span> {written(after)}'
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def numbers_section(run: Run) -> str:
+    return f"""<section id="numbers">
+<h2>Numbers</h2>
+<h3>Samples against real clips</h3>
+{_against_real(run)}
+<h3>Held-out pairs</h3>
+{_before_after(run)}
+<h3>What it took</h3>
+{_costs(run)}
+</section>
+"""
+
+
+def _against_real(run: Run) -> str:
+    rows = _frechet_row(run)
+    for key, name, note in (
+        ("motion", "Motion", "mean change from frame to frame, in 1/255"),
+        ("flicker", "Flicker", "what is there for one frame only, in 1/255"),
+        ("edge_energy", "Fine detail", "pixels against their neighbours, in 1/255; too much of it is a warning"),
+    ):
+        values = {kind: number(run.summary, key, kind) for kind in KINDS}
+        rows += _row(name, note, list(values.items()), [short(value) for value in values.values()])
+    shares = {kind: number(run.summary, "classifier", kind) for kind in KINDS}
+    count = number(run.summary, "classifier", "samples")
+    note = f"share of {count:g} samples, by a classifier" if count else "share of samples, by a classifier"
+    rows += _row("Prompt followed", note, list(shares.items()), [percent(v) for v in shares.values()], high=1.0)
+    if not rows:
+        return f"<p>{MISSING}</p>"
+    kinds = zip(KINDS, ("real clips", "base", "aligned"), strict=True)
+    legend = "".join(f'<span><i class="{kind}"></i>{label}</span>' for kind, label in kinds)
+    head = "<th>Measure</th><th>from 0</th>" + "".join(f"<th>{kind}</th>" for kind in KINDS)
+    return (
+        f'<p class="legend">{legend}</p><div class="wide"><table class="measures">'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _frechet_row(run: Run) -> str:
+    values = {kind: numbers(run.summary, "frechet", kind) for kind in ("base", "aligned")}
+    note = "between the features of samples and of real clips; a mark for each seed"
+    if any(len(several) > 1 for several in values.values()):
+        note += ", ± half of their range"
+    points = [(kind, value) for kind, several in values.items() for value in several]
+    return _row("Fréchet distance", note, points, ["–", *(_several(several) for several in values.values())])
+
+
+def _row(
+    name: str, note: str, points: list[tuple[str, float | None]], cells: list[str], high: float | None = None
+) -> str:
+    """A row of the table with its strip plot, or nothing where there is no number."""
+    known = [(kind, value) for kind, value in points if value is not None]
+    if not known:
+        return ""
+    description = f"{name}: " + ", ".join(f"{kind} {short(value)}" for kind, value in known)
+    strip = strip_plot(known, high or 1.1 * max(value for _, value in known), description)
+    values = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<tr><th scope="row">{name}<small>{note}</small></th><td class="strip">{strip}</td>{values}</tr>'
+
+
+def _several(values: list[float]) -> str:
+    mean = short(_mean(values))
+    if len(values) < 2:
+        return mean
+    decimals = len(mean.partition(".")[2])
+    return f"{mean} ± {(max(values) - min(values)) / 2:.{decimals}f}"
+
+
+def _before_after(run: Run) -> str:
+    rows = ""
+    for name, path, written in (
+        ("Accuracy, region", ("accuracy", "region"), percent),
+        ("Accuracy, global", ("accuracy", "global"), percent),
+        ("Winner’s error", ("winner_error",), short),
+        ("Loser’s error", ("loser_error",), short),
+    ):
+        before, after = (number(run.summary, *path, when) for when in ("before", "after"))
+        if after is None:
+            continue
+        change = signed_percent(number(run.summary, *path, "relative_change"))
+        if written is percent and before is not None:
+            change = f"{100 * (after - before):+.1f} points".replace("-", "−")
+        cells = "".join(f"<td>{cell}</td>" for cell in (written(before), written(after), change))
+        rows += f'<tr><th scope="row">{name}</th>{cells}</tr>'
+    if not rows:
+        return f"<p>{MISSING}</p>"
+    head = "<thead><tr><th></th><th>before</th><th>after</th><th>change</th></tr></thead>"
+    return f'<div class="wide"><table>{head}<tbody>{rows}</tbody></table></div>'
+
+
+def _costs(run: Run) -> str:
+    seconds = run.summary.get("seconds")
+    stages = {name: number(seconds, name) for name in seconds} if isinstance(seconds, dict) else {}
+    stages = {name: value for name, value in stages.items() if value is not None}
+    longest = max(stages.values(), default=0.0) or 1.0
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td class="bar"><i style="width:{100 * value / longest:.1f}%"></i>'
+        f"</td><td>{_duration(value)}</td></tr>"
+        for name, value in stages.items()
+    )
+    total = _duration(sum(stages.values()))
+    rows += f'<tr class="sum"><th scope="row">together</th><td></td><td>{total}</td></tr>'
+    table = f'<div class="wide"><table class="costs"><tbody>{rows}</tbody></table></div>'
+    memory = number(run.summary, "peak_memory_gb")
+    device = run.summary.get("device")
+    facts = f"Memory at most: {MISSING if memory is None else f'{memory:.2f} GB'}."
+    facts += f" Machine: {escape(str(device))}." if device else ""
+    return f"{table if stages else f'<p>Seconds by stage: {MISSING}</p>'}<p>{facts}</p>"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+def skipped(run: Run) -> str:
+    if not run.skipped:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(str(row.get("video", "?")))}</th>'
+        f"<td>{escape(str(row.get('reason', '?')))}</td></tr>"
+        for row in run.skipped[:MOST_SKIPPED]
+    )
+    count = len(run.skipped)
+    words = "One thing in the videos folder was" if count == 1 else f"{count} things in the videos folder were"
+    more = f"<p>The other {count - MOST_SKIPPED} are in skipped.jsonl.</p>" if count > MOST_SKIPPED else ""
+    return f"""<section id="skipped">
+<h2>Left out</h2>
+<p>{words} not used, and why.</p>
+<div class="wide"><table class="words"><tbody>{rows}</tbody></table></div>{more}
+</section>
+"""
+
+
+def configuration(run: Run) -> str:
+    text = f"<pre>{escape(run.config_text)}</pre>" if run.config_text else f"<p>{MISSING}</p>"
+    versions = run.summary.get("versions")
+    items = "".join(
+        f"<span><b>{escape(str(name))}</b> {escape(str(version))}</span>"
+        for name, version in (versions.items() if isinstance(versions, dict) else ())
+    )
+    return f"""<section id="configuration">
+<h2>Configuration</h2>
+<details><summary>The whole configuration, as it was resolved</summary>{text}</details>
+<h3>Versions</h3>
+<p class="versions">{items or MISSING}</p>
+</section>
+"""

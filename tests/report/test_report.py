@@ -1,0 +1,258 @@
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alignkit.errors import DataError
+from alignkit.report import write_report
+
+FRAMES, SIZE = 9, 32  # of the run that conftest.py makes
+LEFT_OPEN = {"meta", "link", "img", "source", "br", "path", "line", "circle"}
+
+
+class Page(HTMLParser):
+    """The page as a reader's browser sees it: text by section, attributes, pictures; unclosed tags fail."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.attributes, self.images, self.stills, self.open = [], [], [], [], []
+        self.text = ""
+        self.feed(html)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        attrs = dict(attrs)
+        if tag == "img":
+            self.images.append(_webp(attrs["src"]))
+        if tag == "source":
+            self.stills.append(_webp(attrs["srcset"]))
+        if tag not in LEFT_OPEN:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+    def ids(self) -> set[str]:
+        return {value for name, value in self.attributes if name == "id"}
+
+
+def _webp(uri: str) -> Image.Image:
+    head, content = uri.split(",")
+    assert head == "data:image/webp;base64"
+    return Image.open(io.BytesIO(base64.b64decode(content)))
+
+
+def page_of(run: Path) -> Page:
+    path = write_report(run)
+    assert path == run / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_nothing_is_loaded_from_elsewhere_and_there_is_no_script(run):
+    html = write_report(run).read_text(encoding="utf-8")
+    page = Page(html)
+    for name, value in page.attributes:
+        if name in ("src", "srcset", "href", "action", "poster", "data", "xlink:href"):
+            assert value.startswith(("data:", "#")), f"{name}={value[:60]}"
+        assert not name.startswith("on"), f"script in {name}"
+    assert not {"script", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL).group(1)
+    assert "url(" not in style and "@import" not in style
+    assert "default-src 'none'" in html, "the browser is told to load nothing, whatever the page says"
+
+
+def test_every_section_is_there_with_the_run_s_numbers(run):
+    page = page_of(run)
+    assert page.ids() >= {"verdict", "pictures", "curves", "numbers", "skipped", "configuration"}
+    for words in (
+        "Tiny Wan2.1, aligned with LocalDPO",
+        "in 60 steps of 16 pairs",
+        "Alignment reached",
+        "All 2 criteria hold",
+        "81.0% preferred (70% wanted)",
+        "50.0 % → 81.0 %",
+        "+0.20 %",
+        "10.07 → 7.533",
+        "no preference: 1.386",
+        "10.07 ± 0.25",
+        "87.5 %",
+        "2 min 23 s",
+        "4 min 50 s",
+        "1.84 GB",
+        "CPU, 2 threads",
+        "weight_region: 1.0",
+        "2.13.0",
+        "too short: it has 3 frames",
+        "strength 0.80",
+    ):
+        assert words in page.text, words
+    assert "not available" not in page.text.lower()
+
+
+def test_criteria_that_are_not_met_are_said_first_and_in_words(make_run, tmp_path):
+    page = page_of(make_run(tmp_path, reached=False))
+    assert "Alignment not reached" in page.text
+    assert "1 of 2 criteria is not met: winner error." in page.text
+    assert page.text.count("✓") == 1 and page.text.count("✗") == 1
+    assert page.text.index("not reached") < page.text.index("Samples before and after")
+
+
+def test_text_of_the_run_cannot_become_markup(run):
+    html = write_report(run).read_text(encoding="utf-8")
+    page = Page(html)
+    for hostile in ("<b>red</b>", "<script>alert(1)", "<changed>", "bad<1>"):
+        assert hostile not in html, f"{hostile} reached the page unescaped"
+        assert hostile in page.text, f"{hostile} is not shown as text"
+
+
+def test_samples_move_side_by_side_in_step_and_for_ever(run):
+    page = page_of(run)
+    assert len(page.images) == 4 + 2 and len(page.stills) == len(page.images)
+    sample, pair = page.images[0], page.images[-1]
+    for image, panels in ((sample, 2), (pair, 3)):
+        assert image.n_frames == FRAMES
+        assert image.info["loop"] == 0
+        image.load()
+        assert image.info["duration"] == 125  # 8 frames a second
+        assert image.size == (panels * SIZE + (panels - 1) * 2, SIZE)
+    assert all(getattr(still, "n_frames", 1) == 1 for still in page.stills)
+
+
+def test_pair_shows_winner_marked_region_and_loser_at_the_same_moment(run):
+    pair = page_of(run).images[-1]
+    stored = np.load(run / "report_pairs" / "001.npz")
+    size = SIZE
+    for t in (0, 4, 8):
+        pair.seek(t)
+        shown = np.asarray(pair.convert("RGBA"))
+        panels = [shown[:, i * (size + 2) : i * (size + 2) + size, :3].astype(int) for i in range(3)]
+        assert np.array_equal(panels[0], stored["winner"][t])
+        assert np.array_equal(panels[2], stored["loser"][t])
+        changed = (panels[1] != panels[0]).any(axis=-1)
+        expected = np.zeros((size, size), bool)
+        expected[8:20, 8:24] = True  # the mask's cells 2:5, 2:6, of 4 pixels
+        assert np.array_equal(changed, expected)
+        outline = np.abs(panels[1] - (255, 0, 170)).max(axis=-1) < 30
+        assert outline[8, 8:24].all() and outline[8:20, 23].all() and not outline[9:19, 9:23].any()
+        assert (shown[:, size : size + 2, 3] == 0).all(), "the gap is transparent, for light and dark pages"
+
+
+def test_samples_of_both_models_keep_their_places(run):
+    image = page_of(run).images[0].convert("RGB")
+    noise = [np.asarray(image)[24:, left : left + 28].astype(float).std() for left in (0, SIZE + 2)]
+    assert noise[0] > 1.5 * noise[1], "the noisier base belongs on the left"
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("config.yaml", "The whole configuration"),
+        ("train", "Training curves: not available"),
+        ("eval.json", "Held-out pairs by noise level"),
+        ("report_pairs", "Pairs: not available"),
+        ("samples", "Samples: not available"),
+        ("skipped.jsonl", None),
+    ],
+)
+def test_a_missing_file_is_said_to_be_not_available(run, name, words):
+    path = run / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = page_of(run)
+    if words is None:
+        assert "skipped" not in page.ids()
+    else:
+        assert words in page.text and "not available" in page.text.lower()
+    assert page.ids() >= {"verdict", "pictures", "curves", "numbers", "configuration"}
+
+
+def test_an_empty_summary_still_makes_a_page(tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    page = page_of(tmp_path)
+    assert "No criteria were recorded" in page.text and "Alignment not reached" in page.text
+    assert page.text.lower().count("not available") >= 8
+
+
+@pytest.mark.parametrize("value", [None, "text", [1, "x", None], {"a": {"b": None}}, float("nan")], ids=repr)
+def test_nothing_in_the_summary_can_stop_the_page(finished_run, tmp_path, value):
+    summary = json.loads((finished_run / "summary.json").read_text())
+    for key in summary:
+        (tmp_path / "summary.json").write_text(json.dumps({**summary, key: value}))
+        assert page_of(tmp_path).ids() >= {"verdict", "numbers"}, key
+
+
+def test_missing_or_broken_summary_is_one_clear_error(run):
+    (run / "summary.json").write_text('{"family": ')
+    with pytest.raises(DataError, match=r"summary\.json: cannot be read as JSON"):
+        write_report(run)
+    (run / "summary.json").write_text("[]")
+    with pytest.raises(DataError, match="no JSON object"):
+        write_report(run)
+    (run / "summary.json").unlink()
+    with pytest.raises(DataError, match=r"summary\.json: missing.*run 'alignkit eval' first"):
+        write_report(run)
+
+
+def test_broken_pictures_are_named_and_the_others_shown(run):
+    (run / "report_pairs" / "000.npz").write_bytes(b"PK\x03\x04 not a zip")
+    (run / "samples" / "aligned" / "001.mp4").write_bytes(b"nothing")
+    (run / "samples" / "base" / "002.mp4").unlink()
+    page = page_of(run)
+    assert len(page.images) == 2 + 1
+    for words in ("000.npz cannot be read", "001.mp4: cannot be read as a video", "002.mp4: no such file"):
+        assert words in page.text
+
+
+def test_samples_outside_of_the_run_are_not_read(run):
+    rows = [{"prompt": "x", "seed": 0, "base": "../../outside.mp4", "aligned": "aligned/000.mp4"}]
+    (run / "samples" / "samples.jsonl").write_text(json.dumps(rows[0]))
+    shutil.copy(run / "samples" / "base" / "000.mp4", run.parent / "outside.mp4")
+    page = page_of(run)
+    assert len(page.images) == 2 and "lies outside" in page.text
+
+
+def test_a_half_written_last_line_of_metrics_is_passed_over(run):
+    file = run / "train" / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 61, "loss": 0.')
+    assert "in 60 steps" in page_of(run).text
+
+
+def test_numbers_that_nobody_knows_are_drawn_too(run):
+    file = run / "train" / "metrics.jsonl"
+    rows = [json.loads(line) | {"new/number": i} for i, line in enumerate(file.read_text().splitlines())]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    page = page_of(run)
+    assert "Everything else that was logged" in page.text and "new/number" in page.text
+
+
+def test_the_page_stays_small_with_many_large_pictures(make_run, tmp_path):
+    run = make_run(tmp_path, samples=30, pairs=0)
+    generator = np.random.default_rng(0)
+    for i in range(8):
+        noise = generator.integers(0, 256, (24, 90, 160, 3), dtype=np.uint8)  # nothing compresses worse
+        np.savez(run / "report_pairs" / f"{i:03d}.npz", winner=noise, loser=noise, mask=np.ones((24, 9, 16)),
+                 prompt="noise", strength=0.8)  # fmt: skip
+    page = page_of(run)
+    assert (run / "report.html").stat().st_size < 8_000_000
+    assert "first 12 of 30 samples" in page.text and len(page.images) > 12
+
+
+def test_same_run_gives_the_same_bytes(run):
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
