@@ -1,0 +1,110 @@
+"""The shipped weights: small, loadable by diffusers alone, and good."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from alignkit.errors import ModelError
+from alignkit.tiny import WAN_FOLDER
+from alignkit.tiny.check import PROMPT_SEED, sample, shares_right
+from alignkit.tiny.classifier import NAMED, WEIGHTS, classify, features
+from alignkit.tiny.clips import caption_of, random_attributes, render_clip
+from alignkit.tiny.text import encode_prompts
+from alignkit.tiny.vae import decode_latents, encode_clips, normalise
+
+LOAD_ALONE = """
+import socket, sys
+socket.socket.connect = lambda *a: sys.exit("a connection was tried")
+from diffusers import WanPipeline
+pipe = WanPipeline.from_pretrained(sys.argv[1])
+frames = pipe("a red circle moves left on a plain background", height=48, width=48, num_frames=17,
+              num_inference_steps=2, output_type="np").frames
+assert frames.shape == (1, 17, 48, 48, 3), frames.shape
+assert not any(name.split(".")[0] == "alignkit" for name in sys.modules)
+print(sum(p.numel() for p in pipe.transformer.parameters()))
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = WanPipeline.from_pretrained(WAN_FOLDER)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_all_shipped_files_together_are_at_most_ten_megabytes():
+    files = [path for path in WAN_FOLDER.rglob("*") if path.is_file()] + [WEIGHTS]
+    assert sum(path.stat().st_size for path in files) <= 10e6
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_diffusers_loads_the_folder_in_a_fresh_process_without_network_or_alignkit(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_ALONE, str(WAN_FOLDER)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 1e6 < int(done.stdout.split()[-1]) < 1.2e6
+    index = json.loads((WAN_FOLDER / "model_index.json").read_text())
+    assert index["tokenizer"] == ["transformers", "ByT5Tokenizer"]
+
+
+def test_text_is_encoded_as_the_pipeline_encodes_it(pipeline):
+    prompts = ["a red circle moves left on a plain background", ""]
+    for length in (64, 512):
+        theirs, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+        ours = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, length)
+        assert torch.equal(ours, theirs)
+        assert not theirs[1, 1:].any()  # the empty prompt is its end mark alone
+
+
+def test_the_vae_rebuilds_unseen_clips_and_its_statistics_fit(pipeline):
+    clips = np.stack([render_clip(71, index).frames for index in range(16)])
+    latents = encode_clips(pipeline.vae, clips)
+    assert latents.shape == (16, 8, 5, 12, 12)
+    rebuilt = decode_latents(pipeline.vae, latents)
+    error = ((rebuilt.astype(float) - clips) ** 2).mean(axis=(1, 2, 3, 4))
+    assert (10 * np.log10(255**2 / error)).mean() > 27
+    scaled = normalise(pipeline.vae, latents)
+    # 16 clips are few: a channel's mean and deviation may be off by some tenths.
+    assert scaled.mean(dim=(0, 2, 3, 4)).abs().max() < 0.5
+    assert (scaled.std(dim=(0, 2, 3, 4)).log()).abs().max() < np.log(1.5)
+
+
+def test_the_classifier_names_unseen_clips_also_after_the_vae(pipeline):
+    rendered = [render_clip(72, index) for index in range(96)]
+    clips = np.stack([clip.frames for clip in rendered])
+    rebuilt = decode_latents(pipeline.vae, encode_clips(pipeline.vae, clips[:48]))
+    for frames in (clips, rebuilt):
+        named = classify(frames)
+        for name in NAMED:
+            wrong = sum(clip.attributes[name] != got for clip, got in zip(rendered, named[name], strict=False))
+            assert wrong <= 1, name
+    vectors = features(clips)
+    assert vectors.shape == (96, 32) and vectors.dtype == np.float32
+
+
+def test_the_classifier_refuses_other_shapes():
+    with pytest.raises(ModelError, match="uint8 clips"):
+        classify(np.zeros((2, 9, 48, 48, 3), np.uint8))
+
+
+def test_most_of_eight_samples_show_what_was_prompted(pipeline):
+    attributes = [random_attributes(PROMPT_SEED, index) for index in range(8)]
+    frames = sample(pipeline, [caption_of(entry) for entry in attributes], seed=0)
+    # At a true rate of 0.9 a draw of 5 or fewer of 8 has a chance of 0.4 %, and the draw is fixed.
+    assert shares_right(frames, attributes)["all"] >= 6 / 8
+
+
+def test_samples_are_repeatable_and_depend_on_their_own_generator_only(pipeline):
+    prompts = ["a blue square moves up on a striped background", "a red circle moves down on a plain background"]
+    both = sample(pipeline, prompts, seed=3, steps=3)
+    assert np.array_equal(both, sample(pipeline, prompts, seed=3, steps=3))
+    alone = sample(pipeline, prompts[:1], seed=3, steps=3)
+    assert np.abs(both[:1].astype(int) - alone).max() <= 1  # other batch, other rounding
