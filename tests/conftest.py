@@ -93,6 +93,15 @@ def alignkit(*arguments: str, python: tuple[str, ...] = ("-m", "alignkit"), **op
 
 
 @pytest.fixture(scope="session")
+def wan():
+    """The shipped small Wan2.1, all parts."""
+    from alignkit.config import ModelSection
+    from alignkit.models import load_model
+
+    return load_model(ModelSection(path="tiny", max_sequence_length=64))
+
+
+@pytest.fixture(scope="session")
 def command():
     """`command("train", CONFIG, ...)` runs the alignkit command line in a process of its own."""
     return alignkit

@@ -1,9 +1,11 @@
 """`alignkit eval`: held-out pairs and samples measured before and after, and a verdict in plain words."""
 
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,8 @@ from alignkit.files import write_json
 from alignkit.localdpo.build import pairs_folder, video_spec
 from alignkit.models import load_model
 from alignkit.progress import progress, say
-from alignkit.tiny.classifier import classify, features, named_attributes
+from alignkit.tiny.classifier import NAMED, classify, features
+from alignkit.tiny.clips import ATTRIBUTES, FRAMES, SIZE
 from alignkit.training.export import export_folder
 
 ACCURACY_WANTED = 0.70
@@ -72,10 +75,10 @@ def _measure(rows: list[dict], frames: dict[tuple[str, int], Tensor], real: Tens
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
     models = list(dict.fromkeys(name for name, _ in frames))
     together = {name: torch.cat([frames[name, seed] for seed in seeds]) for name in models}
-    real_features = features(real)
+    real_features = features(_thumbnails(real))
     measured = {
         "frechet": {
-            name: [frechet_distance(features(frames[name, seed]), real_features) for seed in seeds] for name in models
+            name: [frechet_distance(features(_thumbnails(frames[name, seed])), real_features) for seed in seeds] for name in models
         }
     }
     for label, measure in (("motion", motion_amount), ("flicker", temporal_flicker), ("edge_energy", edge_energy)):
@@ -88,15 +91,32 @@ def _measure(rows: list[dict], frames: dict[tuple[str, int], Tensor], real: Tens
 
 def _named(rows: list[dict], frames: dict, seed: int, models: list[str]) -> dict | None:
     """Share of one seed's samples in which a classifier sees all that the prompt names; None for other prompts."""
-    wanted = [named_attributes(row["prompt"]) for row in rows if row["seed"] == seed]
+    wanted = [attributes_in(row["prompt"]) for row in rows if row["seed"] == seed]
     if not all(wanted):
         return None
     shares = {}
     for name in models:
-        seen = classify(frames[name, seed])
+        seen = classify(_thumbnails(frames[name, seed]))
         right = [all(seen[key][i] == value for key, value in names.items()) for i, names in enumerate(wanted)]
         shares[name] = sum(right) / len(right)
     return {**shares, "samples": len(wanted)}
+
+
+def _thumbnails(frames: Tensor) -> np.ndarray:
+    """uint8 [B, F, H, W, 3] of any size to what the shipped classifier looks at."""
+    if frames.shape[1:4] != (FRAMES, SIZE, SIZE):
+        times = torch.linspace(0, frames.shape[1] - 1, FRAMES).round().long()
+        pictures = frames[:, times].flatten(0, 1).permute(0, 3, 1, 2).float()
+        small = torch.nn.functional.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
+        frames = small.round().to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (len(frames), FRAMES))
+    return frames.numpy()
+
+
+def attributes_in(prompt: str) -> dict[str, str] | None:
+    """Shape, colour and motion that a drawn clip's caption names; None if it does not name one of each."""
+    words = re.findall(r"[a-z]+", prompt.lower())
+    found = {name: [value for value in ATTRIBUTES[name] if value in words] for name in NAMED}
+    return {name: values[0] for name, values in found.items()} if all(map(len, found.values())) else None
 
 
 def summarize(config: Config, pairs: dict, pictures: dict, device: torch.device) -> dict:
