@@ -88,8 +88,19 @@ def run_with_pairs(made_pairs, overrides, tmp_path):
 def alignkit(*arguments: str, python: tuple[str, ...] = ("-m", "alignkit"), **options) -> subprocess.CompletedProcess:
     """Run the command line as a user would; returns exit code, output and errors."""
     return subprocess.run(
-        [sys.executable, *python, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
+        [sys.executable, *python, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=fresh_environment(),
+        **options,
     )
+
+
+def fresh_environment() -> dict[str, str]:
+    """Without what a training run in this process has told DeepSpeed about its process group."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in launcher}
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +116,17 @@ def wan():
 def command():
     """`command("train", CONFIG, ...)` runs the alignkit command line in a process of its own."""
     return alignkit
+
+
+@pytest.fixture(scope="session")
+def start_command():
+    """`start_command("train", CONFIG, ...)` starts the command line and returns its Popen."""
+    return lambda *arguments: subprocess.Popen(
+        [sys.executable, "-m", "alignkit", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=fresh_environment(),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -76,11 +76,11 @@ def _measure(rows: list[dict], frames: dict[tuple[str, int], Tensor], real: Tens
     models = list(dict.fromkeys(name for name, _ in frames))
     together = {name: torch.cat([frames[name, seed] for seed in seeds]) for name in models}
     real_features = features(_thumbnails(real))
-    measured = {
-        "frechet": {
-            name: [frechet_distance(features(_thumbnails(frames[name, seed])), real_features) for seed in seeds] for name in models
-        }
-    }
+
+    def distance(sampled: Tensor) -> float:
+        return frechet_distance(features(_thumbnails(sampled)), real_features)
+
+    measured: dict = {"frechet": {name: [distance(frames[name, seed]) for seed in seeds] for name in models}}
     for label, measure in (("motion", motion_amount), ("flicker", temporal_flicker), ("edge_energy", edge_energy)):
         measured[label] = {"real": measure(real).mean().item()} | {
             name: measure(together[name]).mean().item() for name in models

@@ -135,15 +135,18 @@ def _forward_backward(config, model, policy, reference, store, micro, process, s
     states = training_states(config, model, batch, epochs, dtype)
     result = local_dpo(config, model, policy, reference, batch, states)
     if step == 0:
-        logits = torch.cat([result.logits_region, result.logits_global]).abs().max().item()
-        assert_first_logits_zero(logits)
+        check_first_logits(torch.cat([result.logits_region, result.logits_global]))
     policy.backward(result.loss)
     policy.step()
     return diagnostics(config, result, states)
 
 
-def assert_first_logits_zero(largest: float) -> None:
-    """Policy and reference are the same weights before the first update: any other logit is a fault of the set-up."""
+def check_first_logits(logits: torch.Tensor) -> None:
+    """Policy and reference are the same weights before the first update: any logit but 0 is a fault of the set-up.
+
+    A logit that is not finite comes from the pair itself, and its step is skipped like any other such step.
+    """
+    largest = logits[logits.isfinite()].abs().max().item() if logits.isfinite().any() else 0.0
     if largest != 0.0:
         raise AlignkitError(
             f"step 0: policy and reference differ by {largest:g} logits where they must agree exactly; they do not run "

@@ -3,7 +3,6 @@
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -37,18 +36,13 @@ def unbroken(run_with_pairs):
     return (train_folder(config) / "metrics.jsonl").read_bytes()
 
 
-def start(config_file, settings, *more):
-    command = [sys.executable, "-m", "alignkit", "train", str(config_file), *settings, *more]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def test_killed_at_random_moments_it_reaches_the_same_metrics(run_with_pairs, config_file, unbroken):
+def test_killed_at_random_moments_it_reaches_the_same_metrics(run_with_pairs, config_file, start_command, unbroken):
     config, settings = run_with_pairs("killed")
     draw = random.Random()
     file = train_folder(config) / "metrics.jsonl"
     moments = []
     for _ in range(2):
-        child = start(config_file, settings)
+        child = start_command("train", config_file, *settings)
         lines = len(read_metrics(file)) if file.exists() else 0
         while child.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") <= lines):
             time.sleep(0.01)  # until its first step is done: starting takes longer than training
@@ -56,7 +50,7 @@ def test_killed_at_random_moments_it_reaches_the_same_metrics(run_with_pairs, co
         time.sleep(moments[-1])
         child.kill()
         child.wait()
-    last = start(config_file, settings)
+    last = start_command("train", config_file, *settings)
     assert last.wait() == 0, f"killed {moments} s after a first step: {last.stderr.read()}"
     assert file.read_bytes() == unbroken, f"killed {moments} s after a first step"
 
@@ -73,9 +67,9 @@ def test_killed_inside_a_save_it_reaches_the_same_metrics(run_with_pairs, config
     assert (train_folder(config) / "metrics.jsonl").read_bytes() == unbroken
 
 
-def test_sigterm_saves_a_checkpoint_on_both_processes_and_exits_0(run_with_pairs, config_file, command):
+def test_sigterm_saves_a_checkpoint_on_both_processes_and_exits_0(run_with_pairs, config_file, start_command):
     config, settings = run_with_pairs("stopped", "train.steps=200", "train.checkpoint_every=1000")
-    child = start(config_file, settings, "--nproc", "2")
+    child = start_command("train", config_file, *settings, "--nproc", "2")
     file = train_folder(config) / "metrics.jsonl"
     while child.poll() is None and (not file.exists() or b"\n" not in file.read_bytes()):
         time.sleep(0.05)
@@ -87,9 +81,9 @@ def test_sigterm_saves_a_checkpoint_on_both_processes_and_exits_0(run_with_pairs
     assert (train_folder(config) / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
 
 
-def test_no_process_outlives_a_killed_launcher(run_with_pairs, config_file):
+def test_no_process_outlives_a_killed_launcher(run_with_pairs, config_file, start_command):
     config, settings = run_with_pairs("orphans", "train.steps=100000")
-    child = start(config_file, settings, "--nproc", "2")
+    child = start_command("train", config_file, *settings, "--nproc", "2")
     file = train_folder(config) / "metrics.jsonl"
     while child.poll() is None and (not file.exists() or b"\n" not in file.read_bytes()):
         time.sleep(0.05)
