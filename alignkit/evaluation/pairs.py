@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from alignkit_kernels import NoiseKey, Stream, pair_region_errors
 from torch import Tensor, nn
 
 from alignkit.config import Config
@@ -12,6 +11,7 @@ from alignkit.models import family_module
 from alignkit.objectives.local_dpo import accuracy, make_states
 from alignkit.progress import progress
 from alignkit.training.loop import load_rows
+from alignkit_kernels import NoiseKey, Stream, pair_region_errors
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from alignkit_kernels import NoiseKey, Stream, keyed_randn
 from torch import Tensor
 
 from alignkit.config import Config
@@ -17,6 +16,7 @@ from alignkit.localdpo.build import pairs_folder
 from alignkit.models import load_model
 from alignkit.progress import progress, say
 from alignkit.training.export import export_folder
+from alignkit_kernels import NoiseKey, Stream, keyed_randn
 
 MODELS = ("base", "aligned")
 PLAYBACK_FPS = 8.0  # of sampled files where the data names no rate

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
 from alignkit.config import Config
 from alignkit.data.pairs import Pair, StoreInfo, block_file, open_for_building, write_block
@@ -18,6 +17,7 @@ from alignkit.localdpo.corruption import regenerate
 from alignkit.localdpo.masks import region_mask
 from alignkit.models import family_module, load_model
 from alignkit.progress import progress, say
+from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
 SPLITS = ("train", "heldout")
 

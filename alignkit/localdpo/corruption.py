@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from alignkit_kernels import NoiseKey, add_keyed_noise
 from torch import Tensor
 
 from alignkit.schedules import Schedule, one_step
+from alignkit_kernels import NoiseKey, add_keyed_noise
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,10 +8,10 @@ import math
 
 import numpy as np
 import torch
-from alignkit_kernels import NoiseKey, Stream, keyed_rand
 from torch import Tensor
 
 from alignkit.config import MaskSection
+from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
 CURVE_POINTS = 8  # straight pieces per Bézier curve: far below a latent cell at any size in use
 MAX_REDRAWS = 64

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from alignkit_kernels import LocalDPOLoss, NoiseKey, Stream, add_keyed_noise, keyed_rand, keyed_randn, local_dpo_loss
 from torch import Tensor, nn
 
 from alignkit.config import Config
 from alignkit.data.pairs import PairBatch
 from alignkit.models import family_module
+from alignkit_kernels import LocalDPOLoss, NoiseKey, Stream, add_keyed_noise, keyed_rand, keyed_randn, local_dpo_loss
 
 SATURATED = 6.0  # |logit| from which σ(−z) is below 0.25 % or above 99.75 %: the pair no longer teaches
 

@@ -7,6 +7,7 @@ from alignkit.report.plots import Rule, Series, line_plot, percent, short, signe
 from alignkit.report.run import Run, number
 
 LN2 = math.log(2)
+TRL_NAMES = {"global/accuracy": "rewards/accuracies", "global/logit": "rewards/margins"}
 SHARES = (-0.04, 1.04)  # limits of plots of shares, with room for lines at 0 and 1
 
 
@@ -40,6 +41,9 @@ class Log:
         self.drawn = {"step"}
 
     def series(self, name: str, label: str, colour: int) -> Series:
+        """The numbers of that name, or of the name that TRL's users know it by."""
+        if not any(name in row for row in self.rows):
+            name = TRL_NAMES.get(name, name)
         self.drawn.add(name)
         return Series(label, [(row["step"], number(row, name)) for row in self.rows], colour)
 
@@ -136,6 +140,13 @@ def _main_plots(run: Run, log: Log) -> list[str]:
             "the probability σ(logit), so 2 means 88 %.",
             [log.series("region/logit", "region", 1), log.series("global/logit", "global", 2)],
             rules=[Rule(0.0, "no preference")],
+        ),
+        _training(
+            "Rewards",
+            "−β/2 times each side's global gap, under the names that TRL gives them: the chosen one's should not "
+            "sink below 0.",
+            [log.series("rewards/chosen", "chosen", 1), log.series("rewards/rejected", "rejected", 3)],
+            rules=[Rule(0.0, "as the reference")],
         ),
         _training(
             "Gradient factor and saturation",

@@ -29,6 +29,7 @@ from alignkit.tiny.vae import (
     decode_latents,
     encode_clips,
     normalise,
+    polish_decoder,
     posterior_variance,
     store_statistics,
     to_unit,
@@ -49,6 +50,12 @@ class VaeSection:
     peak_rate: float
     kl_weight: float
     late_kl_weight: float
+
+
+@dataclass(frozen=True)
+class DecoderSection:
+    steps: int
+    peak_rate: float
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class ClassifierSection:
 SECTIONS = {
     "clips": ClipsSection,
     "vae": VaeSection,
+    "decoder": DecoderSection,
     "text": TextSection,
     "flow": FlowSection,
     "classifier": ClassifierSection,
@@ -88,6 +96,7 @@ class PretrainConfig:
     threads: int
     clips: ClipsSection
     vae: VaeSection
+    decoder: DecoderSection
     text: TextSection
     flow: FlowSection
     classifier: ClassifierSection
@@ -141,7 +150,8 @@ def make_vae(config: PretrainConfig, work: Path, clips: np.ndarray) -> tuple[Aut
     """The VAE with its latents' statistics, and the normalised latents of all clips."""
     folder, latents_file = work / "vae", work / "latents.safetensors"
     if not latents_file.exists():
-        vae = train_vae(clips, work, **asdict(config.vae), seed=config.seed)
+        trained = len(clips) - config.clips.held_out
+        vae = train_vae(clips[:trained], work, **asdict(config.vae), seed=config.seed)
         log.info("vae: encoding %d clips", len(clips))
         raw = encode_clips(vae, clips)
         store_statistics(vae, raw, posterior_variance(vae, clips[:256]))
@@ -150,6 +160,20 @@ def make_vae(config: PretrainConfig, work: Path, clips: np.ndarray) -> tuple[Aut
     vae = AutoencoderKLWan.from_pretrained(folder).eval()
     channels_last(vae)
     return vae, load_file(latents_file)["latents"]
+
+
+def make_polished_vae(
+    config: PretrainConfig, work: Path, clips: np.ndarray, vae: AutoencoderKLWan, latents: torch.Tensor
+) -> AutoencoderKLWan:
+    """The VAE with its decoder trained further; the encoder is the same bit for bit."""
+    folder = work / "vae_polished"
+    if not folder.exists():
+        trained = len(clips) - config.clips.held_out
+        polish_decoder(vae, clips[:trained], latents, work, **asdict(config.decoder), seed=config.seed)
+        vae.save_pretrained(folder)
+    vae = AutoencoderKLWan.from_pretrained(folder).eval()
+    channels_last(vae)
+    return vae
 
 
 def make_text_encoder(config: PretrainConfig, work: Path) -> UMT5EncoderModel:
@@ -258,6 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     clips, attributes = make_clips(config, given.work)
     encoder = make_text_encoder(config, given.work)
     vae, latents = make_vae(config, given.work, clips)
+    vae = make_polished_vae(config, given.work, clips, vae, latents)
     transformer = make_transformer(config, given.work, latents, attributes, encoder)
     classifier = make_classifier(config, given.work, clips, attributes, vae)
     export(given.out, vae, encoder, transformer, classifier)

@@ -61,10 +61,7 @@ def train_vae(
     torch.manual_seed(seed)
     vae = new_vae()
     channels_last(vae)
-    ends = {vae.encoder.conv_in.weight, vae.decoder.conv_out.weight}
-    matrices = [p for name, p in vae.named_parameters() if name.endswith("weight") and p not in ends]
-    others = [p for p in vae.parameters() if all(p is not q for q in matrices)]
-    optimizer = Muon(matrices, others, matrix_rate=peak_rate, other_rate=0.1 * peak_rate)
+    optimizer = _optimizer(vae, peak_rate)
     ema = Ema(vae, 0.998)
     running = RunningLog("vae", steps)
     for step in train_steps("vae", folder, vae, optimizer, ema, steps):
@@ -78,22 +75,80 @@ def train_vae(
             noise = torch.randn(mean.shape, generator=generator)
             out = _decode_unclamped(vae, mean + (0.5 * logvar).exp() * noise).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        error = out - video
-        # Most pixels are grey: without weight on the coloured ones, colour is learned last.
-        weight = 1 + 3 * (video.amax(1, keepdim=True) - video.amin(1, keepdim=True)) / 2
-        tint = error - error.mean(1, keepdim=True)
-        pixel = (weight * (error.abs() + 2 * error.square() + 2 * tint.abs())).mean()
-        edge = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        loss = pixel + 0.5 * edge + (kl_weight if 2 * step < steps else late_kl_weight) * kl
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        # In decibels of the 0…255 range: 4 = (peak to peak of [-1, 1])².
-        psnr = 10 * torch.log10(4 / error.detach().square().mean())
-        running.add(step, loss=loss.item(), psnr=psnr.item(), kl=kl.item())
+        loss = _picture_loss(out, video) + (kl_weight if 2 * step < steps else late_kl_weight) * kl
+        _descend(vae, optimizer, loss)
+        running.add(step, loss=loss.item(), psnr=_psnr(out, video), kl=kl.item())
     vae.load_state_dict(ema.values)
     return vae.eval()
+
+
+def polish_decoder(
+    vae: AutoencoderKLWan,
+    clips: np.ndarray,
+    latents: torch.Tensor,
+    folder: Path,
+    *,
+    steps: int,
+    peak_rate: float,
+    seed: int,
+) -> AutoencoderKLWan:
+    """Train the decoder alone on whole clips, from their normalised latents with a little noise added.
+
+    The encoder, and with it everything that is trained on latents, stays as it is. Whole clips remove the
+    traces that a moving shape leaves in the later chunks; the noise makes up for generated latents.
+    """
+    vae.requires_grad_(False)
+    decoder = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+    decoder.requires_grad_(True)
+    optimizer = _optimizer(decoder, peak_rate)
+    ema = Ema(decoder, 0.995)
+    running = RunningLog("decoder", steps)
+    for step in train_steps("decoder", folder, decoder, optimizer, ema, steps):
+        rng = step_rng(seed, STAGE + 10, step)
+        generator = torch_generator(rng)
+        rows = np.sort(rng.choice(len(clips), size=4, replace=False))
+        clean = latents[torch.from_numpy(rows)]
+        amount = 0.15 * torch.rand(len(rows), 1, 1, 1, 1, generator=generator)
+        noisy = clean + amount * torch.randn(clean.shape, generator=generator)
+        video = to_unit(clips[rows])
+        optimizer.scale_rates(schedule(step, steps, warmup=30))
+        with torch.autocast("cpu", torch.bfloat16):
+            out = _decode_unclamped(vae, denormalise(vae, noisy)).float()
+        loss = _picture_loss(out, video)
+        _descend(decoder, optimizer, loss)
+        running.add(step, loss=loss.item(), psnr=_psnr(out, video))
+    decoder.load_state_dict(ema.values)
+    return vae.eval()
+
+
+def _optimizer(model: torch.nn.Module, peak_rate: float) -> Muon:
+    ends = ("encoder.conv_in.weight", "decoder.conv_out.weight")
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if name.endswith("weight") and name not in ends]
+    others = [p for name, p in named if not name.endswith("weight") or name in ends]
+    return Muon(matrices, others, matrix_rate=peak_rate, other_rate=0.1 * peak_rate)
+
+
+def _picture_loss(out: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
+    error = out - video
+    # Most pixels are grey: without weight on the coloured ones, colour is learned last.
+    weight = 1 + 3 * (video.amax(1, keepdim=True) - video.amin(1, keepdim=True)) / 2
+    tint = error - error.mean(1, keepdim=True)
+    pixel = (weight * (error.abs() + 2 * error.square() + 2 * tint.abs())).mean()
+    edge = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return pixel + 0.5 * edge
+
+
+def _psnr(out: torch.Tensor, video: torch.Tensor) -> float:
+    # 4 is the square of the range [-1, 1].
+    return (10 * torch.log10(4 / (out.detach() - video).square().mean())).item()
+
+
+def _descend(model: torch.nn.Module, optimizer: Muon, loss: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
 
 
 def channels_last(vae: AutoencoderKLWan) -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from alignkit.data.pairs import PairStore
 from alignkit.evaluation.pairs import describe, score_pairs
 from alignkit.evaluation.summary import attributes_in, criteria

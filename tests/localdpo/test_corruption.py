@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from alignkit_kernels import NoiseKey, Stream, add_keyed_noise
 
 from alignkit.localdpo.corruption import regenerate
 from alignkit.schedules import Schedule, flow_coefficients, flow_shift
+from alignkit_kernels import NoiseKey, Stream, add_keyed_noise
 
 N = 8
 
