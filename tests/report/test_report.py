@@ -242,6 +242,15 @@ def test_numbers_that_nobody_knows_are_drawn_too(run):
     assert "Everything else that was logged" in page.text and "new/number" in page.text
 
 
+def test_metrics_under_trl_s_names_are_drawn_with_their_kind(run):
+    file = run / "train" / "metrics.jsonl"
+    text = file.read_text().replace("global/accuracy", "rewards/accuracies").replace("global/logit", "rewards/margins")
+    file.write_text(text)
+    page = page_of(run)
+    assert page.text.count("global 0.7") == 1, "global accuracy belongs beside the region's"
+    assert "rewards/" not in page.text, "drawn again among the rest"
+
+
 def test_the_page_stays_small_with_many_large_pictures(make_run, tmp_path):
     run = make_run(tmp_path, samples=30, pairs=0)
     generator = np.random.default_rng(0)

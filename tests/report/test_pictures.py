@@ -1,0 +1,38 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alignkit.report.pictures import LARGEST_PANEL, MOST_FRAMES, compose, with_mask
+
+
+@pytest.mark.parametrize(
+    "frames, mask_frames, on, expected",
+    [
+        (17, 5, 0, [0]),  # a causal video VAE: the first latent frame holds the first picture alone
+        (17, 5, 1, [1, 2, 3, 4]),
+        (17, 5, 4, [13, 14, 15, 16]),
+        (9, 9, 3, [3]),
+        (8, 4, 1, [2, 3]),  # no causal count: spread evenly
+        (6, 1, 0, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_mask_is_drawn_on_the_frames_that_it_covers(frames, mask_frames, on, expected):
+    video = np.full((frames, 8, 8, 3), 100, np.uint8)
+    mask = np.zeros((mask_frames, 2, 2), np.uint8)
+    mask[on, 0, 0] = 1
+    changed = (with_mask(video, mask) != video).any(axis=-1)
+    assert changed.any(axis=(1, 2)).nonzero()[0].tolist() == expected
+    assert changed[expected[0], :4, :4].all() and not changed[:, 4:].any() and not changed[:, :, 4:].any()
+
+
+def test_long_and_large_videos_are_thinned_at_their_own_speed():
+    video = np.zeros((100, 60, 300, 3), np.uint8)
+    video[:, :, :, 0] = np.arange(100)[:, None, None]
+    picture = compose([video, video], fps=25)
+    animation = Image.open(io.BytesIO(picture.animation))
+    animation.load()
+    assert animation.n_frames == 34 <= MOST_FRAMES  # every third
+    assert animation.info["duration"] == 120, "three frames' worth, so that it plays as fast as before"
+    assert animation.size == (2 * LARGEST_PANEL + 2, 48) and not picture.magnified
