@@ -19,7 +19,7 @@ PANEL_WIDTH = 144  # pixels on the page that a small panel is magnified to, abou
 LARGEST_PANEL = 240  # pixels; larger videos are shrunk to it
 MOST_FRAMES = 48  # of a longer video every second, third, … is shown
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
-LOSSLESS_BYTES = 250_000  # above this a picture is compressed with losses
+LOSSLESS_PIXELS, LOSSLESS_BYTES = 50_000, 250_000  # above either, a picture is compressed with losses
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,10 @@ def compose(videos: list[np.ndarray], fps: float) -> Picture:
         canvas[:, :, left : left + width, 3] = 255
     images = [Image.fromarray(frame) for frame in canvas]
     scale = max(1, min(4, round(PANEL_WIDTH / width)))
+    animation, options = _animated(images, duration=round(1000 * every / fps))
     return Picture(
-        animation=_animated(images, duration=round(1000 * every / fps)),
-        still=_webp(images[frames // 2], lossless=True, quality=60, method=4),
+        animation=animation,
+        still=_webp(images[frames // 2], **options),
         width=canvas.shape[2] * scale,
         panels=len(videos),
         magnified=scale > 1,
@@ -135,13 +136,16 @@ def _shrunk(video: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in video])
 
 
-def _animated(images: list[Image.Image], duration: int) -> bytes:
+def _animated(images: list[Image.Image], duration: int) -> tuple[bytes, dict]:
+    """The animation and the compression that it needed: none where that is small enough."""
     motion = {"save_all": True, "append_images": images[1:], "duration": duration, "loop": 0}
-    if images[0].width * images[0].height <= 320 * 160:
-        exact = _webp(images[0], lossless=True, quality=60, method=4, **motion)
-        if len(exact) <= LOSSLESS_BYTES:
-            return exact
-    return _webp(images[0], quality=78, method=4, **motion)
+    exact = {"lossless": True, "quality": 60, "method": 4}
+    if images[0].width * images[0].height <= LOSSLESS_PIXELS:
+        content = _webp(images[0], **exact, **motion)
+        if len(content) <= LOSSLESS_BYTES:
+            return content, exact
+    lossy = {"quality": 72, "method": 4}
+    return _webp(images[0], **lossy, **motion), lossy
 
 
 def _webp(image: Image.Image, **options) -> bytes:
