@@ -5,6 +5,7 @@ Works with torch alone on any device; with triton, CUDA tensors take fused kerne
 
 from . import losses
 from .checks import InputError
+from .dispatch import count_launches
 from .errors import RegionErrors, region_errors
 from .local_dpo import local_dpo_loss
 from .losses import LocalDPOLoss
@@ -23,6 +24,7 @@ __all__ = [
     "RegionErrors",
     "Stream",
     "add_keyed_noise",
+    "count_launches",
     "keyed_rand",
     "keyed_randn",
     "local_dpo_loss",

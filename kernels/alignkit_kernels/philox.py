@@ -41,15 +41,14 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
     return c0, c1, c2, c3
 
 
-def sample_words(elements: int, seed: Tensor, ids: Tensor, draw: Tensor, stream: Tensor) -> Tensor:
+def sample_words(elements: int, keys: Tensor) -> Tensor:
     """Words of the first `elements` elements of every sample, [B, elements rounded up to a multiple of 4].
 
-    `seed`, `ids`, `draw` and `stream` are int64 of one element or of B.
+    keys: int64 [B, 4], rows (seed, sample id, draw, stream).
     """
-    counter = torch.arange(-(-elements // 4), device=ids.device)
-    seed, ids, draw, stream = (word.reshape(-1, 1) for word in (seed, ids, draw, stream))
-    words = philox(seed, counter, ids & WORD, draw & WORD, stream & WORD)
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)
+    counter = torch.arange(-(-elements // 4), device=keys.device)
+    seed, sample, draw, stream = keys.unsqueeze(-1).unbind(1)
+    return torch.stack(philox(seed, counter, sample & WORD, draw & WORD, stream & WORD), dim=-1).flatten(1)
 
 
 def uniforms(words: Tensor) -> Tensor:

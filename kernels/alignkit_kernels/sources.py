@@ -21,7 +21,6 @@ class NoiseKey:
     draw: epoch or rollout number, an int or int64 [B], 0 <= draw < 2**32.
     stream: what the noise is for.
 
-    Ints are filled into device tensors at every use; a caller who reuses a key passes tensors instead.
     """
 
     seed: int | Tensor
@@ -43,8 +42,8 @@ class PathState:
 NoiseSource: TypeAlias = Tensor | NoiseKey | PathState
 
 
-def key_words(key: NoiseKey, batch: int, device: torch.device) -> list[Tensor]:
-    """Seed, sample ids, draw and stream as int64 device tensors, each of one element or of `batch`."""
+def key_rows(key: NoiseKey, batch: int, device: torch.device) -> Tensor:
+    """int64 [B, 4] on the device, rows (seed, sample id, draw, stream): a new key compiles nothing anew."""
     ids = key.sample_ids
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 1:
         raise InputError(f"NoiseKey.sample_ids must be an int64 tensor [B], got {describe(ids)}")
@@ -53,34 +52,30 @@ def key_words(key: NoiseKey, batch: int, device: torch.device) -> list[Tensor]:
     _check_word("sample_ids", ids)
     _check_word("draw", key.draw)
     _check_word("stream", key.stream)
-    return [
-        _word("seed", key.seed, batch, device),
-        ids.to(device, torch.int64, non_blocking=True),
-        _word("draw", key.draw, batch, device),
-        _word("stream", key.stream, batch, device),
-    ]
+    words = {"seed": key.seed, "sample_ids": ids, "draw": key.draw, "stream": key.stream}
+    return torch.stack([_word(name, value, batch, device) for name, value in words.items()], dim=1)
 
 
-def noise_inputs(name: str, noise: NoiseSource, clean: Tensor) -> tuple[str, list[Tensor]]:
-    """A checked noise source in the form the ops take: which of the three, and its tensors."""
+def noise_inputs(name: str, noise: NoiseSource, clean: Tensor) -> tuple[str, Tensor]:
+    """A checked noise source in the form the ops take: which of the three, and the tensor that holds it."""
     if isinstance(noise, NoiseKey):
-        return KEYED, key_words(noise, clean.shape[0], clean.device)
+        return KEYED, key_rows(noise, clean.shape[0], clean.device)
     if isinstance(noise, PathState):
         check_like(f"{name}.state", noise.state, "clean", clean)
-        return PATH, [noise.state]
+        return PATH, noise.state
     if isinstance(noise, Tensor):
         check_like(name, noise, "clean", clean)
-        return GIVEN, [noise]
+        return GIVEN, noise
     raise InputError(f"{name} must be a Tensor, a NoiseKey or a PathState, got {describe(noise)}")
 
 
 def _word(name: str, value: int | Tensor, batch: int, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
         signed = (int(value) + 2**63) % 2**64 - 2**63  # a seed may use all 64 bits
-        return torch.full((1,), signed, dtype=torch.int64, device=device)
+        return torch.full((batch,), signed, dtype=torch.int64, device=device)
     if value.is_floating_point() or value.numel() not in (1, batch):
         raise InputError(f"NoiseKey.{name} must be an int or int64 [B] or [1], got {describe(value)}")
-    return value.reshape(-1).to(device, torch.int64, non_blocking=True)
+    return value.reshape(-1).to(device, torch.int64, non_blocking=True).expand(batch)
 
 
 def _check_word(name: str, value: int | Tensor) -> None:

@@ -1,15 +1,43 @@
 """Inputs and an independent fp64 oracle, shared by the kernel tests."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from alignkit_kernels import NoiseKey, PathState, keyed_randn
 from torch import Tensor
 
-SHAPES = {"channels_first": (3, 4, 3, 5, 7), "frames_first": (3, 3, 4, 5, 7), "image": (3, 4, 5, 7)}
+from alignkit_kernels import NoiseKey, PathState, count_launches, dispatch, keyed_randn
+
+SHAPES = {
+    "channels_first": (2, 3, 2, 5, 7),
+    "frames_first": (2, 2, 3, 5, 7),
+    "image": (2, 3, 5, 7),
+    "aligned": (2, 3, 2, 10, 14),  # 280 positions: whole vectors, and more than one tile
+}
 EPS = 2.0**-23
+
+
+@pytest.fixture(params=["triton", "reference"] if dispatch.INTERPRETED else ["reference"])
+def path(request, monkeypatch) -> str:
+    """Runs a test on the Triton kernels, where the interpreter runs them, and on the reference."""
+    if request.param == "reference":
+        monkeypatch.setattr(dispatch, "runs_kernels", lambda x: False)
+    return request.param
+
+
+@pytest.fixture
+def launched(path):
+    """A context that fails unless exactly the named kernels ran inside it, once each (none on the reference path)."""
+
+    @contextmanager
+    def check(*kernels):
+        with count_launches() as ran:
+            yield
+        assert ran == (dict.fromkeys(kernels, 1) if path == "triton" else {})
+
+    return check
 
 
 def closed_form(shape, p, q, amp=1.0) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from alignkit_kernels import NoiseKey, Stream, keyed_rand, keyed_randn
 from alignkit_kernels.philox import philox, uniforms
 
@@ -18,6 +19,9 @@ KNOWN_ANSWERS = [
         [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
     ),
 ]
+
+
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def words_of(counter: list[int], seed: int) -> list[int]:
@@ -44,7 +48,7 @@ def test_normals_follow_the_contract_element_by_element():
             )
             radius = math.sqrt(-2 * math.log(max(u, 1e-7)))
             expected = radius * (math.cos, math.sin)[i % 2](2 * math.pi * v)
-            assert float(got[b].flatten()[i]) == pytest.approx(expected, rel=2**-23, abs=1e-30)
+            assert float(got[b].flatten()[i]) == pytest.approx(expected, rel=4 * 2**-23, abs=1e-30)
 
 
 def test_uniforms_are_the_top_bits_of_the_same_words():

@@ -48,8 +48,8 @@ def region_errors(
     if reference is not None:
         check_like("reference", reference, "pred", pred)
     regions, num_regions = check_regions(regions, num_regions, pred)
-    source, tensors = noise_inputs("noise", noise, clean)
+    source, tensor = noise_inputs("noise", noise, clean)
     count, error, gap = op.region_errors(
-        pred, reference, clean, coefficients, source, tensors, regions, num_regions
+        pred, reference, clean, coefficients, source, tensor, regions, num_regions
     )
     return RegionErrors(error, None if reference is None else gap, count)

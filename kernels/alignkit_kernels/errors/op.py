@@ -1,11 +1,13 @@
 """`region_errors` as torch sees it: an op, its backward, their shapes, and what implements them."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from . import reference as plain
+
+if dispatch.HAVE_TRITON:
+    from . import launch
 
 
 @torch.library.custom_op("alignkit::region_errors", mutates_args=())
@@ -15,11 +17,12 @@ def region_errors(
     clean: Tensor,
     coefficients: Tensor,
     source: str,
-    noise: Sequence[Tensor],
+    noise: Tensor,
     regions: Tensor | None,
     num_regions: int,
 ) -> Tensor:
-    return plain.forward(pred, reference, clean, coefficients, source, noise, regions, num_regions)
+    run = launch if dispatch.runs_kernels(pred) else plain
+    return run.forward(pred, reference, clean, coefficients, source, noise, regions, num_regions)
 
 
 @torch.library.custom_op("alignkit::region_errors_backward", mutates_args=())
@@ -29,10 +32,11 @@ def region_errors_backward(
     clean: Tensor,
     coefficients: Tensor,
     source: str,
-    noise: Sequence[Tensor],
+    noise: Tensor,
     regions: Tensor | None,
 ) -> Tensor:
-    return plain.backward(grad, pred, clean, coefficients, source, noise, regions)
+    run = launch if dispatch.runs_kernels(pred) else plain
+    return run.backward(grad, pred, clean, coefficients, source, noise, regions)
 
 
 @region_errors.register_fake
@@ -48,13 +52,13 @@ def _(grad, pred, clean, coefficients, source, noise, regions):
 def _save(ctx, inputs, output):
     pred, _, clean, coefficients, source, noise, regions, _ = inputs
     ctx.source = source
-    ctx.save_for_backward(pred, clean, coefficients, regions, *noise)
+    ctx.save_for_backward(pred, clean, coefficients, noise, regions)
 
 
 def _backward(ctx, grad):
-    pred, clean, coefficients, regions, *noise = ctx.saved_tensors
+    pred, clean, coefficients, noise, regions = ctx.saved_tensors
     dpred = region_errors_backward(grad, pred, clean, coefficients, ctx.source, noise, regions)
-    return dpred, None, None, None, None, [None] * len(noise), None, None
+    return dpred, None, None, None, None, None, None, None
 
 
 region_errors.register_autograd(_backward, setup_context=_save)

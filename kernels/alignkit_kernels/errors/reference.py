@@ -17,7 +17,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def target_of(
-    clean: Tensor, coefficients: Tensor, source: str, noise: list[Tensor], dtype: torch.dtype
+    clean: Tensor, coefficients: Tensor, source: str, noise: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """y = c * noise + d * clean, what the network should have predicted."""
     columns = coefficient_columns(coefficients, dtype, clean.dim())
@@ -80,7 +80,7 @@ def forward(
     clean: Tensor,
     coefficients: Tensor,
     source: str,
-    noise: list[Tensor],
+    noise: Tensor,
     regions: Tensor | None,
     num_regions: int,
 ) -> Tensor:
@@ -102,7 +102,7 @@ def backward(
     clean: Tensor,
     coefficients: Tensor,
     source: str,
-    noise: list[Tensor],
+    noise: Tensor,
     regions: Tensor | None,
 ) -> Tensor:
     """d(loss)/d(pred) = 2 * g[region] * (pred - y), with g the gradients of error and gap together."""

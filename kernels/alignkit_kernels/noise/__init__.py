@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import InputError, check_coefficients, check_latents
-from ..sources import NoiseKey, NoiseSource, key_words, noise_inputs
+from ..sources import NoiseKey, NoiseSource, key_rows, noise_inputs
 from . import op
 
 
@@ -60,11 +60,11 @@ def add_keyed_noise(clean: Tensor, coefficients: Tensor, key: NoiseSource) -> Te
 
 def _request(
     shape: Sequence[int], key: NoiseKey, device: torch.device | str | None
-) -> tuple[list[int], list[Tensor]]:
+) -> tuple[list[int], Tensor]:
     shape = list(shape)
     if not isinstance(key, NoiseKey):
         raise InputError(f"key must be a NoiseKey, got {type(key).__name__}")
     if not shape or min(shape) < 1:
         raise InputError(f"shape is {shape}, expected [B, ...] with every size at least 1")
     device = torch.device(device) if device is not None else key.sample_ids.device
-    return shape, key_words(key, shape[0], device)
+    return shape, key_rows(key, shape[0], device)

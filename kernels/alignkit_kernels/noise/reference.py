@@ -9,24 +9,24 @@ from ..philox import normals, sample_words, uniforms
 from ..sources import GIVEN, KEYED
 
 
-def keyed_normal(shape: list[int], words: list[Tensor], dtype: torch.dtype) -> Tensor:
+def keyed_normal(shape: list[int], keys: Tensor, dtype: torch.dtype) -> Tensor:
     elements = prod(shape[1:])
-    return normals(sample_words(elements, *words))[:, :elements].reshape(shape).to(dtype)
+    return normals(sample_words(elements, keys))[:, :elements].reshape(shape).to(dtype)
 
 
-def keyed_uniform(shape: list[int], words: list[Tensor], dtype: torch.dtype) -> Tensor:
+def keyed_uniform(shape: list[int], keys: Tensor, dtype: torch.dtype) -> Tensor:
     elements = prod(shape[1:])
-    return uniforms(sample_words(elements, *words))[:, :elements].reshape(shape).to(dtype)
+    return uniforms(sample_words(elements, keys))[:, :elements].reshape(shape).to(dtype)
 
 
-def noise_of(source: str, noise: list[Tensor], clean: Tensor, columns: list[Tensor]) -> Tensor:
+def noise_of(source: str, noise: Tensor, clean: Tensor, columns: list[Tensor]) -> Tensor:
     """The noise tensor of any source, in `clean`'s dtype. `columns` are (a, s, c, d), each [B, 1, ...]."""
     if source == GIVEN:
-        return noise[0].to(clean.dtype)
+        return noise.to(clean.dtype)
     if source == KEYED:
         return keyed_normal(list(clean.shape), noise, clean.dtype)
     a, s, _, _ = columns
-    return (noise[0].to(clean.dtype) - a * clean) / s
+    return (noise.to(clean.dtype) - a * clean) / s
 
 
 def coefficient_columns(coefficients: Tensor, dtype: torch.dtype, dims: int) -> list[Tensor]:
@@ -34,7 +34,7 @@ def coefficient_columns(coefficients: Tensor, dtype: torch.dtype, dims: int) -> 
     return [x.reshape(-1, *[1] * (dims - 1)) for x in coefficients.to(dtype).unbind(1)]
 
 
-def add_noise(clean: Tensor, coefficients: Tensor, source: str, noise: list[Tensor]) -> Tensor:
+def add_noise(clean: Tensor, coefficients: Tensor, source: str, noise: Tensor) -> Tensor:
     wide = clean.to(torch.promote_types(clean.dtype, torch.float32))
     columns = coefficient_columns(coefficients, wide.dtype, wide.dim())
     a, s, _, _ = columns

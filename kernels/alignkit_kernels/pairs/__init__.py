@@ -56,16 +56,16 @@ def pair_region_errors(
         check_like("reference_w", reference_w, "pred_w", pred_w)
         check_like("reference_l", reference_l, "pred_l", pred_l)
     regions, num_regions = check_regions(regions, num_regions, pred_w)
-    source_w, tensors_w = noise_inputs("noise_w", noise_w, clean_w)
+    source_w, tensor_w = noise_inputs("noise_w", noise_w, clean_w)
     if noise_l is not None:
-        source_l, tensors_l = noise_inputs("noise_l", noise_l, clean_l)
+        source_l, tensor_l = noise_inputs("noise_l", noise_l, clean_l)
     elif isinstance(noise_w, Tensor) or source_w == "keyed":
-        source_l, tensors_l = source_w, []
+        source_l, tensor_l = source_w, None
     else:
         raise InputError("noise_l is required when noise_w is a PathState: each side has its own state")
     count, error_w, error_l, gap_w, gap_l, cross = op.pair_region_errors(
         pred_w, pred_l, reference_w, reference_l, clean_w, clean_l, coefficients,
-        source_w, tensors_w, source_l, tensors_l, regions, num_regions,
+        source_w, tensor_w, source_l, tensor_l, regions, num_regions,
     )  # fmt: skip
     if reference_w is None:
         gap_w = gap_l = None

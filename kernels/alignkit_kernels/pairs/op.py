@@ -1,11 +1,13 @@
 """`pair_region_errors` as torch sees it: an op, its backward, their shapes, and what implements them."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from . import reference as plain
+
+if dispatch.HAVE_TRITON:
+    from . import launch
 
 
 @torch.library.custom_op("alignkit::pair_region_errors", mutates_args=())
@@ -18,13 +20,14 @@ def pair_region_errors(
     clean_l: Tensor,
     coefficients: Tensor,
     source_w: str,
-    noise_w: Sequence[Tensor],
+    noise_w: Tensor,
     source_l: str,
-    noise_l: Sequence[Tensor],
+    noise_l: Tensor | None,
     regions: Tensor | None,
     num_regions: int,
 ) -> Tensor:
-    return plain.forward(
+    run = launch if dispatch.runs_kernels(pred_w) else plain
+    return run.forward(
         pred_w, pred_l, reference_w, reference_l, clean_w, clean_l, coefficients,
         source_w, noise_w, source_l, noise_l, regions, num_regions,
     )  # fmt: skip
@@ -39,12 +42,13 @@ def pair_region_errors_backward(
     clean_l: Tensor,
     coefficients: Tensor,
     source_w: str,
-    noise_w: Sequence[Tensor],
+    noise_w: Tensor,
     source_l: str,
-    noise_l: Sequence[Tensor],
+    noise_l: Tensor | None,
     regions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return plain.backward(
+    run = launch if dispatch.runs_kernels(pred_w) else plain
+    return run.backward(
         grad, pred_w, pred_l, clean_w, clean_l, coefficients, source_w, noise_w, source_l, noise_l, regions
     )
 
@@ -65,21 +69,18 @@ def _(grad, pred_w, pred_l, *args):
 def _save(ctx, inputs, output):
     pred_w, pred_l, _, _, clean_w, clean_l, coefficients, *sources, regions, _ = inputs
     source_w, noise_w, source_l, noise_l = sources
-    ctx.sources = source_w, source_l, len(noise_w), len(noise_l)
-    ctx.save_for_backward(pred_w, pred_l, clean_w, clean_l, coefficients, regions, *noise_w, *noise_l)
+    ctx.sources = source_w, source_l
+    ctx.save_for_backward(pred_w, pred_l, clean_w, clean_l, coefficients, noise_w, noise_l, regions)
 
 
 def _backward(ctx, grad):
-    source_w, source_l, size_w, size_l = ctx.sources
-    pred_w, pred_l, clean_w, clean_l, coefficients, regions, *noise = ctx.saved_tensors
+    source_w, source_l = ctx.sources
+    pred_w, pred_l, clean_w, clean_l, coefficients, noise_w, noise_l, regions = ctx.saved_tensors
     dpred_w, dpred_l = pair_region_errors_backward(
         grad, pred_w, pred_l, clean_w, clean_l, coefficients,
-        source_w, noise[:size_w], source_l, noise[size_w:], regions,
+        source_w, noise_w, source_l, noise_l, regions,
     )  # fmt: skip
-    return (
-        dpred_w, dpred_l, None, None, None, None, None,
-        None, [None] * size_w, None, [None] * size_l, None, None,
-    )  # fmt: skip
+    return dpred_w, dpred_l, *[None] * 11
 
 
 pair_region_errors.register_autograd(_backward, setup_context=_save)

@@ -18,13 +18,13 @@ def residuals(
     cleans: tuple[Tensor, Tensor],
     coefficients: Tensor,
     source_w: str,
-    noise_w: list[Tensor],
+    noise_w: Tensor,
     source_l: str,
-    noise_l: list[Tensor],
+    noise_l: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Targets and pred - target of winner and loser. No noise for the loser means the winner's noise."""
-    if not noise_l:
+    if noise_l is None:
         source_l, noise_l = source_w, noise_w
     targets = (
         target_of(cleans[0], coefficients, source_w, noise_w, dtype),
@@ -42,9 +42,9 @@ def forward(
     clean_l: Tensor,
     coefficients: Tensor,
     source_w: str,
-    noise_w: list[Tensor],
+    noise_w: Tensor,
     source_l: str,
-    noise_l: list[Tensor],
+    noise_l: Tensor | None,
     regions: Tensor | None,
     num_regions: int,
 ) -> Tensor:
@@ -73,9 +73,9 @@ def backward(
     clean_l: Tensor,
     coefficients: Tensor,
     source_w: str,
-    noise_w: list[Tensor],
+    noise_w: Tensor,
     source_l: str,
-    noise_l: list[Tensor],
+    noise_l: Tensor | None,
     regions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """d(loss)/d(pred) of each side: 2 * g[region] * (its residual) + g_cross[region] * (the other's)."""

@@ -1,0 +1,87 @@
+"""Starts the kernels of `region_errors`; the same signatures as the reference's."""
+
+import torch
+from torch import Tensor
+
+from ..dispatch import launch
+from ..launch import ODD_UNROLL, TRITON_DTYPE, launch_for
+from ..layout import Layout, by_sample, layout_of
+from ..tiles import NUM_WARPS, TILE, sum_tiles_kernel
+from .kernel import region_errors_backward_kernel, region_errors_kernel
+from .reference import compute_dtype
+
+SUM_BLOCK, SUM_WARPS = 512, 4  # part of the numbers, like TILE
+
+
+def unroll_of(layout: Layout, device: torch.device) -> int:
+    return launch_for(device).unroll if layout.aligned else ODD_UNROLL
+
+
+def forward(
+    pred: Tensor,
+    reference: Tensor | None,
+    clean: Tensor,
+    coefficients: Tensor,
+    source: str,
+    noise: Tensor,
+    regions: Tensor | None,
+    num_regions: int,
+) -> Tensor:
+    """fp64 [3, B, R]: count, error, gap (0 without a reference). Two launches."""
+    regions = None if regions is None else regions.contiguous()
+    layout = layout_of(pred.shape, regions)
+    dtype = compute_dtype(pred, reference, clean)
+    pred, clean, noise = (by_sample(x, layout.aligned) for x in (pred, clean, noise))
+    reference_row = 0
+    if reference is not None:
+        reference = by_sample(reference, layout.aligned)
+        reference_row = reference.stride(0)
+    batch, tiles = pred.shape[0], layout.tiles(TILE)
+    partial = pred.new_empty((3, batch, num_regions, tiles), dtype=dtype)
+    with torch.cuda.device_of(pred):
+        launch(
+            region_errors_kernel, batch * tiles,
+            pred, reference, clean, noise, coefficients.contiguous(), regions, partial,
+            pred.stride(0), reference_row, clean.stride(0), noise.stride(0),
+            batch, layout.slabs, layout.loop, layout.inner, num_regions, *layout.label_arguments(),
+            SOURCE=source, LABELS=layout.labels, HAS_REFERENCE=reference is not None,
+            DTYPE=TRITON_DTYPE[dtype], ALIGNED=layout.aligned, TILE=TILE,
+            UNROLL=unroll_of(layout, pred.device), num_warps=NUM_WARPS,
+        )  # fmt: skip
+        return sum_tiles(partial)
+
+
+def sum_tiles(partial: Tensor) -> Tensor:
+    """fp64 sums over the last axis of partial sums [Q, B, R, tiles]. One launch."""
+    sums = partial.new_empty(partial.shape[:-1], dtype=torch.float64)
+    launch(
+        sum_tiles_kernel, sums.numel(), partial, sums, partial.shape[-1],
+        BLOCK=SUM_BLOCK, num_warps=SUM_WARPS,
+    )  # fmt: skip
+    return sums
+
+
+def backward(
+    grad: Tensor,
+    pred: Tensor,
+    clean: Tensor,
+    coefficients: Tensor,
+    source: str,
+    noise: Tensor,
+    regions: Tensor | None,
+) -> Tensor:
+    """d(loss)/d(pred), contiguous, in pred's dtype. One launch."""
+    regions = None if regions is None else regions.contiguous()
+    layout = layout_of(pred.shape, regions)
+    pred, clean, noise = (by_sample(x, layout.aligned) for x in (pred, clean, noise))
+    dpred = torch.empty_like(pred, memory_format=torch.contiguous_format)
+    with torch.cuda.device_of(pred):
+        launch(
+            region_errors_backward_kernel, pred.shape[0] * layout.tiles(TILE),
+            grad.contiguous(), pred, clean, noise, coefficients.contiguous(), regions, dpred,
+            pred.stride(0), clean.stride(0), noise.stride(0),
+            pred.shape[0], layout.slabs, layout.loop, layout.inner, grad.shape[2], *layout.label_arguments(),
+            SOURCE=source, LABELS=layout.labels, DTYPE=TRITON_DTYPE[compute_dtype(pred, clean)],
+            ALIGNED=layout.aligned, TILE=TILE, UNROLL=unroll_of(layout, pred.device), num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return dpred
