@@ -42,7 +42,7 @@ def _samples(run: Run, fps: float) -> str:
 
     cards, left_out, problems = _cards(wanted[:MOST_SAMPLES], make, ("base", "aligned"), SAMPLE_BYTES)
     shown = min(len(wanted), MOST_SAMPLES) - left_out - len(problems)
-    which = f"These are {'all' if shown == len(rows) else f'the first {shown}'} of {len(rows)} samples"
+    which = f"These are {f'all {shown}' if shown == len(rows) else f'the first {shown} of {len(rows)}'} samples"
     which += " with different prompts" if shown < len(rows) and wanted is first_of_prompt else ""
     return (
         "<p>Both models start from the same noise with the same prompt, so what differs between two videos is the "
@@ -73,7 +73,7 @@ def _cards(
     items: Iterable, make: Callable[[object], tuple[Picture, str]], labels: tuple[str, ...], budget: int
 ) -> tuple[str, int, list[str]]:
     """(the cards, how many items did not fit into `budget` bytes, what is wrong with the others)."""
-    cards, left_out, problems, used = [], 0, [], 0
+    cards, left_out, problems, used, widest = [], 0, [], 0, 0
     for item in items:
         try:
             picture, caption = make(item)
@@ -84,8 +84,9 @@ def _cards(
             left_out += 1
             continue
         used += picture.size
+        widest = max(widest, picture.width)
         cards.append(_card(picture, caption, labels))
-    return f'<div class="cards cards{len(labels)}">{"".join(cards)}</div>', left_out, problems
+    return f'<div class="cards" style="--picture:{widest}px">{"".join(cards)}</div>', left_out, problems
 
 
 def _card(picture: Picture, caption: str, labels: tuple[str, ...]) -> str:

@@ -66,7 +66,8 @@ def read_pair(file: Path) -> StoredPair:
 
 def pair_picture(pair: StoredPair, fps: float) -> Picture:
     """Winner, winner with the mask over it, loser."""
-    return compose([pair.winner, with_mask(pair.winner, pair.mask), pair.loser], fps)
+    winner, loser = _shrunk(pair.winner), _shrunk(pair.loser)  # before the mask is drawn: its outline stays sharp
+    return compose([winner, with_mask(winner, pair.mask), loser], fps)
 
 
 def sample_picture(base: Path, aligned: Path, fps: float) -> Picture:
