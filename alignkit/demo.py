@@ -8,7 +8,7 @@ from alignkit.progress import progress, say
 from alignkit.stages import STAGES, run_stage
 from alignkit.tiny.clips import write_clips
 
-CLIPS = 320
+CLIPS = 240
 CLIPS_SEED = 20_260  # other clips than the shipped weights were trained on
 CLIPS_PER_CALL = 16
 
