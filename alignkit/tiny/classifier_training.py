@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from alignkit.tiny.classifier import ClipClassifier
 from alignkit.tiny.clips import ATTRIBUTES
+from alignkit.tiny.muon import Muon
 from alignkit.tiny.stages import Ema, RunningLog, schedule, step_rng, torch_generator, train_steps
 from alignkit.tiny.vae import to_unit
 
@@ -36,7 +37,9 @@ def train_classifier(
     torch.manual_seed(seed)
     model = ClipClassifier()
     labels = label_columns(attributes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.02)
+    matrices = [module.weight for module in model.body if isinstance(module, torch.nn.Conv3d)][1:]
+    others = [p for p in model.parameters() if all(p is not q for q in matrices)]
+    optimizer = Muon(matrices, others, matrix_rate=peak_rate, other_rate=0.1 * peak_rate)
     ema = Ema(model, 0.995)
     running = RunningLog("classifier", steps)
     for step in train_steps("classifier", folder, model, optimizer, ema, steps):
@@ -45,18 +48,18 @@ def train_classifier(
         passed = rng.integers(len(round_trips), size=BATCH // 2)
         video = to_unit(np.concatenate([clips[real], round_trips[passed]]))
         rows = torch.from_numpy(np.concatenate([real, passed]))
-        optimizer.param_groups[0]["lr"] = peak_rate * schedule(step, steps)
+        optimizer.scale_rates(schedule(step, steps))
         _, logits = model(_disturb(video, torch_generator(rng)))
-        loss, right = 0.0, []
+        loss, right = 0.0, {}
         for column, name in enumerate(ATTRIBUTES):
             target = labels[rows, column]
             loss = loss + F.cross_entropy(logits[name], target, label_smoothing=LABEL_SMOOTHING)
-            right.append((logits[name].argmax(-1) == target).float().mean().item())
+            right[name] = (logits[name].argmax(-1) == target).float().mean().item()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        running.add(step, loss=loss.item(), right=float(np.mean(right)))
+        running.add(step, loss=loss.item(), **right)
     model.load_state_dict(ema.values)
     return model.eval()
 
@@ -69,7 +72,7 @@ def _disturb(video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return torch.rand(count, 1, 1, 1, 1, generator=generator) * limit
 
     blurred = F.avg_pool3d(video, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False)
-    video = torch.lerp(video, blurred, amount(0.8))
+    video = torch.lerp(video, blurred, amount(0.5))
     video = video * (0.85 + amount(0.3)) + amount(0.2) - 0.1
     noise = torch.randn(video.shape, generator=generator)
-    return (video + amount(0.15) * noise).clamp(-1, 1)
+    return (video + amount(0.1) * noise).clamp(-1, 1)

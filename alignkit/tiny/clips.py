@@ -4,6 +4,7 @@ A clip is a pure function of (seed, index): 48x48 pixels, 17 frames, 8 frames a 
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,10 +97,13 @@ def render_clip(seed: int, index: int) -> RenderedClip:
     return RenderedClip(frames, caption_of(attributes), attributes)
 
 
-def write_clips(folder: str | Path, count: int, seed: int, first: int = 0) -> Path:
+def write_clips(
+    folder: str | Path, count: int, seed: int, first: int = 0, *, written: Callable[[], None] = lambda: None
+) -> Path:
     """Write clips ``first`` … ``first + count - 1`` as h264 mp4 files with ``captions.jsonl``.
 
-    Each line of the captions file holds ``video`` (file name), ``caption`` and ``attributes``.
+    Each line of the captions file holds ``video`` (file name), ``caption`` and ``attributes``; it is written
+    last and replaces one that was there. ``written()`` is called after each clip.
     Returns the path of the captions file.
     """
     folder = Path(folder)
@@ -110,6 +114,7 @@ def write_clips(folder: str | Path, count: int, seed: int, first: int = 0) -> Pa
         name = f"clip_{index:06d}.mp4"
         write_video(folder / name, torch.from_numpy(clip.frames), FPS)
         lines.append(json.dumps({"video": name, "caption": clip.caption, "attributes": clip.attributes}))
+        written()
     captions = folder / "captions.jsonl"
     captions.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return captions
