@@ -10,7 +10,6 @@ from alignkit.tiny.clips import write_clips
 
 CLIPS = 240
 CLIPS_SEED = 20_260  # other clips than the shipped weights were trained on
-CLIPS_PER_CALL = 16
 
 
 def run_demo(videos: Path | None, out: Path, overrides: list[str]) -> None:
@@ -34,9 +33,7 @@ def draw_clips(folder: Path) -> None:
     if (folder / "captions.jsonl").exists():
         return
     with progress("drawing clips", CLIPS) as bar:
-        for first in range(0, CLIPS, CLIPS_PER_CALL):
-            write_clips(folder, CLIPS_PER_CALL, CLIPS_SEED, first)
-            bar.advance(CLIPS_PER_CALL)
+        write_clips(folder, CLIPS, CLIPS_SEED, written=bar.advance)
 
 
 def _conclude(config: Config) -> None:
