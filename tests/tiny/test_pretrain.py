@@ -23,7 +23,7 @@ def config_text(request) -> str:
     ("old", "new", "named"),
     [
         ("threads: 2", "threads: 2\ntypo: 1", "unknown key typo"),
-        ("  hold: 0.5", "  hold: half", "flow.hold must be a float"),
+        ("  hold: 0.4", "  hold: half", "flow.hold must be a float"),
         ("  batch: 16", "", "flow.batch is missing"),
     ],
 )

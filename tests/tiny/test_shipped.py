@@ -15,7 +15,7 @@ from alignkit.tiny.check import PROMPT_SEED, sample, shares_right
 from alignkit.tiny.classifier import NAMED, WEIGHTS, classify, features
 from alignkit.tiny.clips import caption_of, random_attributes, render_clip
 from alignkit.tiny.text import encode_prompts
-from alignkit.tiny.vae import decode_latents, encode_clips, normalise
+from alignkit.tiny.vae import decode_latents, encode_clips, normalise, to_unit
 
 LOAD_ALONE = """
 import socket, sys
@@ -71,10 +71,12 @@ def test_the_vae_rebuilds_unseen_clips_and_its_statistics_fit(pipeline):
     rebuilt = decode_latents(pipeline.vae, latents)
     error = ((rebuilt.astype(float) - clips) ** 2).mean(axis=(1, 2, 3, 4))
     assert (10 * np.log10(255**2 / error)).mean() > 27
-    scaled = normalise(pipeline.vae, latents)
-    # 16 clips are few: a channel's mean and deviation may be off by some tenths.
-    assert scaled.mean(dim=(0, 2, 3, 4)).abs().max() < 0.5
-    assert (scaled.std(dim=(0, 2, 3, 4)).log()).abs().max() < np.log(1.5)
+    # The statistics are those of posterior samples. 16 clips are few: they may be off by some tenths.
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(to_unit(clips)).latent_dist
+    scaled = normalise(pipeline.vae, posterior.sample(torch.Generator().manual_seed(0)))
+    assert scaled.mean(dim=(0, 2, 3, 4)).abs().max() < 0.3
+    assert scaled.std(dim=(0, 2, 3, 4)).log().abs().max() < np.log(1.3)
 
 
 def test_the_classifier_names_unseen_clips_also_after_the_vae(pipeline):
