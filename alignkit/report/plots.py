@@ -131,7 +131,7 @@ def strip_plot(points: Sequence[tuple[str, float]], high: float, description: st
         if kind == "real":
             marks.append(f'<line class="real" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="20"/>')
         else:
-            marks.append(f'<circle class="{escape(kind)}" cx="{x:.1f}" cy="11" r="4.5"/>')
+            marks.append(f'<circle class="{escape(kind)}" cx="{x:.1f}" cy="11" r="{6 if kind == "base" else 4}"/>')
     return (
         f'<svg class="strip" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(description)}">'

@@ -5,7 +5,7 @@ from html import escape
 from alignkit.report.plots import percent, short, signed_percent, strip_plot
 from alignkit.report.run import Run, number, numbers
 
-MOST_SKIPPED = 200
+SKIPPED_IN_SIGHT, MOST_SKIPPED = 8, 200
 FAMILIES = {"wan": "Wan2.1", "cogvideox": "CogVideoX"}
 MISSING = '<span class="missing">not available</span>'
 KINDS = ("real", "base", "aligned")
@@ -214,20 +214,27 @@ def _duration(seconds: float) -> str:
 def skipped(run: Run) -> str:
     if not run.skipped:
         return ""
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(row.get("video", "?")))}</th>'
-        f"<td>{escape(str(row.get('reason', '?')))}</td></tr>"
+    rows = [
+        f'<tr><th scope="row">{escape(str(row.get("video", "?")))}</th><td>{escape(str(row.get("reason", "?")))}</td></tr>'
         for row in run.skipped[:MOST_SKIPPED]
-    )
+    ]
     count = len(run.skipped)
     words = "One thing in the videos folder was" if count == 1 else f"{count} things in the videos folder were"
-    more = f"<p>The other {count - MOST_SKIPPED} are in skipped.jsonl.</p>" if count > MOST_SKIPPED else ""
+    rest = ""
+    if rows[SKIPPED_IN_SIGHT:]:
+        more = f"<p>All {count} are in skipped.jsonl.</p>" if count > MOST_SKIPPED else ""
+        rest = f"<details><summary>More of them</summary>{_words(rows[SKIPPED_IN_SIGHT:])}{more}</details>"
     return f"""<section id="skipped">
 <h2>Left out</h2>
 <p>{words} not used, and why.</p>
-<div class="wide"><table class="words"><tbody>{rows}</tbody></table></div>{more}
+{_words(rows[:SKIPPED_IN_SIGHT])}
+{rest}
 </section>
 """
+
+
+def _words(rows: list[str]) -> str:
+    return f'<div class="wide"><table class="words"><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def configuration(run: Run) -> str:

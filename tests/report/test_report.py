@@ -220,6 +220,16 @@ def test_broken_pictures_are_named_and_the_others_shown(run):
         assert words in page.text
 
 
+def test_a_long_list_of_skipped_files_is_folded_and_counted(run):
+    rows = [json.dumps({"video": f"{i}.mp4", "reason": f"reason {i}"}) for i in range(300)]
+    (run / "skipped.jsonl").write_text("\n".join(rows))
+    page = page_of(run)
+    assert "300 things in the videos folder were not used" in page.text and "All 300 are in skipped.jsonl" in page.text
+    folded = page.text.index("More of them")
+    assert page.text.index("reason 7") < folded < page.text.index("reason 8") < page.text.index("reason 199")
+    assert "reason 200" not in page.text
+
+
 def test_samples_outside_of_the_run_are_not_read(run):
     rows = [{"prompt": "x", "seed": 0, "base": "../../outside.mp4", "aligned": "aligned/000.mp4"}]
     (run / "samples" / "samples.jsonl").write_text(json.dumps(rows[0]))
