@@ -215,7 +215,8 @@ def skipped(run: Run) -> str:
     if not run.skipped:
         return ""
     rows = [
-        f'<tr><th scope="row">{escape(str(row.get("video", "?")))}</th><td>{escape(str(row.get("reason", "?")))}</td></tr>'
+        f'<tr><th scope="row">{escape(str(row.get("video", "?")))}</th>'
+        f"<td>{escape(str(row.get('reason', '?')))}</td></tr>"
         for row in run.skipped[:MOST_SKIPPED]
     ]
     count = len(run.skipped)
