@@ -6,12 +6,14 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
+from .sources import KEYED
+
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """unroll, pair_unroll: loop steps whose loads are in flight together, where whole vectors are read.
+    """unroll, pair_unroll: loop steps whose loads are in flight together, where loads are what a kernel waits for.
     noise_tile, noise_warps: the kernels that write noise."""
 
     unroll: int
@@ -26,7 +28,11 @@ LAUNCHES = {
     90: Launch(unroll=4, pair_unroll=2, noise_tile=1024, noise_warps=4),
     100: Launch(unroll=4, pair_unroll=2, noise_tile=1024, noise_warps=4),
 }
-ODD_UNROLL = 1  # read element by element, the addresses alone would fill the registers
+
+
+def unroll_for(wanted: int, aligned: bool, source: str) -> int:
+    """1 where loads are not what a kernel waits for: keyed noise keeps it busy, and odd samples are read singly."""
+    return wanted if aligned and source != KEYED else 1
 
 
 def launch_for(device: torch.device) -> Launch:

@@ -1,7 +1,7 @@
 """How a sample is walked: [slabs, loop, inner], with labels shared along the loop axis and so read once.
 
 Channels first is one slab that loops over channels; frames first is a slab a frame that loops over channels; a
-label map that varies along every axis has a loop of one. A program takes TILE neighbouring positions of `inner`
+label map that varies along every axis has a loop of one. A program takes a tile of neighbouring positions of `inner`
 through the whole loop.
 """
 
@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 VECTOR = 8  # elements in 128 bits of bf16; a multiple of Philox's four
+
+# Part of the numbers: the trees that sum a tile and the tiles. Changing any of them changes the last bits of every
+# result. Samples read element by element take half a tile: eight addresses for each input would fill the registers.
+TILE, ODD_TILE, NUM_WARPS = 256, 128, 1
+SUM_BLOCK, SUM_WARPS = 512, 4
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,14 @@ class Layout:
     def aligned(self) -> bool:
         return self.inner % VECTOR == 0
 
-    def tiles(self, size: int) -> int:
+    @property
+    def tile(self) -> int:
+        return TILE if self.aligned else ODD_TILE
+
+    @property
+    def tiles(self) -> int:
         """Programs for one sample."""
-        return self.slabs * -(-self.inner // size)
+        return self.slabs * -(-self.inner // self.tile)
 
     def label_arguments(self) -> tuple[int, ...]:
         return (

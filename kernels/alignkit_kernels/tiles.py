@@ -5,10 +5,6 @@ import triton.language as tl
 
 from .noise.device import keyed_values
 
-# Part of the numbers: the tree that sums a tile. Changing either changes the last bits of every result.
-TILE = 256
-NUM_WARPS = 1
-
 # Sizes, strides and addresses differ from call to call and must not compile anew. Alignment is a constexpr instead.
 RUNTIME_INTEGERS = (
     "slabs", "loop", "inner", "batch", "num_regions", "tiles", "elements",

@@ -4,17 +4,11 @@ import torch
 from torch import Tensor
 
 from ..dispatch import launch
-from ..launch import ODD_UNROLL, TRITON_DTYPE, launch_for
-from ..layout import Layout, by_sample, layout_of
-from ..tiles import NUM_WARPS, TILE, sum_tiles_kernel
+from ..launch import TRITON_DTYPE, launch_for, unroll_for
+from ..layout import NUM_WARPS, SUM_BLOCK, SUM_WARPS, by_sample, layout_of
+from ..tiles import sum_tiles_kernel
 from .kernel import region_errors_backward_kernel, region_errors_kernel
 from .reference import compute_dtype
-
-SUM_BLOCK, SUM_WARPS = 512, 4  # part of the numbers, like TILE
-
-
-def unroll_of(layout: Layout, device: torch.device) -> int:
-    return launch_for(device).unroll if layout.aligned else ODD_UNROLL
 
 
 def forward(
@@ -36,8 +30,9 @@ def forward(
     if reference is not None:
         reference = by_sample(reference, layout.aligned)
         reference_row = reference.stride(0)
-    batch, tiles = pred.shape[0], layout.tiles(TILE)
+    batch, tiles = pred.shape[0], layout.tiles
     partial = pred.new_empty((3, batch, num_regions, tiles), dtype=dtype)
+    unroll = unroll_for(launch_for(pred.device).unroll, layout.aligned, source)
     with torch.cuda.device_of(pred):
         launch(
             region_errors_kernel, batch * tiles,
@@ -45,8 +40,8 @@ def forward(
             pred.stride(0), reference_row, clean.stride(0), noise.stride(0),
             batch, layout.slabs, layout.loop, layout.inner, num_regions, *layout.label_arguments(),
             SOURCE=source, LABELS=layout.labels, HAS_REFERENCE=reference is not None,
-            DTYPE=TRITON_DTYPE[dtype], ALIGNED=layout.aligned, TILE=TILE,
-            UNROLL=unroll_of(layout, pred.device), num_warps=NUM_WARPS,
+            DTYPE=TRITON_DTYPE[dtype], ALIGNED=layout.aligned,
+            TILE=layout.tile, UNROLL=unroll, num_warps=NUM_WARPS,
         )  # fmt: skip
         return sum_tiles(partial)
 
@@ -75,13 +70,14 @@ def backward(
     layout = layout_of(pred.shape, regions)
     pred, clean, noise = (by_sample(x, layout.aligned) for x in (pred, clean, noise))
     dpred = torch.empty_like(pred, memory_format=torch.contiguous_format)
+    unroll = unroll_for(launch_for(pred.device).unroll, layout.aligned, source)
     with torch.cuda.device_of(pred):
         launch(
-            region_errors_backward_kernel, pred.shape[0] * layout.tiles(TILE),
+            region_errors_backward_kernel, pred.shape[0] * layout.tiles,
             grad.contiguous(), pred, clean, noise, coefficients.contiguous(), regions, dpred,
             pred.stride(0), clean.stride(0), noise.stride(0),
             pred.shape[0], layout.slabs, layout.loop, layout.inner, grad.shape[2], *layout.label_arguments(),
             SOURCE=source, LABELS=layout.labels, DTYPE=TRITON_DTYPE[compute_dtype(pred, clean)],
-            ALIGNED=layout.aligned, TILE=TILE, UNROLL=unroll_of(layout, pred.device), num_warps=NUM_WARPS,
+            ALIGNED=layout.aligned, TILE=layout.tile, UNROLL=unroll, num_warps=NUM_WARPS,
         )  # fmt: skip
     return dpred

@@ -6,14 +6,9 @@ from torch import Tensor
 from ..dispatch import launch
 from ..errors.launch import sum_tiles
 from ..errors.reference import compute_dtype
-from ..launch import ODD_UNROLL, TRITON_DTYPE, launch_for
-from ..layout import Layout, by_sample, layout_of
-from ..tiles import NUM_WARPS, TILE
+from ..launch import TRITON_DTYPE, launch_for, unroll_for
+from ..layout import NUM_WARPS, by_sample, layout_of
 from .kernel import pair_region_errors_backward_kernel, pair_region_errors_kernel
-
-
-def unroll_of(layout: Layout, device: torch.device) -> int:
-    return launch_for(device).pair_unroll if layout.aligned else ODD_UNROLL
 
 
 def forward(
@@ -39,8 +34,9 @@ def forward(
         for x in (pred_w, pred_l, reference_w, reference_l, clean_w, clean_l, noise_w, noise_l)
     ]
     dtype = compute_dtype(*tensors[:6])
-    batch, tiles = pred_w.shape[0], layout.tiles(TILE)
+    batch, tiles = pred_w.shape[0], layout.tiles
     partial = pred_w.new_empty((6, batch, num_regions, tiles), dtype=dtype)
+    unroll = unroll_for(launch_for(pred_w.device).pair_unroll, layout.aligned, source_w)
     with torch.cuda.device_of(pred_w):
         launch(
             pair_region_errors_kernel, batch * tiles,
@@ -49,8 +45,8 @@ def forward(
             batch, layout.slabs, layout.loop, layout.inner, num_regions, *layout.label_arguments(),
             SOURCE_W=source_w, SOURCE_L=source_l, SHARED=noise_l is None,
             LABELS=layout.labels, HAS_REFERENCE=reference_w is not None,
-            DTYPE=TRITON_DTYPE[dtype], ALIGNED=layout.aligned, TILE=TILE,
-            UNROLL=unroll_of(layout, pred_w.device), num_warps=NUM_WARPS,
+            DTYPE=TRITON_DTYPE[dtype], ALIGNED=layout.aligned,
+            TILE=layout.tile, UNROLL=unroll, num_warps=NUM_WARPS,
         )  # fmt: skip
         return sum_tiles(partial)
 
@@ -76,14 +72,15 @@ def backward(
         for x in (pred_w, pred_l, clean_w, clean_l, noise_w, noise_l)
     ]
     dpred_w, dpred_l = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (pred_w, pred_l))
+    unroll = unroll_for(launch_for(pred_w.device).pair_unroll, layout.aligned, source_w)
     with torch.cuda.device_of(pred_w):
         launch(
-            pair_region_errors_backward_kernel, pred_w.shape[0] * layout.tiles(TILE),
+            pair_region_errors_backward_kernel, pred_w.shape[0] * layout.tiles,
             grad.contiguous(), *tensors, coefficients.contiguous(), regions, dpred_w, dpred_l,
             *(0 if x is None else x.stride(0) for x in tensors),
             pred_w.shape[0], layout.slabs, layout.loop, layout.inner, grad.shape[2], *layout.label_arguments(),
             SOURCE_W=source_w, SOURCE_L=source_l, SHARED=noise_l is None, LABELS=layout.labels,
-            DTYPE=TRITON_DTYPE[compute_dtype(*tensors[:4])], ALIGNED=layout.aligned, TILE=TILE,
-            UNROLL=unroll_of(layout, pred_w.device), num_warps=NUM_WARPS,
+            DTYPE=TRITON_DTYPE[compute_dtype(*tensors[:4])], ALIGNED=layout.aligned,
+            TILE=layout.tile, UNROLL=unroll, num_warps=NUM_WARPS,
         )  # fmt: skip
     return dpred_w, dpred_l

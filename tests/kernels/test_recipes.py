@@ -1,0 +1,34 @@
+"""The recipes in the docs run as they stand, start at logit 0, and move towards the winner."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
+NEEDS = {
+    "diffusers_loop": "diffusers",
+    "accelerate_loop": "accelerate",
+    "deepspeed_loop": "deepspeed",
+    "lightning_module": "lightning",
+}
+
+
+def test_every_recipe_is_tested():
+    assert {path.stem for path in RECIPES.glob("*.py")} - {"toy"} == NEEDS.keys()
+
+
+@pytest.mark.parametrize("recipe", NEEDS)
+def test_a_recipe_runs_and_learns(recipe):
+    if importlib.util.find_spec(NEEDS[recipe]) is None:
+        pytest.skip(f"{NEEDS[recipe]} is not installed, and this recipe is for its users")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(RECIPES / f"{recipe}.py")]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    logits = [float(x) for x in re.findall(r"logit ([-+.\d]+)", answer.stdout)]
+    assert logits[0] == 0 and logits[-1] > 0.001

@@ -1,0 +1,44 @@
+"""A step of the main job's training, unchanged, on the kernels."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignkit_kernels import count_launches
+
+CONFIG = Path(__file__).parents[2] / "configs" / "wan-tiny-localdpo.yaml"
+
+
+def test_a_training_step_runs_on_the_kernels(path, tmp_path):
+    pytest.importorskip("diffusers", reason="the training engine is an extra; the kernels do without it")
+    from alignkit.config import load_config
+    from alignkit.data.pairs import PairBatch
+    from alignkit.models import load_model
+    from alignkit.objectives.local_dpo import local_dpo, training_states
+
+    config = load_config(CONFIG, [f"data.videos={tmp_path}", f"output.dir={tmp_path}"])
+    model = load_model(config.model, with_encoders=False)
+    policy = model.transformer.requires_grad_(True)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    shape = (2, policy.config.in_channels, 2, 4, 4)
+    generator = torch.Generator().manual_seed(0)
+    winner = torch.randn(shape, generator=generator)
+    mask = torch.zeros(2, 1, *shape[2:], dtype=torch.uint8)
+    mask[..., 1:3] = 1
+    loser = torch.where(mask.bool(), torch.randn(shape, generator=generator), winner)
+    text = [torch.zeros(3, policy.config.text_dim)] * 2
+    batch = PairBatch(torch.tensor([4, 9]), winner, loser, mask, text, torch.tensor([0.75, 0.9], dtype=torch.float64))
+
+    with count_launches() as launched:
+        states = training_states(config, model, batch, torch.zeros(2, dtype=torch.int64), torch.float32)
+        result = local_dpo(config, model, policy, reference, batch, states)
+        result.loss.backward()
+    if path == "triton":
+        expected = {"keyed_kernel", "add_noise_kernel", "pair_region_errors_kernel", "sum_tiles_kernel"}
+        assert launched.keys() == {*expected, "pair_region_errors_backward_kernel"}
+    else:
+        assert not launched
+    assert (result.logits_region == 0).all() and (result.logits_global == 0).all()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in policy.parameters())
