@@ -1,0 +1,153 @@
+"""Compiles every kernel for GPUs that are not here and measures what the compiler made of it.
+
+    python tests/kernels/compiled.py            prints the measurements
+    python tests/kernels/compiled.py --update   writes them to budget.json
+
+Needs triton and its own assembler, no GPU, and TRITON_INTERPRET unset.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from alignkit_kernels.errors.kernel import region_errors_backward_kernel, region_errors_kernel
+from alignkit_kernels.launch import LAUNCHES, unroll_for
+from alignkit_kernels.layout import NUM_WARPS, ODD_TILE, SUM_BLOCK, SUM_WARPS, TILE
+from alignkit_kernels.noise.kernel import add_noise_kernel, keyed_kernel
+from alignkit_kernels.pairs.kernel import pair_region_errors_backward_kernel, pair_region_errors_kernel
+from alignkit_kernels.tiles import POINTERS, sum_tiles_kernel
+
+BUDGET = Path(__file__).with_name("budget.json")
+ARCHITECTURES = tuple(LAUNCHES)
+POINTER_TYPES = {"coefficients_ptr": "*fp32", "labels_ptr": "*u8", "partial_ptr": "*fp32", "sums_ptr": "*fp64",
+                 "grad_ptr": "*fp64", "keys_ptr": "*i64"}  # fmt: skip
+
+
+NEVER = "spills", "stack", "local_accesses", "short_offsets"
+SPARE_REGISTERS = 8  # other versions of the compiler allocate a few more or less
+
+
+def variants(arch: int) -> dict[str, tuple]:
+    """Name -> kernel, constants, warps, element type of latents."""
+    choice = LAUNCHES[arch]
+    found = {}
+    for source, labels, aligned, dtype in (
+        ("given", "dense", True, "bf16"),
+        ("keyed", "dense", True, "bf16"),
+        ("keyed", "none", True, "fp32"),
+        ("path", "strided", False, "bf16"),
+    ):
+        walk = {"LABELS": labels, "ALIGNED": aligned, "DTYPE": tl.float32, "TILE": TILE if aligned else ODD_TILE}
+        name = f"{source} {labels} {'aligned' if aligned else 'odd'} {dtype}"
+        single = {"SOURCE": source, "UNROLL": unroll_for(choice.unroll, aligned, source), **walk}
+        found[f"errors {name}"] = region_errors_kernel, {**single, "HAS_REFERENCE": True}, NUM_WARPS, dtype
+        found[f"errors backward {name}"] = region_errors_backward_kernel, single, NUM_WARPS, dtype
+        pair = {"SOURCE_W": source, "SOURCE_L": source, "SHARED": source != "path", **walk}
+        pair["UNROLL"] = unroll_for(choice.pair_unroll, aligned, source)
+        found[f"pairs {name}"] = pair_region_errors_kernel, {**pair, "HAS_REFERENCE": True}, NUM_WARPS, dtype
+        found[f"pairs backward {name}"] = pair_region_errors_backward_kernel, pair, NUM_WARPS, dtype
+    found["sum tiles"] = sum_tiles_kernel, {"BLOCK": SUM_BLOCK}, SUM_WARPS, "fp32"
+    for aligned in (True, False):
+        noise = {"ALIGNED": aligned, "TILE": choice.noise_tile}
+        name = "aligned" if aligned else "odd"
+        for uniform in (False, True):
+            kind = "uniform" if uniform else "normal"
+            found[f"{kind} {name}"] = keyed_kernel, {"UNIFORM": uniform, **noise}, choice.noise_warps, "fp32"
+        added = {"SOURCE": "keyed", "DTYPE": tl.float32, **noise}
+        found[f"add noise {name}"] = add_noise_kernel, added, choice.noise_warps, "bf16"
+    return found
+
+
+def compiled(kernel, constants: dict, warps: int, dtype: str, arch: int):
+    """The kernel as the launcher would have it compiled: nothing specialised on a size or an address."""
+    constants = dict(constants)
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("noise_l") and name.endswith("_ptr") and constants.get("SHARED"):
+            signature[name], constants[name] = "constexpr", None
+        elif name.startswith("noise") and name.endswith("_ptr"):
+            source = constants.get("SOURCE") or constants["SOURCE_W"]
+            signature[name] = "*i64" if source == "keyed" else f"*{dtype}"
+        elif name in POINTERS:
+            signature[name] = POINTER_TYPES.get(name, f"*{dtype}")
+        else:
+            signature[name] = "i32"
+    source = ASTSource(kernel, signature, constants)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def measured(kernel, constants: dict, warps: int, dtype: str, arch: int) -> dict[str, int]:
+    binary = compiled(kernel, constants, warps, dtype, arch)
+    ptx = binary.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        target = re.search(r"\.target (\w+)", ptx).group(1)
+        command = [get_ptxas(arch).path, "-v", "--fmad=false", f"--gpu-name={target}", str(source), "-o", f"{source}.o"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
+        "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "stack": int(re.search(r"(\d+) bytes stack frame", report).group(1)),
+        "local_accesses": len(re.findall(r"\b(?:ld|st)\.local", ptx)),
+        "shared_memory": binary.metadata.shared,
+        "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v(?:4\.b32|2\.b64)", ptx)),
+        # only latents are bf16; their programs' places must be 64-bit
+        "short_offsets": len(re.findall(r"tt\.addptr [^:]+: !tt\.ptr<bf16>, i32", binary.asm["ttir"])),
+        "narrow_loads": len(re.findall(r"ld\.global[.\w:]*\.(?:v\d\.)?b(?:8|16)\b", ptx)),
+    }
+
+
+def measure_all(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[str, dict[str, dict[str, int]]]:
+    return {
+        f"sm_{arch}": {name: measured(*variant, arch) for name, variant in variants(arch).items()}
+        for arch in architectures
+    }
+
+
+def violations(measured: dict[str, dict[str, int]], budget: dict[str, dict[str, int]]) -> list[str]:
+    """What one architecture's kernels use beyond their budget, in words."""
+    if measured.keys() != budget.keys():
+        return [f"the budget is for other kernels: {sorted(measured.keys() ^ budget.keys())}; run --update"]
+    found = []
+    for name, got in measured.items():
+        allowed = budget[name]
+        ceilings = {**dict.fromkeys(NEVER, 0), "shared_memory": allowed["shared_memory"]}
+        ceilings |= {"registers": allowed["registers"] + SPARE_REGISTERS, "narrow_loads": allowed["narrow_loads"]}
+        found += [f"{name}: {got[what]} {what}, allowed {top}" for what, top in ceilings.items() if got[what] > top]
+        if got["wide_loads"] < allowed["wide_loads"]:
+            found.append(f"{name}: {got['wide_loads']} wide_loads, expected {allowed['wide_loads']}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write the measurements to budget.json")
+    parser.add_argument("--architecture", type=int, action="append", choices=ARCHITECTURES, help="measure this one")
+    parser.add_argument("--check", action="store_true", help="print what exceeds budget.json instead")
+    options = parser.parse_args()
+    measurements = measure_all(tuple(options.architecture or ARCHITECTURES))
+    if options.update:
+        known = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+        BUDGET.write_text(json.dumps(known | measurements, indent=1) + "\n")
+        return
+    if options.check:
+        budget = json.loads(BUDGET.read_text())
+        measurements = {name: violations(got, budget[name]) for name, got in measurements.items()}
+    print(json.dumps(measurements, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What the compiler makes of every kernel for GPUs that are not here, held to a checked-in budget.
+
+The interpreter sees neither registers that spill, nor loads that lost their vectors, nor local memory.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignkit_kernels import dispatch
+
+HERE = Path(__file__).parent
+BUDGET = json.loads((HERE / "budget.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def violations() -> dict:
+    if not dispatch.HAVE_TRITON:
+        pytest.skip("triton is not installed, so there is no compiler")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(HERE / "compiled.py"), "--check"]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    return json.loads(answer.stdout)
+
+
+@pytest.mark.parametrize("architecture", BUDGET)
+def test_every_kernel_stays_within_its_budget(violations, architecture):
+    assert violations[architecture] == []
+
+
+@pytest.mark.parametrize("architecture", BUDGET)
+def test_aligned_latents_are_read_by_128_bits(architecture):
+    """The budget itself: every latent of an aligned sample comes in whole vectors, and none in pieces."""
+    for name, allowed in BUDGET[architecture].items():
+        if "aligned" in name and not name.startswith(("normal", "uniform")):
+            assert allowed["wide_loads"] > 0 and allowed["narrow_loads"] == 0, name
