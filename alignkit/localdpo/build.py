@@ -39,7 +39,7 @@ def find_usable(config: Config) -> list[Clip]:
     if config.data.videos is None:
         raise DataError("data.videos: not set; name the folder that holds the videos")
     clips, problems = find_clips(config.data.videos, config.data.captions)
-    good = []
+    good, listed = [], len(clips) + len(problems)
     with progress("checking videos", len(clips)) as bar:
         watched = (bar.advance() or clip for clip in clips)
         for clip, _ in usable_clips(watched, video_spec(config), problems):
@@ -50,7 +50,7 @@ def find_usable(config: Config) -> list[Clip]:
         say(f"skipped {problem.video}: {problem.reason}")
     if len(good) < 2:
         raise DataError(
-            f"data.videos: {len(good)} usable of {len(clips) + len(problems)} in {config.data.videos}, but one to "
+            f"data.videos: {len(good)} usable of {listed} in {config.data.videos}, but one to "
             f"train on and one to hold out are needed; the reasons are in {config.output.dir / 'skipped.jsonl'}"
         )
     return good
