@@ -197,12 +197,11 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def shipped_config(name: str) -> Path:
-    """Path of a configuration that comes with alignkit, in a checkout and in an installed wheel alike."""
-    package = Path(__file__).parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ConfigError(f"{name}: no such configuration is shipped with alignkit; reinstall it")
+    """Path of a configuration that comes with alignkit: `configs/`, which a link makes part of the package."""
+    path = Path(__file__).parent / "configs" / name
+    if not path.is_file():
+        raise ConfigError(f"{path}: this configuration should come with alignkit but is missing; reinstall it")
+    return path
 
 
 def dump_config(config: Config) -> str:
