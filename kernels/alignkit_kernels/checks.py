@@ -25,9 +25,7 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise InputError(f"{name} must be a floating-point tensor, got {describe(x)}")
     if x.shape != other.shape:
-        raise InputError(
-            f"{name} is {list(x.shape)} but {other_name} is {list(other.shape)}; they must be the same"
-        )
+        raise InputError(f"{name} is {list(x.shape)} but {other_name} is {list(other.shape)}; they must be the same")
     if x.device != other.device:
         raise InputError(f"{name} is on {x.device} but {other_name} is on {other.device}; move one of them")
 
@@ -41,13 +39,10 @@ def check_coefficients(coefficients: Tensor, clean: Tensor) -> None:
         )
     if list(coefficients.shape) != expected:
         raise InputError(
-            f"coefficients are {list(coefficients.shape)}, expected {expected}: "
-            "one row (a, s, c, d) for each sample"
+            f"coefficients are {list(coefficients.shape)}, expected {expected}: one row (a, s, c, d) for each sample"
         )
     if coefficients.device != clean.device:
-        raise InputError(
-            f"coefficients are on {coefficients.device} but the latents are on {clean.device}; move them"
-        )
+        raise InputError(f"coefficients are on {coefficients.device} but the latents are on {clean.device}; move them")
 
 
 def check_regions(regions: Tensor | None, num_regions: int | None, pred: Tensor) -> tuple[Tensor | None, int]:
@@ -62,9 +57,7 @@ def check_regions(regions: Tensor | None, num_regions: int | None, pred: Tensor)
         raise InputError(f"num_regions is {num_regions}, expected 1 to {MAX_REGIONS}")
     if not isinstance(regions, Tensor) or regions.dtype not in (torch.uint8, torch.bool):
         raise InputError(f"regions must be a uint8 or bool tensor of labels, got {describe(regions)}")
-    fits = regions.dim() == pred.dim() and all(
-        r in (1, p) for r, p in zip(regions.shape, pred.shape, strict=True)
-    )
+    fits = regions.dim() == pred.dim() and all(r in (1, p) for r, p in zip(regions.shape, pred.shape, strict=True))
     if not fits:
         raise InputError(
             f"regions are {list(regions.shape)} but pred is {list(pred.shape)}; every axis must be equal "

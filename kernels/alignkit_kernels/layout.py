@@ -64,9 +64,7 @@ def layout_of(shape: torch.Size, regions: Tensor | None) -> Layout:
     else:
         axis = 0
         slabs, loop, inner = sizes[0], 1, sizes[1:]
-    steps = [
-        0 if size == 1 else stride for size, stride in zip(regions.shape, regions.stride(), strict=True)
-    ]
+    steps = [0 if size == 1 else stride for size, stride in zip(regions.shape, regions.stride(), strict=True)]
     inner_steps = steps[axis + 2 :]
     label_inner = prod(regions.shape[axis + 2 :])
     batch_step, slab_step = steps[0], 0 if slabs == 1 else label_inner

@@ -52,9 +52,7 @@ def sft(error_w: Tensor) -> Tensor:
     return error_w
 
 
-def region_dpo(
-    gap_w: Tensor, gap_l: Tensor, count: Tensor, beta: float, label_smoothing: float = 0.0
-) -> Tensor:
+def region_dpo(gap_w: Tensor, gap_l: Tensor, count: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """One sigmoid per region: the mean of `dpo` over a pair's non-empty regions, [B] from sums [B, R]."""
     held = (count > 0).to(count.dtype)
     per_region = dpo(logits_of(*region_means(gap_w, gap_l, count), beta), label_smoothing)
@@ -143,9 +141,7 @@ def local_dpo(
     terms and is flagged in `region_empty`.
     """
     elements = count.sum(1).clamp(min=1)
-    mean_error_w, mean_error_l, mean_gap_w, mean_gap_l = (
-        x.sum(1) / elements for x in (error_w, error_l, gap_w, gap_l)
-    )
+    mean_error_w, mean_error_l, mean_gap_w, mean_gap_l = (x.sum(1) / elements for x in (error_w, error_l, gap_w, gap_l))
     inside = slice(1, 2)  # empty without a mask, and then the sums below are 0
     held = count[:, inside].sum(1)
     empty = held == 0

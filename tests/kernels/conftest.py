@@ -190,8 +190,9 @@ def _make_case(
     if num_regions is not None:
         axis = 2 if layout == "frames_first" else 1
         label_shape = [1 if i == axis else size for i, size in enumerate(shape)]
-        labels = torch.randint(0, num_regions + 1, label_shape, generator=generator)  # the last is ignored
-        regions = labels.to(torch.uint8)
+        labels = torch.randint(0, num_regions + 2, label_shape, generator=generator)
+        # the last two are ignored: the first label past the regions, and the largest there is
+        regions = torch.where(labels > num_regions, 255, labels).to(torch.uint8)
     return Case(
         pred.to(pred_dtype),
         reference.to(reference_dtype),

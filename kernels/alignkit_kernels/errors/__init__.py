@@ -49,7 +49,5 @@ def region_errors(
         check_like("reference", reference, "pred", pred)
     regions, num_regions = check_regions(regions, num_regions, pred)
     source, tensor = noise_inputs("noise", noise, clean)
-    count, error, gap = op.region_errors(
-        pred, reference, clean, coefficients, source, tensor, regions, num_regions
-    )
+    count, error, gap = op.region_errors(pred, reference, clean, coefficients, source, tensor, regions, num_regions)
     return RegionErrors(error, None if reference is None else gap, count)

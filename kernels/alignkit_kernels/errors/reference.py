@@ -16,9 +16,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def target_of(
-    clean: Tensor, coefficients: Tensor, source: str, noise: Tensor, dtype: torch.dtype
-) -> Tensor:
+def target_of(clean: Tensor, coefficients: Tensor, source: str, noise: Tensor, dtype: torch.dtype) -> Tensor:
     """y = c * noise + d * clean, what the network should have predicted."""
     columns = coefficient_columns(coefficients, dtype, clean.dim())
     _, _, c, d = columns
@@ -48,9 +46,7 @@ def region_sums(terms: Tensor, regions: Tensor | None, num_regions: int) -> Tens
     for dim in range(1, terms.dim()):
         if regions.shape[dim] == 1:
             sums = tree_sum(sums, dim)
-    return torch.cat(
-        [tree_sum(torch.where(regions == k, sums, 0.0).flatten(1), 1) for k in range(num_regions)], dim=1
-    )
+    return torch.cat([tree_sum(torch.where(regions == k, sums, 0.0).flatten(1), 1) for k in range(num_regions)], dim=1)
 
 
 def region_counts(like: Tensor, regions: Tensor | None, num_regions: int) -> Tensor:

@@ -58,9 +58,7 @@ def add_keyed_noise(clean: Tensor, coefficients: Tensor, key: NoiseSource) -> Te
     return op.add_noise(clean, coefficients, *noise_inputs("key", key, clean))
 
 
-def _request(
-    shape: Sequence[int], key: NoiseKey, device: torch.device | str | None
-) -> tuple[list[int], Tensor]:
+def _request(shape: Sequence[int], key: NoiseKey, device: torch.device | str | None) -> tuple[list[int], Tensor]:
     shape = list(shape)
     if not isinstance(key, NoiseKey):
         raise InputError(f"key must be a NoiseKey, got {type(key).__name__}")

@@ -36,8 +36,11 @@ def circle(turns):
     x = (4.0 * turns - quarters) * 1.5707963267948966
     z = x * x
     sine = tl.fma(tl.fma(tl.fma(z, -1.9515295891e-4, 8.3321608736e-3), z, -1.6666654611e-1) * z, x, x)
-    cosine = tl.fma(tl.fma(tl.fma(z, 2.443315711809948e-5, -1.388731625493765e-3), z, 4.166664568298827e-2), z * z,
-                    tl.fma(z, -0.5, 1.0))
+    cosine = tl.fma(
+        tl.fma(tl.fma(z, 2.443315711809948e-5, -1.388731625493765e-3), z, 4.166664568298827e-2),
+        z * z,
+        tl.fma(z, -0.5, 1.0),
+    )
     quadrant = quarters.to(tl.int32)
     swapped = quadrant & 1 == 1
     along, across = tl.where(swapped, sine, cosine), tl.where(swapped, cosine, sine)

@@ -1,0 +1,128 @@
+"""Plants faults in a copy of the kernels, one at a time, and shows which test catches each.
+
+    python tests/kernels/planted_faults.py              all of them: minutes
+    python tests/kernels/planted_faults.py tail cross   those whose name contains a word
+
+Exits with 1 if a fault that matters goes unseen. Faults that the interpreter cannot see are for the compiler.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parents[1] / "kernels" / "alignkit_kernels"
+COMPILER, HARMLESS = "compiler", "harmless"
+# quick tests first: the first failure ends a run
+FILES = "test_philox.py", "test_errors.py", "test_noise.py", "test_ops.py"
+
+# name, file, what stands there, what the fault makes of it, and who sees it (the tests unless said)
+FAULTS = [
+    ("tail mask one too long", "tiles.py", "place < left", "place <= left"),
+    ("tail never masked", "tiles.py", "return place, place < left", "return place, place >= 0"),
+    ("last channel dropped", "errors/kernel.py", "tl.range(0, loop,", "tl.range(0, loop - 1,"),
+    ("lost factor 2 in the gap", "errors/kernel.py", "- 2 * target)", "- target)"),
+    ("lost factor 2 in the gradient", "errors/kernel.py", "weight = 2 * (", "weight = ("),
+    ("gap by subtracting squares", "errors/kernel.py", "(pred - reference) * (pred + reference - 2 * target)",
+     "((pred - target) * (pred - target) - (reference - target) * (reference - target))"),
+    ("gradient of the gap forgotten", "errors/kernel.py",
+     "+ tl.load(by_gap, mask=held, other=0.0)", ""),
+    ("sample offset lost", "errors/kernel.py", "sample * pred_row", "0 * pred_row"),
+    ("slab offset lost", "errors/kernel.py", "(slab * loop + i) * inner", "i * inner"),
+    ("accumulated in fp16", "errors/kernel.py", "error += (pred - target) * (pred - target)",
+     "error += ((pred - target) * (pred - target)).to(tl.float16).to(DTYPE)"),
+    ("count without channels", "errors/kernel.py", "tl.sum(held.to(tl.int32)) * loop", "tl.sum(held.to(tl.int32)) * 1"),
+    ("ignored label counted", "errors/kernel.py", "held = labels == k",
+     "held = (labels == k) | (labels >= num_regions)"),
+    ("padding counted as region 0", "tiles.py", "tl.where(inside, labels, -1)", "tl.where(inside, labels, 0)"),
+    ("ignored label trained on", "errors/kernel.py", "tl.where(held, weight * (pred - (c * noise + d * clean)), 0.0)",
+     "tl.where(labels >= 0, (pred - (c * noise + d * clean)), 0.0)"),
+    ("label map of the first sample for all", "tiles.py", "sample * label_batch", "0 * label_batch"),
+    ("label map of the first slab for all", "tiles.py", "slab * label_slab", "0 * label_slab"),
+    ("upcast lost", "tiles.py", "mask=inside, other=0.0).to(DTYPE)", "mask=inside, other=0.0)"),
+    ("32-bit offsets", "tiles.py", "first = ptr + row + element",
+     "first = ptr + (row + element).to(tl.int32)"),
+    ("clean latent forgotten on the path", "tiles.py", "(noise - a * clean) * inverse_s", "noise * inverse_s"),
+    ("partial sums of later tiles dropped", "tiles.py", "range(0, tiles, BLOCK)", "range(0, 1)"),
+    ("finalise drops its last number", "tiles.py", "start + place < tiles,", "start + place < tiles - 1,"),
+    ("tiles of half the size", "layout.py", "TILE, ODD_TILE, NUM_WARPS = 256, 128, 1",
+     "TILE, ODD_TILE, NUM_WARPS = 128, 64, 1", HARMLESS),
+    ("noise repeated in every tile", "noise/device.py", "counter = (start // 4)", "counter = (0 * start)"),
+    ("noise counter reused across draws", "noise/device.py", "tl.load(row + 2)", "tl.load(row + 1)"),
+    ("noise counter reused across streams", "noise/device.py", "tl.load(row + 3)", "tl.load(row + 2)"),
+    ("normals of a counter out of order", "noise/device.py", "tl.interleave(tl.interleave(a, c), tl.interleave(b, d))",
+     "tl.interleave(tl.interleave(a, b), tl.interleave(c, d))"),
+    ("odd samples take the wrong word", "noise/device.py", "late, odd = element & 2 == 2,",
+     "late, odd = element & 2 == 0,"),
+    ("sine in the wrong quadrant", "noise/device.py", "tl.where(quadrant & 2 == 2, -across, across)", "across"),
+    ("winner's target for the loser's gap", "pairs/kernel.py", "(pred_l + ref_l - 2 * target_l)",
+     "(pred_l + ref_l - 2 * target_w)"),
+    ("winner and loser swapped in the gradient", "pairs/op.py", "return dpred_w, dpred_l,", "return dpred_l, dpred_w,"),
+    ("cross term's gradient lost", "pairs/kernel.py", "weight_l * residual_l + weight_cross * residual_w",
+     "weight_l * residual_l"),
+    ("loser's own noise ignored", "pairs/launch.py", "SHARED=noise_l is None", "SHARED=True"),
+    ("silent fallback to the reference", "errors/op.py", "run = launch if dispatch.runs_kernels(pred) else plain",
+     "run = plain"),
+    ("silent fallback of the backward", "pairs/op.py", "run = launch if dispatch.runs_kernels(pred_w) else plain",
+     "run = plain"),
+    ("fake kernel of another dtype", "errors/op.py", "num_regions), dtype=torch.float64",
+     "num_regions), dtype=torch.float32"),
+    ("gradient of the wrong input saved", "errors/op.py", "ctx.save_for_backward(pred, clean,",
+     "ctx.save_for_backward(clean, pred,"),
+    ("vector loads lost", "tiles.py", "left = tl.multiple_of(left, 8)", "left = left", COMPILER),
+    ("cosine through local memory", "noise/device.py", "cosine, sine = circle(folded_uniform(second))",
+     "cosine, sine = tl.cos(6.2831853 * folded_uniform(second)), tl.sin(6.2831853 * folded_uniform(second))", COMPILER),
+    ("another unrolling", "launch.py", "return wanted if aligned and source != KEYED else 1", "return 2", HARMLESS),
+]  # fmt: skip
+
+
+def planted(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of the package with every occurrence of `old` replaced; its source root."""
+    root = Path(folder, "kernels")
+    copytree(PACKAGE, root / "alignkit_kernels", ignore=ignore_patterns("__pycache__"))
+    path = root / "alignkit_kernels" / file
+    text = path.read_text()
+    if old not in text:
+        raise SystemExit(f"{file} no longer contains: {old}")
+    path.write_text(text.replace(old, new))
+    return root
+
+
+def caught_by(root: Path, seen_by: str) -> str | None:
+    """The first test that fails on the copy, or None."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    if seen_by == COMPILER:
+        environment.pop("TRITON_INTERPRET", None)
+        command = [sys.executable, str(TESTS / "compiled.py"), "--check", "--architecture", "90"]
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        lines = [line.strip(' ",') for line in answer.stdout.splitlines() if "loads" in line or "allowed" in line]
+        return f"test_compiled: {lines[0]}" if lines else None
+    environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-p", "no:cacheprovider", "-rf"]
+    command += [str(TESTS / name) for name in FILES]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=TESTS.parents[1])
+    failed = [line.split(" - ")[0].split("::")[-1] for line in answer.stdout.splitlines() if line.startswith("FAILED")]
+    if answer.returncode < 0:
+        return f"a crash: signal {-answer.returncode}"
+    return failed[0] if failed else None
+
+
+def main() -> int:
+    words, unseen = sys.argv[1:], 0
+    chosen = [fault for fault in FAULTS if not words or any(word in fault[0] for word in words)]
+    for name, file, old, new, *seen_by in chosen:
+        seen_by = seen_by[0] if seen_by else "tests"
+        with tempfile.TemporaryDirectory() as folder:
+            test = caught_by(planted(folder, file, old, new), seen_by)
+        verdict = test or ("harmless, as it should be" if seen_by == HARMLESS else "NOT CAUGHT")
+        unseen += (test is None) != (seen_by == HARMLESS)
+        print(f"{name:45} {file:18} {verdict}", flush=True)
+    print(f"{len(chosen) - unseen} of {len(chosen)} as expected")
+    return 1 if unseen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
