@@ -106,6 +106,7 @@ def test_the_wheel_holds_the_two_packages_and_what_they_need(tmp_path):
 
 def test_the_installed_command_finds_its_package_from_anywhere(tmp_path):
     """An editable install once left a folder that hid the package wherever the checkout was not the working folder."""
-    code = "import alignkit.__main__, alignkit_kernels, alignkit.config as c; c.shipped_config('wan-tiny-localdpo.yaml')"
+    code = "import alignkit.__main__, alignkit_kernels; from alignkit.config import shipped_config\n"
+    code += "shipped_config('wan-tiny-localdpo.yaml')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
