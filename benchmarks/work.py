@@ -1,4 +1,4 @@
-"""The work that is timed: the same numbers from the same inputs, by every provider."""
+"""The work that is timed: the same numbers and the same gradients from the same inputs, by every provider."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ SHAPES = {
     "CogVideoX 480p 49 frames": ((13, 16, 60, 90), 1),
     "small": ((8, 5, 12, 12), 0),
 }
+SIDES = {"region_errors": 1, "pair_region_errors": 2}
 
 
 @dataclass
@@ -38,9 +39,7 @@ def make_inputs(shape_name: str, batch: int, dtype: torch.dtype, device: str, se
         return scale * torch.randn((batch, *shape), generator=generator, device=device)
 
     sigma = 0.1 + 0.8 * torch.rand(batch, generator=generator, device=device)
-    key = NoiseKey(
-        torch.full((1,), seed, device=device), torch.arange(batch, device=device), torch.zeros(1, device=device).long()
-    )
+    key = NoiseKey(seed, torch.arange(batch), 0)
     noise = keyed_randn((batch, *shape), key, device=device)
     clean = normal(), normal()
     reference = tuple(noise - x + normal(0.3) for x in clean)
@@ -53,66 +52,78 @@ def make_inputs(shape_name: str, batch: int, dtype: torch.dtype, device: str, se
     )  # fmt: skip
 
 
-def noise_of(x: Inputs, regenerated: bool) -> Tensor:
+def stored_noise(x: Inputs, regenerated: bool) -> Tensor:
     """For providers that cannot regenerate: generate, store, read."""
-    return keyed_randn(x.noise.shape, x.key, dtype=x.noise.dtype) if regenerated else x.noise
+    return keyed_randn(x.noise.shape, x.key, device=x.noise.device, dtype=x.noise.dtype) if regenerated else x.noise
 
 
-def eager_side(pred: Tensor, reference: Tensor, clean: Tensor, noise: Tensor, x: Inputs, dtype: torch.dtype) -> Tensor:
-    """error and gap by region [4, B], as one would write it."""
+def terms(x: Inputs, sides: int, noise: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """What is summed over each region, as one would write it: error and gap of each side, and their cross term."""
     c, d = (x.rows[:, i].to(dtype).view(-1, 1, 1, 1, 1) for i in (2, 3))
-    p, r = pred.to(dtype), reference.to(dtype)
-    target = c * noise.to(dtype) + d * clean.to(dtype)
-    error, gap = (p - target) ** 2, (p - r) * (p + r - 2 * target)
-    inside = x.regions.to(dtype)
-    return torch.stack([(t * m).flatten(1).sum(1) for t in (error, gap) for m in (1 - inside, inside)])
+    found, residuals = [], []
+    for i in range(sides):
+        p, r = x.pred[i].to(dtype), x.reference[i].to(dtype)
+        target = c * noise.to(dtype) + d * x.clean[i].to(dtype)
+        residuals.append(p - target)
+        found += [residuals[i] ** 2, (p - r) * (p + r - 2 * target)]
+    return [*found, residuals[0] * residuals[1]] if sides == 2 else found
 
 
-def eager(x: Inputs, op: str, regenerated: bool, dtype: torch.dtype) -> Tensor:
-    noise, sides = noise_of(x, regenerated), range(2 if op == "pair_region_errors" else 1)
-    numbers = [eager_side(x.pred[i], x.reference[i], x.clean[i], noise, x, dtype) for i in sides]
-    return torch.cat(numbers)
+def by_region(term: Tensor, regions: Tensor) -> Tensor:
+    """Sums outside and inside the mask, [B, 2]."""
+    inside = regions.to(term.dtype)
+    return torch.stack([(term * mask).flatten(1).sum(1) for mask in (1 - inside, inside)], 1)
 
 
-def fused(x: Inputs, op: str, noise: Tensor | NoiseKey) -> Tensor:
-    if op == "region_errors":
+def eager(x: Inputs, sides: int, regenerated: bool, dtype: torch.dtype) -> list[Tensor]:
+    noise = stored_noise(x, regenerated)
+    return [by_region(term, x.regions) for term in terms(x, sides, noise, dtype)]
+
+
+def fused(x: Inputs, sides: int, noise: Tensor | NoiseKey) -> list[Tensor]:
+    if sides == 1:
         got = region_errors(
             x.pred[0], x.clean[0], x.rows, noise, reference=x.reference[0], regions=x.regions, num_regions=2
         )
-        return torch.cat((got.error.T, got.gap.T))
+        return [got.error, got.gap]
     got = pair_region_errors(
         *x.pred, *x.clean, x.rows, noise,
         reference_w=x.reference[0], reference_l=x.reference[1], regions=x.regions, num_regions=2,
     )  # fmt: skip
-    return torch.cat((got.error_w.T, got.gap_w.T, got.error_l.T, got.gap_l.T))
+    return [got.error_w, got.gap_w, got.error_l, got.gap_l, got.cross]
 
 
-def providers(op: str, regenerated: bool, gpu: bool) -> dict[str, Callable[[Inputs], Tensor]]:
+def providers(op: str, regenerated: bool) -> dict[str, Callable[[Inputs], list[Tensor]]]:
+    sides = SIDES[op]
+    torch.compiler.reset()  # a compile for each case, as a training run has it; dynamo gives up after eight
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
     found = {
-        "alignkit": lambda x: fused(x, op, x.key if regenerated else x.noise),
-        "eager fp32": lambda x: eager(x, op, regenerated, torch.float32),
-        "eager bf16": lambda x: eager(x, op, regenerated, torch.bfloat16),
+        "alignkit": lambda x: fused(x, sides, x.key if regenerated else x.noise),
+        "eager fp32": lambda x: eager(x, sides, regenerated, torch.float32),
+        "eager bf16": lambda x: eager(x, sides, regenerated, torch.bfloat16),
+        "torch.compile": lambda x: compiled(x, sides, regenerated, torch.float32),
     }
     if regenerated:
-        found["alignkit, noise stored"] = lambda x: fused(x, op, noise_of(x, True))
-    if gpu:
-        compiled = torch.compile(eager)
-        found["torch.compile"] = lambda x: compiled(x, op, regenerated, torch.float32)
+        found["alignkit, noise stored"] = lambda x: fused(x, sides, stored_noise(x, True))
     return found
+
+
+def gradients(numbers: list[Tensor], x: Inputs, sides: int) -> tuple[Tensor, ...]:
+    ones = [torch.ones_like(number) for number in numbers]
+    return torch.autograd.grad(numbers, x.pred[:sides], ones, retain_graph=True)
+
+
+def exact(x: Inputs, op: str, regenerated: bool) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]:
+    """fp64, on the same inputs: the numbers, the sums of their terms' magnitudes, and the gradients."""
+    noise = keyed_randn(x.noise.shape, x.key, device=x.noise.device) if regenerated else x.noise
+    summands = terms(x, SIDES[op], noise, torch.float64)
+    numbers = [by_region(term, x.regions) for term in summands]
+    magnitudes = [by_region(term.detach().abs(), x.regions) for term in summands]
+    return [number.detach() for number in numbers], magnitudes, gradients(numbers, x, SIDES[op])
 
 
 def traffic(x: Inputs, op: str, regenerated: bool, direction: str) -> int:
     """Bytes that must move: every input once, the gradients once."""
-    sides = 2 if op == "pair_region_errors" else 1
-    latent = x.noise.numel() * x.noise.element_size()
-    latents = sides * (3 if direction == "forward" else 2) + (0 if regenerated else 1)
-    if direction == "backward":
-        latents += sides
-    return latents * latent + x.regions.numel()
-
-
-def exact(x: Inputs, op: str, regenerated: bool) -> Tensor:
-    """The fp64 answer on the same inputs; keyed noise is fp32, stored noise has the inputs' dtype."""
-    noise = keyed_randn(x.noise.shape, x.key) if regenerated else x.noise
-    sides = range(2 if op == "pair_region_errors" else 1)
-    return torch.cat([eager_side(x.pred[i], x.reference[i], x.clean[i], noise, x, torch.float64) for i in sides])
+    sides = SIDES[op]
+    latents = sides * 3 + (0 if regenerated else 1)  # pred, reference, clean; backwards pred, clean, dpred
+    return latents * x.noise.numel() * x.noise.element_size() + x.regions.numel()

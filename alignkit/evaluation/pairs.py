@@ -111,4 +111,4 @@ def describe(scores: PairScores) -> dict:
         }
 
     by_level = [{"sigma": level, **part(i)} for i, level in enumerate(scores.noise_levels)]
-    return {**part(slice(None)), "by_timestep": by_level}
+    return {**part(slice(None)), "comparisons": scores.region_logit.numel(), "by_timestep": by_level}

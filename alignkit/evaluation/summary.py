@@ -37,8 +37,9 @@ def evaluate(config: Config, device: torch.device) -> dict:
     pairs = _score_both(config, device)
     rows, frames = read_samples(config)
     real = _real_clips(config)
+    rebuilt = _through_vae(config, real, device)
     with progress("measuring samples", 1) as bar:
-        pictures = _measure(rows, frames, real)
+        pictures = _measure(rows, frames, real, rebuilt)
         bar.advance()
     write_json(
         config.output.dir / "eval.json", {"pairs": pairs, "by_timestep": pairs["after"]["by_timestep"], **pictures}
@@ -71,7 +72,19 @@ def _real_clips(config: Config) -> Tensor:
     return torch.stack([decode_clip(config.data.videos / name, video_spec(config)) for name in names])
 
 
-def _measure(rows: list[dict], frames: dict[tuple[str, int], Tensor], real: Tensor) -> dict:
+def _through_vae(config: Config, clips: Tensor, device: torch.device) -> Tensor:
+    """The clips encoded and decoded, uint8 as they came: the best that any samples of this model can look like."""
+    model = load_model(config.model, with_transformer=False).to(device)
+    size = config.evaluation.batch_size
+    with progress("real clips through the VAE", len(clips)) as bar:
+        rebuilt = []
+        for part in clips.split(size):
+            rebuilt.append(model.decode_video(model.encode_video(part)))
+            bar.advance(len(part))
+    return torch.cat(rebuilt)
+
+
+def _measure(rows: list[dict], frames: dict[tuple[str, int], Tensor], real: Tensor, rebuilt: Tensor) -> dict:
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
     models = list(dict.fromkeys(name for name, _ in frames))
     together = {name: torch.cat([frames[name, seed] for seed in seeds]) for name in models}
@@ -82,9 +95,8 @@ def _measure(rows: list[dict], frames: dict[tuple[str, int], Tensor], real: Tens
             name: [frechet_distance(_features(frames[name, seed]), wanted) for seed in seeds] for name in models
         }
     for label, measure in (("motion", motion_amount), ("flicker", temporal_flicker), ("edge_energy", edge_energy)):
-        measured[label] = {"real": measure(real).mean().item()} | {
-            name: measure(together[name]).mean().item() for name in models
-        }
+        clips = {"real": real, "real_through_vae": rebuilt, **together}
+        measured[label] = {name: measure(videos).mean().item() for name, videos in clips.items()}
     measured["classifier"] = _named(rows, frames, seeds[0], models)
     return measured
 
@@ -156,14 +168,16 @@ def criteria(after: dict, pictures: dict) -> list[dict]:
     accuracy = after["region_accuracy"]
     change = _change(after, "w")["relative_change"]
     motion = pictures["motion"]
-    off, off_before = (abs(motion[name] / motion["real"] - 1) for name in ("aligned", "base"))
+    # the VAE's own flicker counts as motion and no training of the network can take it away
+    off, off_before = (abs(motion[name] / motion["real_through_vae"] - 1) for name in ("aligned", "base"))
     checks = [
         _check(
             "accuracy",
             accuracy,
             ACCURACY_WANTED,
             accuracy >= ACCURACY_WANTED,
-            f"the real region is preferred in {accuracy:.1%} of held-out comparisons ({ACCURACY_WANTED:.0%} wanted)",
+            f"the real region is preferred in {accuracy:.1%} of {after['comparisons']} held-out comparisons "
+            f"({ACCURACY_WANTED:.0%} wanted)",
         ),
         _check(
             "winner error",
@@ -178,8 +192,9 @@ def criteria(after: dict, pictures: dict) -> list[dict]:
             off,
             max(MOTION_ALLOWED, off_before),
             off <= max(MOTION_ALLOWED, off_before),
-            f"samples change by {motion['aligned']:.2f} grey levels a frame, real clips by {motion['real']:.2f}, the "
-            f"base's samples by {motion['base']:.2f} (within {MOTION_ALLOWED:.0%} of real, or closer than the base)",
+            f"samples change by {motion['aligned']:.2f} levels a frame, real clips after the VAE by "
+            f"{motion['real_through_vae']:.2f} (as filmed {motion['real']:.2f}), the base's samples by "
+            f"{motion['base']:.2f} (wanted: within {MOTION_ALLOWED:.0%} of clips after the VAE, or closer than base)",
         ),
     ]
     named = pictures["classifier"]

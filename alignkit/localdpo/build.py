@@ -48,6 +48,8 @@ def find_usable(config: Config) -> list[Clip]:
     write_lines(config.output.dir / "skipped.jsonl", [asdict(problem) for problem in problems])
     for problem in problems:
         say(f"skipped {problem.video}: {problem.reason}")
+    if problems:
+        say(f"{len(good)} of {listed} videos can be used")
     if len(good) < 2:
         raise DataError(
             f"data.videos: {len(good)} usable of {listed} in {config.data.videos}, but one to "

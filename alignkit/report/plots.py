@@ -123,13 +123,13 @@ def _marks(series: Series, place) -> str:
 
 
 def strip_plot(points: Sequence[tuple[str, float]], high: float, description: str) -> str:
-    """One row from 0 to `high`: a tick for each ("real", x), a ring for "base", a disc for "aligned"."""
+    """One row from 0 to `high`: a tick for each ("real…", x), a ring for "base", a disc for "aligned"."""
     width, height = 220, 22
     marks = []
     for kind, value in points:
         x = 8 + max(0.0, min(value / high, 1.0)) * (width - 16) if high > 0 else 8
-        if kind == "real":
-            marks.append(f'<line class="real" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="20"/>')
+        if kind.startswith("real"):
+            marks.append(f'<line class="{escape(kind)}" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="20"/>')
         else:
             marks.append(f'<circle class="{escape(kind)}" cx="{x:.1f}" cy="11" r="{6 if kind == "base" else 4}"/>')
     return (

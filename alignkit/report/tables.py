@@ -8,7 +8,7 @@ from alignkit.report.run import Run, number, numbers
 SKIPPED_IN_SIGHT, MOST_SKIPPED = 8, 200
 FAMILIES = {"wan": "Wan2.1", "cogvideox": "CogVideoX"}
 MISSING = '<span class="missing">not available</span>'
-KINDS = ("real", "base", "aligned")
+KINDS = {"real": "real", "real_through_vae": "real after VAE", "base": "base", "aligned": "aligned"}
 
 
 def header(run: Run) -> str:
@@ -70,11 +70,12 @@ def _tiles(run: Run) -> str:
     change = number(s, "winner_error", "relative_change")
     frechet = [_mean(numbers(s, "frechet", kind)) for kind in ("base", "aligned")]
     motion = [number(s, "motion", kind) for kind in ("base", "aligned")]
+    best = short(number(s, "motion", "real_through_vae"))
     tiles = [
         ("Region accuracy", _arrow(accuracy, percent), "on held-out pairs; 50 % is chance"),
         ("Winner’s error", None if change is None else signed_percent(change), "on real videos, against the base"),
         ("Fréchet distance", _arrow(frechet, short), "to real clips; lower is closer"),
-        ("Motion", _arrow(motion, short), f"real clips: {short(number(s, 'motion', 'real'))}"),
+        ("Motion", _arrow(motion, short), f"real clips after the VAE: {best}"),
     ]
     return f'<div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>'
 
@@ -123,9 +124,8 @@ def _against_real(run: Run) -> str:
     rows += _row("Prompt followed", note, list(shares.items()), [percent(v) for v in shares.values()], high=1.0)
     if not rows:
         return f"<p>{MISSING}</p>"
-    kinds = zip(KINDS, ("real clips", "base", "aligned"), strict=True)
-    legend = "".join(f'<span><i class="{kind}"></i>{label}</span>' for kind, label in kinds)
-    head = "<th>Measure</th><th>from 0</th>" + "".join(f"<th>{kind}</th>" for kind in KINDS)
+    legend = "".join(f'<span><i class="{kind}"></i>{label}</span>' for kind, label in KINDS.items())
+    head = "<th>Measure</th><th>from 0</th>" + "".join(f"<th>{label}</th>" for label in KINDS.values())
     return (
         f'<p class="legend">{legend}</p><div class="wide"><table class="measures">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -138,7 +138,7 @@ def _frechet_row(run: Run) -> str:
     if any(len(several) > 1 for several in values.values()):
         note += ", ± half of their range"
     points = [(kind, value) for kind, several in values.items() for value in several]
-    return _row("Fréchet distance", note, points, ["–", *(_several(several) for several in values.values())])
+    return _row("Fréchet distance", note, points, ["–", "–", *(_several(several) for several in values.values())])
 
 
 def _row(

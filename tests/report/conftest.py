@@ -75,7 +75,7 @@ def write_run(folder: Path, *, reached: bool = True, samples: int = 4, pairs: in
     measured = {
         name: {
             kind: measure(videos).mean().item()
-            for kind, videos in (("real", real), ("base", base), ("aligned", aligned))
+            for kind, videos in (("real", real), ("real_through_vae", real), ("base", base), ("aligned", aligned))
         }
         for name, measure in (("motion", motion_amount), ("flicker", temporal_flicker), ("edge_energy", edge_energy))
     }
