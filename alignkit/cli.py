@@ -110,6 +110,8 @@ def _run(name: str, config: Config) -> None:
 
 def run() -> None:
     """Entry point. Exit codes: 0 done, 2 something the user can mend (one line on standard error)."""
+    # the deepspeed launcher puts it first; the same number is in LOCAL_RANK, which is what we read
+    sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     try:
         app()
     except AlignkitError as error:

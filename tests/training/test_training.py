@@ -43,7 +43,7 @@ def test_two_runs_with_one_seed_write_the_same_metrics(run_with_pairs, process):
     assert rows[2]["region/logit"] != 0.0
 
 
-def test_two_processes_agree_with_one(run_with_pairs, process, command, config_file):
+def test_two_processes_agree_with_one_whoever_starts_them(run_with_pairs, process, command, config_file):
     one, _ = run_with_pairs("one", "train.steps=3")
     train(one, process)
     two, settings = run_with_pairs("two", "train.steps=3")
@@ -56,6 +56,13 @@ def test_two_processes_agree_with_one(run_with_pairs, process, command, config_f
         assert a["error_w"] == pytest.approx(b["error_w"], rel=1e3 * 2**-24)
         assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=2500 * 1e3 * 2**-24)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+    torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "alignkit")
+    deepspeed = ("deepspeed.launcher.runner", "--num_gpus", "2", "--module", "alignkit")
+    for launcher in (torchrun, deepspeed):
+        config, settings = run_with_pairs(launcher[0], "train.steps=3")
+        result = command("train", config_file, *settings, python=("-m", *launcher))
+        assert result.returncode == 0, result.stderr
+        assert metrics_of(config) == metrics_of(two)
 
 
 def test_gradient_accumulation_changes_nothing_but_rounding(run_with_pairs, process):
