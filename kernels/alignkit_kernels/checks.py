@@ -65,6 +65,8 @@ def check_regions(regions: Tensor | None, num_regions: int | None, pred: Tensor)
         )
     if regions.device != pred.device:
         raise InputError(f"regions are on {regions.device} but pred is on {pred.device}; move them")
+    # an axis that `expand` repeated is read once, not written out
+    regions = regions[tuple(slice(1) if step == 0 else slice(None) for step in regions.stride())]
     return (regions.view(torch.uint8) if regions.dtype == torch.bool else regions), num_regions
 
 

@@ -30,9 +30,9 @@ LAUNCHES = {
 }
 
 
-def unroll_for(wanted: int, aligned: bool, source: str) -> int:
+def unroll_for(wanted: int, aligned: bool, *sources: str) -> int:
     """1 where loads are not what a kernel waits for: keyed noise keeps it busy, and odd samples are read singly."""
-    return wanted if aligned and source != KEYED else 1
+    return wanted if aligned and KEYED not in sources else 1
 
 
 def launch_for(device: torch.device) -> Launch:

@@ -20,7 +20,6 @@ class NoiseKey:
     sample_ids: int64 [B], 0 <= id < 2**32, assigned (row numbers of a store), never hashed.
     draw: epoch or rollout number, an int or int64 [B], 0 <= draw < 2**32.
     stream: what the noise is for.
-
     """
 
     seed: int | Tensor
@@ -33,7 +32,7 @@ class NoiseKey:
 class PathState:
     """Noise implied by a network input of a sampler: noise = (state - a * clean) / s.
 
-    state: the latents' shape; keep it in fp32, the division magnifies its rounding by 1 / s.
+    state: the latents' shape; keep it in fp32, the division magnifies its rounding by 1 / s (so s > 0).
     """
 
     state: Tensor
@@ -53,7 +52,11 @@ def key_rows(key: NoiseKey, batch: int, device: torch.device) -> Tensor:
     _check_word("draw", key.draw)
     _check_word("stream", key.stream)
     words = {"seed": key.seed, "sample_ids": ids, "draw": key.draw, "stream": key.stream}
-    return torch.stack([_word(name, value, batch, device) for name, value in words.items()], dim=1)
+    # words that are all on the host travel in one copy and start no kernel
+    on_host = all(not isinstance(word, Tensor) or word.device.type == "cpu" for word in words.values())
+    place = torch.device("cpu") if on_host else device
+    rows = torch.stack([_word(name, word, batch, place) for name, word in words.items()], dim=1)
+    return rows.to(device, non_blocking=True)
 
 
 def noise_inputs(name: str, noise: NoiseSource, clean: Tensor) -> tuple[str, Tensor]:

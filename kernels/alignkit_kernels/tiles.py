@@ -104,7 +104,7 @@ def tile_noise(
     return noise
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS, do_not_specialize_on_alignment=POINTERS)
 def sum_tiles_kernel(partial_ptr, sums_ptr, tiles, BLOCK: tl.constexpr):
     """One number a program: the fp64 sum of its row of partial sums."""
     row = tl.program_id(0).to(tl.int64)

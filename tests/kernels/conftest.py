@@ -1,5 +1,6 @@
 """Inputs and an independent fp64 oracle, shared by the kernel tests."""
 
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignkit_kernels import NoiseKey, PathState, count_launches, dispatch, keyed_randn
+from alignkit_kernels import NoiseKey, PathState, count_launches, dispatch
+from alignkit_kernels.noise import reference
+from alignkit_kernels.sources import key_rows
 
 SHAPES = {
     "channels_first": (2, 3, 2, 5, 7),
@@ -17,11 +20,19 @@ SHAPES = {
     "aligned": (2, 3, 2, 10, 14),  # 280 positions: whole vectors, and more than one tile
 }
 EPS = 2.0**-23
+# Tensors live on a GPU if there is one. Without one, kernels run where the interpreter does.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not dispatch.INTERPRETED else "cpu")
+KERNELS_RUN = dispatch.INTERPRETED or (dispatch.HAVE_TRITON and DEVICE.type == "cuda")
 
 
-@pytest.fixture(params=["triton", "reference"] if dispatch.INTERPRETED else ["reference"])
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(params=["triton", "reference"] if KERNELS_RUN else ["reference"])
 def path(request, monkeypatch) -> str:
-    """Runs a test on the Triton kernels, where the interpreter runs them, and on the reference."""
+    """Runs a test on the Triton kernels, where they can run, and on the reference."""
     if request.param == "reference":
         monkeypatch.setattr(dispatch, "runs_kernels", lambda x: False)
     return request.param
@@ -29,15 +40,20 @@ def path(request, monkeypatch) -> str:
 
 @pytest.fixture
 def launched(path):
-    """A context that fails unless exactly the named kernels ran inside it, once each (none on the reference path)."""
+    """A context that fails unless exactly the named kernels ran inside it, as often as they are named (none on the
+    reference path)."""
 
     @contextmanager
     def check(*kernels):
         with count_launches() as ran:
             yield
-        assert ran == (dict.fromkeys(kernels, 1) if path == "triton" else {})
+        assert ran == (Counter(kernels) if path == "triton" else {})
 
     return check
+
+
+def exactly(x: Tensor) -> np.ndarray:
+    return x.detach().double().cpu().numpy()
 
 
 def closed_form(shape, p, q, amp=1.0) -> Tensor:
@@ -83,31 +99,32 @@ class Case:
 
     def epsilon(self) -> np.ndarray:
         if isinstance(self.noise, NoiseKey):
-            return keyed_randn(self.pred.shape, self.noise).double().numpy()
+            shape, keys = list(self.pred.shape), key_rows(self.noise, len(self.pred), torch.device("cpu"))
+            return exactly(reference.keyed_normal(shape, keys, torch.float32))
         if isinstance(self.noise, PathState):
             a, s = self._columns()[:2]
-            return (self.noise.state.double().numpy() - a * self.clean.double().numpy()) / s
-        return self.noise.double().numpy()
+            return (exactly(self.noise.state) - a * exactly(self.clean)) / s
+        return exactly(self.noise)
 
     def labels(self) -> np.ndarray:
         if self.regions is None:
             return np.zeros(self.pred.shape, np.int64)
-        return np.broadcast_to(self.regions.numpy().astype(np.int64), self.pred.shape)
+        return np.broadcast_to(self.regions.cpu().numpy().astype(np.int64), self.pred.shape)
 
     def target(self) -> tuple[np.ndarray, np.ndarray]:
         """y, and the sum of magnitudes that bounds its rounding error in units of eps."""
         a, s, c, d = self._columns()
-        epsilon, clean = self.epsilon(), self.clean.double().numpy()
+        epsilon, clean = self.epsilon(), exactly(self.clean)
         magnitude = np.abs(c * epsilon) + np.abs(d * clean)
         if isinstance(self.noise, PathState):
-            state = np.abs(self.noise.state.double().numpy())
+            state = np.abs(exactly(self.noise.state))
             magnitude = magnitude + np.abs(c) * (state + np.abs(a * clean)) / s
         return c * epsilon + d * clean, magnitude
 
     def exact(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """error, gap and count [B, R], each with the sum of term magnitudes its rounding scales with."""
         y, magnitude = self.target()
-        p, r = self.pred.double().numpy(), self.reference.double().numpy()
+        p, r = exactly(self.pred), exactly(self.reference)
         count = self._sums(np.ones_like(p))
         return {
             "error": (self._sums((p - y) ** 2), self._sums(np.abs(p - y) * (np.abs(p) + magnitude))),
@@ -121,14 +138,14 @@ class Case:
     def exact_gradient(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """d(sum weights * error)/d(pred), and the magnitude its rounding scales with."""
         y, magnitude = self.target()
-        p, labels = self.pred.double().numpy(), self.labels()
+        p, labels = exactly(self.pred), self.labels()
         held = labels < weights.shape[1]
         batch = np.arange(p.shape[0]).reshape(-1, *[1] * (p.ndim - 1))
         g = np.where(held, 2 * weights[batch, np.where(held, labels, 0)], 0.0)
         return g * (p - y), np.abs(g) * (np.abs(p) + magnitude)
 
     def _columns(self) -> list[np.ndarray]:
-        columns = self.coefficients.double().numpy()
+        columns = exactly(self.coefficients)
         return [columns[:, i].reshape(-1, *[1] * (self.pred.dim() - 1)) for i in range(4)]
 
     def _sums(self, terms: np.ndarray) -> np.ndarray:
@@ -179,13 +196,14 @@ def _make_case(
     coefficients = torch.stack((1 - s, s, torch.ones_like(s), -torch.ones_like(s)), 1).float()
     clean = normal().to(clean_dtype)
     key = NoiseKey(2**63 + 5, torch.arange(batch) * 7 + 3, 2)
-    epsilon = keyed_randn(shape, key).double()
+    epsilon = reference.keyed_normal(list(shape), key_rows(key, batch, clean.device), torch.float64)
+    key = replace(key, sample_ids=key.sample_ids.to(DEVICE))
     a_column, s_column = coefficients[:, 0].view(columns), coefficients[:, 1].view(columns)
     state = (a_column * clean + s_column * epsilon).to(torch.promote_types(pred_dtype, torch.float32))
-    sources = {"given": epsilon.to(pred_dtype), "keyed": key, "path": PathState(state)}
+    sources = {"given": epsilon.to(DEVICE, pred_dtype), "keyed": key, "path": PathState(state.to(DEVICE))}
     target = epsilon - clean.double()
-    reference = target + 0.3 * normal()
-    pred = reference + 0.03 * normal()
+    near = target + 0.3 * normal()
+    pred = near + 0.03 * normal()
     regions = None
     if num_regions is not None:
         axis = 2 if layout == "frames_first" else 1
@@ -194,11 +212,6 @@ def _make_case(
         # the last two are ignored: the first label past the regions, and the largest there is
         regions = torch.where(labels > num_regions, 255, labels).to(torch.uint8)
     return Case(
-        pred.to(pred_dtype),
-        reference.to(reference_dtype),
-        clean,
-        coefficients,
-        sources[noise],
-        regions,
-        num_regions,
-    )
+        pred.to(DEVICE, pred_dtype), near.to(DEVICE, reference_dtype), clean.to(DEVICE), coefficients.to(DEVICE),
+        sources[noise], None if regions is None else regions.to(DEVICE), num_regions,
+    )  # fmt: skip

@@ -9,10 +9,11 @@ from alignkit_kernels import InputError, local_dpo_loss, losses, pair_region_err
 
 FLOW = torch.tensor([[0.5, 0.5, 1.0, -1.0]] * 2)
 EPSILON = torch.tensor([[0.5, 0.5, 1.0, 0.0]] * 2)
+FORWARD = "pair_region_errors_kernel", "sum_tiles_kernel"
 
 
 @pytest.fixture
-def pair(formula):
+def pair(formula, device):
     """The closed-form pair of the published numbers: predictions, references, clean latents, noise."""
 
     def make(shape, target):
@@ -24,40 +25,45 @@ def pair(formula):
         y_w, y_l = (noise - clean_w, noise - clean_l) if target == "flow" else (noise, noise)
         ref_w, ref_l = y_w + formula(shape, 2.11, 0.5, 0.5), y_l + formula(shape, 1.91, 0.2, 0.5)
         pred_w, pred_l = ref_w + formula(shape, 0.911, 0.4, 0.02), ref_l + formula(shape, 1.13, 0.7, 0.02)
-        return pred_w, pred_l, ref_w, ref_l, clean_w, clean_l, FLOW if target == "flow" else EPSILON, noise
+        rows = FLOW if target == "flow" else EPSILON
+        return [x.to(device) for x in (pred_w, pred_l, ref_w, ref_l, clean_w, clean_l, rows, noise)]
 
     return make
 
 
-def test_flow_dpo_agrees_with_four_public_implementations(pair):
-    got = local_dpo_loss(*pair((2, 4, 3, 6, 8), "flow"), beta=2000.0, weight_sft=0.0)
+def test_flow_dpo_agrees_with_four_public_implementations(pair, launched):
+    with launched(*FORWARD):
+        got = local_dpo_loss(*pair((2, 4, 3, 6, 8), "flow"), beta=2000.0, weight_sft=0.0)
     assert float(got.loss) == pytest.approx(0.685913732547309, rel=1e-13)
     assert got.logits_global.tolist() == pytest.approx([0.0747177662, -0.0439067016], abs=1e-10)
     assert -1000 * float(got.gap_w.mean()) == pytest.approx(-0.0874429172, abs=1e-10)
     assert -1000 * float(got.gap_l.mean()) == pytest.approx(-0.1028484494, abs=1e-10)
 
 
-def test_epsilon_dpo_agrees_with_published_numbers(pair):
-    got = local_dpo_loss(*pair((2, 4, 6, 8), "epsilon"), beta=5000.0, weight_sft=0.0)
+def test_epsilon_dpo_agrees_with_published_numbers(pair, launched):
+    with launched(*FORWARD):
+        got = local_dpo_loss(*pair((2, 4, 6, 8), "epsilon"), beta=5000.0, weight_sft=0.0)
     assert float(got.loss) == pytest.approx(0.7531032270841758, rel=1e-13)
     assert got.logits_global.tolist() == pytest.approx([0.696110018714724, -0.697817090351046], rel=1e-12)
 
 
-def test_x0_loss_weighted_by_one_over_one_minus_alpha_bar_is_the_velocity_loss(formula):
+def test_x0_loss_weighted_by_one_over_one_minus_alpha_bar_is_the_velocity_loss(formula, device, launched):
     """CogVideoX: error of x0 = sqrt(ab) x_t - sqrt(1 - ab) v, over 1 - ab, equals the error of v."""
-    shape, alpha_bar = (2, 4, 3, 6, 8), torch.tensor([0.3, 0.9], dtype=torch.float64)
+    shape, alpha_bar = (2, 4, 3, 6, 8), torch.tensor([0.3, 0.9], dtype=torch.float64, device=device)
     a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    clean, noise = formula(shape, 0.731, 0.1), formula(shape, 1.37, 0.3, 1.4)
+    clean, noise = formula(shape, 0.731, 0.1).to(device), formula(shape, 1.37, 0.3, 1.4).to(device)
     column = [x.view(-1, 1, 1, 1, 1) for x in (a, s)]
     velocity = column[0] * noise - column[1] * clean
-    pred, ref = velocity + formula(shape, 0.911, 0.4, 0.1), velocity + formula(shape, 2.11, 0.5, 0.1)
+    pred = velocity + formula(shape, 0.911, 0.4, 0.1).to(device)
+    ref = velocity + formula(shape, 2.11, 0.5, 0.1).to(device)
     noisy = column[0] * clean + column[1] * noise
 
     def x0(v):
         return column[0] * noisy - column[1] * v
 
-    v_space = region_errors(pred, clean, torch.stack((a, s, a, -s), 1), noise, reference=ref)
-    x0_space = region_errors(x0(pred), clean, torch.stack((a, s, 0 * a, 1 + 0 * a), 1), noise, reference=x0(ref))
+    with launched(*["region_errors_kernel", "sum_tiles_kernel"] * 2):
+        v_space = region_errors(pred, clean, torch.stack((a, s, a, -s), 1), noise, reference=ref)
+        x0_space = region_errors(x0(pred), clean, torch.stack((a, s, 0 * a, 1 + 0 * a), 1), noise, reference=x0(ref))
     ratio = (x0_space.gap[:, 0] / (1 - alpha_bar)) / v_space.gap[:, 0]
     assert ratio.tolist() == pytest.approx([1, 1], rel=1e-12)
 
@@ -122,7 +128,7 @@ def test_the_ends_of_the_range_survive_rounding_to_fp32(sums):
     losses.local_dpo(*sums, strength=torch.tensor([0.76, 0.9, 0.84]), strength_range=(0.76, 0.84 + 0.06))
 
 
-def test_stored_reference_errors_give_the_loss_of_the_references_predictions(make_case):
+def test_stored_reference_errors_give_the_loss_of_the_references_predictions(make_case, path):
     winner, loser = make_case(noise="keyed", dtype=torch.float64), make_case(dtype=torch.float64, seed=1)
     shared = (winner.clean, loser.clean, winner.coefficients, winner.noise)
     live = local_dpo_loss(winner.pred, loser.pred, winner.reference, loser.reference, *shared, regions=winner.regions)
@@ -134,7 +140,7 @@ def test_stored_reference_errors_give_the_loss_of_the_references_predictions(mak
     assert torch.allclose(live.loss_per_pair, cached.loss_per_pair, rtol=1e-9)
 
 
-def test_policy_equal_to_reference_gives_logits_exactly_zero_and_a_gradient(make_case):
+def test_policy_equal_to_reference_gives_logits_exactly_zero_and_a_gradient(make_case, path):
     winner, loser = make_case(noise="keyed", dtype=torch.bfloat16), make_case(dtype=torch.bfloat16, seed=1)
     pred_w, pred_l = winner.pred.requires_grad_(), loser.pred.requires_grad_()
     got = local_dpo_loss(
@@ -147,7 +153,7 @@ def test_policy_equal_to_reference_gives_logits_exactly_zero_and_a_gradient(make
     assert pred_w.grad.abs().max() > 0 and pred_l.grad.abs().max() > 0
 
 
-def test_gradcheck_of_the_whole_loss(make_case):
+def test_gradcheck_of_the_whole_loss(make_case, path):
     shape = (1, 2, 1, 2, 3)
     winner, loser = (make_case(shape=shape, dtype=torch.float64, seed=seed) for seed in (0, 1))
 

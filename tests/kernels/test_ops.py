@@ -3,11 +3,21 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from alignkit_kernels import NoiseKey, keyed_randn, local_dpo_loss, region_errors
+from alignkit_kernels import (
+    NoiseKey,
+    PathState,
+    add_keyed_noise,
+    keyed_randn,
+    local_dpo_loss,
+    pair_region_errors,
+    region_errors,
+)
 from alignkit_kernels.errors import op as errors_op
 from alignkit_kernels.noise import op as noise_op
 from alignkit_kernels.pairs import op as pairs_op
@@ -22,9 +32,9 @@ def pair(make_case):
     return make_case(shape=SHAPE, noise="keyed"), make_case(shape=SHAPE, seed=1)
 
 
-def test_opcheck(pair):
+def test_opcheck(pair, device):
     winner, loser = pair
-    keys = key_rows(winner.noise, 2, torch.device("cpu"))
+    keys = key_rows(winner.noise, 2, device)
     pred_w, pred_l = winner.pred.requires_grad_(), loser.pred.requires_grad_()
     rows, regions = winner.coefficients, winner.regions
     check = torch.library.opcheck
@@ -33,75 +43,137 @@ def test_opcheck(pair):
     check(noise_op.add_noise, (winner.clean, rows, "keyed", keys))
     check(errors_op.region_errors, (pred_w, winner.reference, winner.clean, rows, "keyed", keys, regions, 2))
     check(errors_op.region_errors, (pred_w, None, winner.clean, rows, "given", loser.noise, None, 1))
-    grad = torch.ones(3, 2, 2, dtype=torch.float64)
+    grad = torch.ones(3, 2, 2, dtype=torch.float64, device=device)
     check(
         errors_op.region_errors_backward,
         (grad, pred_w.detach(), winner.clean, rows, "keyed", keys, regions),
     )
     sides = (pred_w, pred_l, winner.reference, loser.reference, winner.clean, loser.clean, rows)
     check(pairs_op.pair_region_errors, (*sides, "keyed", keys, "given", loser.noise, regions, 2))
-    grad = torch.ones(6, 2, 2, dtype=torch.float64)
+    grad = torch.ones(6, 2, 2, dtype=torch.float64, device=device)
     sides = (grad, pred_w.detach(), pred_l.detach(), winner.clean, loser.clean, rows)
     check(pairs_op.pair_region_errors_backward, (*sides, "keyed", keys, "keyed", None, regions))
 
 
-def test_compiles_as_one_graph(pair):
+@pytest.mark.parametrize("noise", ["key", "tensor", "path"])
+def test_compiles_as_one_graph(pair, device, launched, noise):
+    """One graph: so the host waits for no number, either."""
     winner, loser = pair
+    rows, regions = winner.coefficients, winner.regions
 
     def step(pred_w, pred_l, ids):
+        key = NoiseKey(3, ids, 1)
+        noisy_w, noisy_l = (add_keyed_noise(x.clean, rows, key) for x in pair)
+        drawn = keyed_randn(pred_w.shape, key)
+        noises = {"key": (key, None), "tensor": (drawn, None), "path": (PathState(noisy_w), PathState(noisy_l))}[noise]
         return local_dpo_loss(
-            pred_w, pred_l, winner.reference, loser.reference, winner.clean, loser.clean, winner.coefficients,
-            NoiseKey(3, ids, 1), regions=winner.regions, strength=torch.tensor([0.8, 0.9]),
-        ).loss  # fmt: skip
+            pred_w, pred_l, winner.reference, loser.reference, winner.clean, loser.clean, rows, *noises,
+            regions=regions, strength=torch.tensor([0.8, 0.9]),
+        ).loss + (noisy_w + noisy_l + drawn).mean()  # fmt: skip
 
-    ids = torch.tensor([4, 5])
+    ids = torch.tensor([4, 5], device=device)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    fused = "pair_region_errors_kernel", "sum_tiles_kernel", "pair_region_errors_backward_kernel"
     grads = []
     for function in (step, compiled):
         preds = [x.pred.clone().requires_grad_() for x in pair]
-        loss = function(*preds, ids)
-        loss.backward()
+        with launched("keyed_kernel", "add_noise_kernel", "add_noise_kernel", *fused):
+            loss = function(*preds, ids)
+            loss.backward()
         grads.append((loss.detach(), *(x.grad for x in preds)))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_no_number_comes_from_memory_that_was_never_written(make_case):
+def everything(case, other) -> list[torch.Tensor]:
+    """Every number, gradient and noise there is."""
+    pred, pred_l = (x.pred.detach().requires_grad_() for x in (case, other))
+    own = region_errors(pred, *case.arguments()[1:], **case.options())
+    pair = pair_region_errors(
+        pred, pred_l, case.clean, other.clean, case.coefficients, case.noise,
+        reference_w=case.reference, reference_l=other.reference, regions=case.regions, num_regions=case.num_regions,
+    )  # fmt: skip
+    grads = torch.autograd.grad((own.error + own.gap).sum() + (pair.gap_l + pair.cross).sum(), (pred, pred_l))
+    noisy = add_keyed_noise(case.clean, case.coefficients, case.noise)
+    ids = torch.tensor([1, 2], device=case.pred.device)
+    return [x.detach() for x in (*own, *pair, *grads, noisy, keyed_randn((2, 5), NoiseKey(0, ids, 0)))]
+
+
+def test_no_number_comes_from_memory_that_was_never_written(make_case, device):
     """torch fills what `empty` returns with NaN, and nothing changes."""
-    case = make_case("aligned", num_regions=2)
-
-    def run():
-        pred = case.pred.clone().requires_grad_()
-        got = region_errors(pred, *case.arguments()[1:], **case.options())
-        (got.error + got.gap).sum().backward()
-        noise = keyed_randn((2, 5), NoiseKey(0, torch.tensor([1, 2]), 0))
-        return got.error.detach(), got.gap.detach(), got.count, pred.grad, noise
-
-    expected = run()
+    case, other = make_case("aligned", num_regions=2), make_case("aligned", seed=1)
+    expected = everything(case, other)
     torch.use_deterministic_algorithms(True)
     try:
-        assert torch.empty(2).isnan().all() and torch.ones(2).new_empty(2).isnan().all()
-        poisoned = run()
+        assert torch.empty(2, device=device).isnan().all() and torch.ones(2, device=device).new_empty(2).isnan().all()
+        poisoned = everything(case, other)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(expected, poisoned, strict=True))
 
 
-def test_offsets_beyond_two_to_the_31_elements(make_case):
-    """Two samples 2**31 elements apart; the memory between them is never touched."""
-    case = make_case(shape=SHAPE, dtype=torch.bfloat16, num_regions=None)
-    elements = case.pred[0].numel()
-    storage = torch.empty(2**31 + elements, dtype=torch.bfloat16)
-    far = storage.as_strided(SHAPE, (2**31, *case.pred.stride()[1:]))
-    far.copy_(case.pred)
-    near = region_errors(*case.arguments(), reference=case.reference)
-    got = region_errors(far, *case.arguments()[1:], reference=case.reference)
-    assert torch.equal(got.error, near.error) and torch.equal(got.gap, near.gap)
+@pytest.mark.parametrize("shape", [SHAPE, (2, 2, 1, 2, 4)])
+def test_offsets_beyond_two_to_the_31_elements(make_case, shape):
+    """Two samples more than 2**31 elements apart; the memory between them is never touched."""
+    row = 2**31 + 8
+
+    def far(x):
+        if x is None:
+            return None
+        storage = torch.empty(row + x[0].numel(), dtype=x.dtype, device=x.device)
+        return storage.as_strided(x.shape, (row, *x.stride()[1:])).copy_(x)
+
+    case, other = (make_case(shape=shape, dtype=torch.bfloat16, num_regions=None, seed=seed) for seed in (0, 1))
+    spread = [
+        replace(x, pred=far(x.pred), reference=far(x.reference), clean=far(x.clean), noise=far(x.noise))
+        for x in (case, other)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(everything(case, other), everything(*spread), strict=True))
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails at anything for which the host would wait for a GPU."""
+
+    WAITS = "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.WAITS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_nothing(pair, device, monkeypatch):
+    """Forward and backward read no number of a tensor. Where tensors live on the host, looking is free and bad ids and
+    strengths are refused at once; here the path of device tensors is taken."""
+    winner, loser = pair
+    preds = [x.pred.requires_grad_() for x in pair]
+    ids, strength = torch.tensor([4, 5], device=device), torch.tensor([0.8, 0.9], device=device)
+
+    def step():
+        key = NoiseKey(3, ids, 1)
+        noisy = add_keyed_noise(winner.clean, winner.coefficients, key)
+        loss = local_dpo_loss(
+            *preds, winner.reference, loser.reference, winner.clean, loser.clean, winner.coefficients, key,
+            regions=winner.regions, strength=strength,
+        ).loss  # fmt: skip
+        loss.backward()
+        return loss + noisy.mean() + keyed_randn((2, 3), key).mean()
+
+    if device.type == "cuda":
+        step()  # what is allocated or compiled the first time may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    else:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        with NoHostReads():
+            step()
 
 
 GUARDED = """
 import ctypes, mmap, torch
 from alignkit_kernels import (
-    NoiseKey, PathState, add_keyed_noise, count_launches, pair_region_errors, region_errors
+    NoiseKey, PathState, add_keyed_noise, count_launches, keyed_randn, pair_region_errors, region_errors
 )
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -141,7 +213,10 @@ with count_launches() as launched:
             sides = make().requires_grad_(), make().requires_grad_()
             got = pair_region_errors(*sides, make(), make(), rows, make(), regions=regions, num_regions=2)
             got.cross.sum().backward()
+            apart = PathState(make(torch.float32)), key
+            pair_region_errors(*sides, make(), make(), rows, *apart, reference_w=make(), reference_l=make())
             add_keyed_noise(make(), rows, key)
+            keyed_randn(shape, key)
 print(sum(launched.values()))
 """
 

@@ -36,7 +36,7 @@ def forward(
     dtype = compute_dtype(*tensors[:6])
     batch, tiles = pred_w.shape[0], layout.tiles
     partial = pred_w.new_empty((6, batch, num_regions, tiles), dtype=dtype)
-    unroll = unroll_for(launch_for(pred_w.device).pair_unroll, layout.aligned, source_w)
+    unroll = unroll_for(launch_for(pred_w.device).pair_unroll, layout.aligned, source_w, source_l)
     with torch.cuda.device_of(pred_w):
         launch(
             pair_region_errors_kernel, batch * tiles,
@@ -72,7 +72,7 @@ def backward(
         for x in (pred_w, pred_l, clean_w, clean_l, noise_w, noise_l)
     ]
     dpred_w, dpred_l = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (pred_w, pred_l))
-    unroll = unroll_for(launch_for(pred_w.device).pair_unroll, layout.aligned, source_w)
+    unroll = unroll_for(launch_for(pred_w.device).pair_unroll, layout.aligned, source_w, source_l)
     with torch.cuda.device_of(pred_w):
         launch(
             pair_region_errors_backward_kernel, pred_w.shape[0] * layout.tiles,

@@ -1,0 +1,106 @@
+"""What triton would compile for the calls a user makes, without a GPU: launches are caught where triton decides."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from alignkit_kernels import (
+    NoiseKey,
+    PathState,
+    add_keyed_noise,
+    dispatch,
+    keyed_rand,
+    keyed_randn,
+    pair_region_errors,
+    region_errors,
+)
+
+pytestmark = [
+    pytest.mark.skipif(not dispatch.HAVE_TRITON, reason="triton is not installed: nothing is compiled"),
+    pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter compiles nothing"),
+]
+
+
+@pytest.fixture
+def compiles(monkeypatch) -> dict:
+    """Filled by launches, which then do not happen: kernel and what it is specialised on -> a way to compile it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    target = GPUTarget("cuda", 90, 32)
+    backend, found = make_backend(target), {}
+
+    def decide(kernel, *args, grid, warmup, **options):
+        options = {"debug": False, "instrumentation_mode": "", **options}
+        bound, specialisation, chosen = create_function_from_signature(kernel.signature, kernel.params, backend)(
+            *args, **options
+        )
+
+        def build():
+            packed, signature, constants, attributes = kernel._pack_args(
+                backend, options, bound, specialisation, chosen
+            )
+            return triton.compile(
+                ASTSource(kernel, signature, constants, attributes), target=target, options=packed.__dict__
+            )
+
+        found.setdefault((kernel.__name__, str(specialisation), str(chosen)), build)
+
+    monkeypatch.setattr(JITFunction, "run", decide)
+    monkeypatch.setattr(dispatch, "runs_kernels", lambda x: True)
+    return found
+
+
+def calls(batch: int, sizes: tuple[int, ...], num_regions: int, seed: int, shift: int = 0) -> None:
+    """Every public function, forward and backward, on latents of one size that start `shift` elements into memory."""
+    shape = (batch, *sizes)
+
+    def latent(dtype=torch.bfloat16):
+        elements = batch * sizes[0] * sizes[1] * sizes[2] * sizes[3]
+        return torch.zeros(shift + elements, dtype=dtype)[shift:].view(shape)
+
+    rows = torch.ones(batch, 4)
+    key = NoiseKey(seed, torch.arange(batch) + seed, seed)
+    labels = {"regions": torch.zeros(batch, 1, *sizes[1:], dtype=torch.uint8), "num_regions": num_regions}
+    pred, pred_l = latent().requires_grad_(), latent().requires_grad_()
+    for noise in (latent(), key):
+        got = region_errors(pred, latent(), rows, noise, reference=latent(), **labels)
+        (got.error + got.gap).sum().backward()
+        got = pair_region_errors(
+            pred, pred_l, latent(), latent(), rows, noise, reference_w=latent(), reference_l=latent(), **labels
+        )
+        got.cross.sum().backward()
+    states = PathState(latent(torch.float32)), PathState(latent(torch.float32))
+    pair_region_errors(pred, pred_l, latent(), latent(), rows, *states)
+    add_keyed_noise(latent(), rows, key)
+    keyed_randn(shape, replace(key, stream=3))
+    keyed_rand(shape, key)
+
+
+@pytest.mark.parametrize(
+    ("first", "others"),
+    [
+        ((2, (4, 2, 6, 8)), [(1, (1, 1, 1, 8)), (3, (5, 3, 10, 16)), (16, (16, 1, 31, 24))]),
+        ((2, (3, 3, 5, 7)), [(1, (1, 1, 1, 1)), (3, (5, 3, 11, 17)), (17, (3, 1, 2, 31))]),
+    ],
+    ids=["aligned", "odd"],
+)
+def test_a_new_size_batch_seed_or_number_of_regions_compiles_nothing(compiles, first, others):
+    calls(*first, num_regions=2, seed=7)
+    known = set(compiles)
+    assert len(known) == 2 + 2 + 2 + 2 + 1 + 1 + 1 + 2  # two noises, two ops, two directions; path; sums; noise
+    for number, other in enumerate(others):
+        calls(*other, num_regions=(1, 3, 16)[number], seed=(0, 1, 2**31)[number])
+    calls(*first, num_regions=2, seed=7, shift=1)
+    assert set(compiles) == known
+
+
+def test_what_the_launchers_pass_compiles(compiles):
+    """The arguments of real calls, not a list of ours, make every kernel."""
+    for sizes in ((4, 2, 6, 8), (3, 3, 5, 7)):
+        calls(2, sizes, num_regions=2, seed=7)
+    for (name, *_), build in compiles.items():
+        assert name in build().asm["ptx"]
