@@ -8,7 +8,7 @@ from alignkit.progress import progress, say
 from alignkit.stages import STAGES, run_stage
 from alignkit.tiny.clips import write_clips
 
-CLIPS = 200
+CLIPS = 160
 CLIPS_SEED = 20_260  # other clips than the shipped weights were trained on
 
 

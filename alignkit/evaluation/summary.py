@@ -97,18 +97,18 @@ def _measure(rows: list[dict], frames: dict[tuple[str, int], Tensor], real: Tens
     for label, measure in (("motion", motion_amount), ("flicker", temporal_flicker), ("edge_energy", edge_energy)):
         clips = {"real": real, "real_through_vae": rebuilt, **together}
         measured[label] = {name: measure(videos).mean().item() for name, videos in clips.items()}
-    measured["classifier"] = _named(rows, frames, seeds[0], models)
+    measured["classifier"] = _named([row["prompt"] for row in rows], together)
     return measured
 
 
-def _named(rows: list[dict], frames: dict, seed: int, models: list[str]) -> dict | None:
-    """Share of one seed's samples in which a classifier sees all that the prompt names; None for other prompts."""
-    wanted = [attributes_in(row["prompt"]) for row in rows if row["seed"] == seed]
+def _named(prompts: list[str], frames: dict[str, Tensor]) -> dict | None:
+    """Share of each model's samples in which a classifier sees all that the prompt names; None for other prompts."""
+    wanted = [attributes_in(prompt) for prompt in prompts]
     if not all(wanted):
         return None
     shares = {}
-    for name in models:
-        seen = classify(_thumbnails(frames[name, seed]))
+    for name, videos in frames.items():
+        seen = classify(_thumbnails(videos))
         right = [all(seen[key][i] == value for key, value in names.items()) for i, names in enumerate(wanted)]
         shares[name] = sum(right) / len(right)
     return {**shares, "samples": len(wanted)}
