@@ -25,7 +25,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which base model is aligned."""
 
-    family: Literal["wan"] = "wan"
+    family: Literal["wan", "cogvideox"] = "wan"
     path: str = Field("tiny", description="a diffusers folder, a hub id, or 'tiny' for the shipped small model")
     revision: str | None = None
     max_sequence_length: Positive = Field(512, description="text tokens that the network attends to, padding included")

@@ -75,7 +75,7 @@ def build_pairs(config: Config, device: torch.device) -> dict[str, int]:
     say(f"loading {config.model.family} from {config.model.path}")
     model = load_model(config.model)
     data = config.data
-    latent_shape = model.latent_shape(data.num_frames, data.height, data.width)
+    grid = model.latent_grid(data.num_frames, data.height, data.width)
     clips = find_usable(config)
     model.to(device)
     counts = {}
@@ -90,7 +90,7 @@ def build_pairs(config: Config, device: torch.device) -> dict[str, int]:
         with progress(f"making {split} pairs", len(tasks), done=done) as bar:
             for number, block in enumerate(blocks):
                 if not block_file(folder, number).exists():
-                    write_block(folder, number, _make_block(config, model, latent_shape, block, bar))
+                    write_block(folder, number, _make_block(config, model, grid, block, bar))
         counts[split] = len(tasks)
     return counts
 
@@ -126,7 +126,7 @@ def _store_info(config: Config, model) -> StoreInfo:
     )
 
 
-def _make_block(config: Config, model, latent_shape: tuple, block: list[tuple[Clip, int]], bar) -> list[Pair]:
+def _make_block(config: Config, model, grid: tuple, block: list[tuple[Clip, int]], bar) -> list[Pair]:
     """The pairs of one block, in id order. Pairs of equal strength are regenerated together."""
     spec, pairs = video_spec(config), config.pairs
     winners = {}
@@ -139,7 +139,7 @@ def _make_block(config: Config, model, latent_shape: tuple, block: list[tuple[Cl
     for steps, group in sorted(by_strength.items()):
         for first in range(0, len(group), pairs.batch_size):
             batch = group[first : first + pairs.batch_size]
-            made += _make_batch(config, model, latent_shape, steps, batch, winners)
+            made += _make_batch(config, model, grid, steps, batch, winners)
             bar.advance(len(batch))
     return sorted(made, key=lambda pair: pair.id)
 
@@ -151,15 +151,13 @@ def _draw_strength(config: Config, pair_id: int) -> int:
     return strengths[min(int(u * len(strengths)), len(strengths) - 1)]
 
 
-def _make_batch(config: Config, model, latent_shape, steps: int, batch, winners) -> list[Pair]:
-    pairs, (_, frames, height, width) = config.pairs, latent_shape
+def _make_batch(config: Config, model, grid: tuple, steps: int, batch, winners) -> list[Pair]:
+    pairs = config.pairs
     clean = torch.stack([winners[clip.name] for clip, _ in batch])
     pixels = (config.data.height, config.data.width)
     masks = torch.stack(
         [
-            model.region_layout(
-                region_mask((frames, height, width), pixels, pairs.mask, seed=pairs.seed, pair_id=pair_id)
-            )
+            model.region_layout(region_mask(grid, pixels, pairs.mask, seed=pairs.seed, pair_id=pair_id))
             for _, pair_id in batch
         ]
     )

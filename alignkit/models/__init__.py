@@ -1,10 +1,98 @@
 """Model families. What is particular to one lives in its module here and nowhere else."""
 
 from pathlib import Path
-from types import ModuleType
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
 
 from alignkit.config import ModelSection
 from alignkit.errors import ModelError
+from alignkit.schedules import Schedule
+
+
+class VideoModel(Protocol):
+    """A text-to-video model as the rest of alignkit sees it; "the family's layout" is its own order of C, F, H, W.
+
+    `transformer` is None without `with_transformer`, `pipeline` (diffusers' own, for VAE and text) without
+    `with_encoders`.
+    """
+
+    family: ClassVar[str]
+    path: str
+    scheduler: Any
+    transformer: nn.Module | None
+    pipeline: Any
+
+    def to(self, device: torch.device | str) -> Self: ...
+
+    def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(F, H, W) of one video's latents. Raises ConfigError for sizes the model cannot take."""
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """The same with channels, in the family's layout."""
+
+    def region_layout(self, mask: Tensor) -> Tensor:
+        """A mask [F, H, W] in the family's layout, with one channel."""
+
+    def frames_of_mask(self, region: Tensor) -> Tensor:
+        """The inverse of `region_layout`."""
+
+    def encode_text(self, prompts: list[str]) -> list[Tensor]:
+        """fp32 [tokens, D] each, on CPU; what `pad_text` takes and pairs store."""
+
+    def pad_text(self, embeddings: list[Tensor]) -> Tensor:
+        """[B, max_sequence_length, D] as the network takes it."""
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """uint8 [B, F, H, W, 3] to fp32 latents as the network sees them, without sampling."""
+
+    def decode_video(self, latents: Tensor) -> Tensor:
+        """The inverse: uint8 [B, F, H, W, 3] on CPU."""
+
+    def schedule(self, num_steps: int) -> Schedule:
+        """The states that the model's sampler visits, read off its scheduler object."""
+
+    def training_path(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u in [0, 1], fp64 [B], to coefficients (a, s, c, d) fp64 [B, 4] and timesteps fp64 [B]; u = 1 is noise."""
+
+    def sample(self, noise: Tensor, text: Tensor, negative: Tensor, *, num_steps: int, guidance: float) -> Tensor:
+        """Latents from starting noise, bit for bit what the family's diffusers pipeline makes of it."""
+
+    def local_folder(self) -> Path:
+        """The model's files on this machine."""
+
+    def fingerprint(self) -> str:
+        """Identifies the base weights."""
+
+
+class Family(Protocol):
+    """A module of this package."""
+
+    def load(
+        self,
+        path: str,
+        *,
+        revision: str | None,
+        max_sequence_length: int,
+        with_transformer: bool,
+        with_encoders: bool,
+    ) -> VideoModel:
+        """In fp32 on CPU. Raises ModelError naming what is missing, damaged or of another family."""
+
+    def predict(self, transformer: nn.Module, state: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """The network's output for a batch of states in the family's layout; the network may be an engine's."""
+
+    def guided(
+        self,
+        transformer: nn.Module,
+        state: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        negative: Tensor,
+        guidance: float,
+    ) -> Tensor:
+        """Classifier-free guidance as the pipeline computes it; guidance ≤ 1 is the conditional branch alone."""
 
 
 def shipped_model(family: str) -> Path:
@@ -12,14 +100,14 @@ def shipped_model(family: str) -> Path:
     return Path(__file__).parent.parent / "tiny" / family
 
 
-def family_module(name: str) -> ModuleType:
+def family_module(name: str) -> Family:
     """The module that knows the family `name`."""
-    from alignkit.models import wan
+    from alignkit.models import cogvideox, wan
 
-    return {"wan": wan}[name]
+    return {"wan": wan, "cogvideox": cogvideox}[name]
 
 
-def load_model(section: ModelSection, *, with_transformer: bool = True, with_encoders: bool = True):
+def load_model(section: ModelSection, *, with_transformer: bool = True, with_encoders: bool = True) -> VideoModel:
     """Load the parts of `section`'s model that are asked for, in fp32 on CPU.
 
     Raises ModelError when files are missing, damaged or of another family.
@@ -30,8 +118,7 @@ def load_model(section: ModelSection, *, with_transformer: bool = True, with_enc
         raise ModelError(f"model.path: {path}: no such folder")
     if local.expanduser().is_dir():
         path = str(local.expanduser())
-    module = family_module(section.family)
-    return module.load(
+    return family_module(section.family).load(
         path,
         revision=section.revision,
         max_sequence_length=section.max_sequence_length,

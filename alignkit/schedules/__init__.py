@@ -49,6 +49,15 @@ def flow_coefficients(sigmas: Tensor) -> Tensor:
     return torch.stack((1 - sigmas, sigmas, one, -one), dim=-1)
 
 
+def v_coefficients(alphas_cumprod: Tensor) -> Tensor:
+    """v-prediction at signal share ᾱ: x_t = √ᾱ·x0 + √(1−ᾱ)·ε, v = √ᾱ·ε − √(1−ᾱ)·x0 (arXiv 2202.00512, section 4).
+
+    fp64 [...] to fp64 [..., 4]. ᾱ = 0, where a zero terminal signal-to-noise ratio starts, is a row like any other.
+    """
+    signal, noise = alphas_cumprod.double().sqrt(), (1 - alphas_cumprod.double()).sqrt()
+    return torch.stack((signal, noise, signal, -noise), dim=-1)
+
+
 def flow_shift(u: Tensor, shift: float) -> Tensor:
     """S(u) = k·u / (1 + (k−1)·u): moves noise levels towards 1 for larger latents (arXiv 2403.03206, eq. 23)."""
     return shift * u / (1 + (shift - 1) * u)

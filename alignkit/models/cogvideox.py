@@ -1,0 +1,240 @@
+"""CogVideoX: v-prediction, latents [B, F, C, H, W], T5 text concatenated with the video's tokens, DDIM.
+
+Wraps diffusers' own classes; the arithmetic of encoding, text and guidance is that of `CogVideoXPipeline`,
+which is the oracle in the tests. The 2B adds sin-cos positions to its tokens (text included, so its text
+length is fixed), the 5B rotates queries and keys; both are read off the transformer's config.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from torch import Tensor, nn
+
+from alignkit.errors import ConfigError, ModelError
+from alignkit.models.folder import ModelFolder, frozen, grid_of, loading, to_frames, to_unit
+from alignkit.progress import say
+from alignkit.schedules import Schedule, v_coefficients
+
+
+class CogVideoXModel(ModelFolder):
+    """The parts of a CogVideoX folder."""
+
+    family = "cogvideox"
+
+    def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(F, H, W) of one video's latents. Raises ConfigError for sizes the model cannot take."""
+        vae = self.vae.config
+        spatial = 2 ** (len(vae.block_out_channels) - 1)
+        # The decoder gives every frame of an even number of latent frames back fourfold, the first one too.
+        chunk = 2 * vae.temporal_compression_ratio
+        frames, rows, columns = grid_of(num_frames, height, width, temporal=chunk, spatial=spatial, patch=2)
+        return 2 * frames - 1, rows, columns
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(F, C, H, W) of one video's latents. Raises ConfigError for sizes the model cannot take."""
+        frames, rows, columns = self.latent_grid(num_frames, height, width)
+        return (frames, self.vae.config.latent_channels, rows, columns)
+
+    @staticmethod
+    def region_layout(mask: Tensor) -> Tensor:
+        """A mask [F, H, W] in the layout of one video's latents, one label for all channels: [F, 1, H, W]."""
+        return mask[:, None]
+
+    @staticmethod
+    def frames_of_mask(region: Tensor) -> Tensor:
+        """The inverse of `region_layout`: [F, 1, H, W] to [F, H, W]."""
+        return region[:, 0]
+
+    @torch.no_grad()
+    def _encode_prompt(self, prompt: str) -> Tensor:
+        """With its padding, fp32 [max_sequence_length, D]: nothing masks it, so its embeddings are not zero."""
+        assert self.pipeline is not None
+        embeddings = self.pipeline._get_t5_prompt_embeds(
+            [prompt], max_sequence_length=self.max_sequence_length, device=self.vae.device
+        )
+        return embeddings[0].float().cpu()
+
+    def pad_text(self, embeddings: list[Tensor]) -> Tensor:
+        """[max_sequence_length, D] each to [B, max_sequence_length, D]; there is nothing left to pad.
+
+        Raises ConfigError for embeddings of another length, made with another `model.max_sequence_length`.
+        """
+        for embedding in embeddings:
+            if len(embedding) != self.max_sequence_length:
+                raise ConfigError(
+                    f"model.max_sequence_length: {self.max_sequence_length}, but the stored text has "
+                    f"{len(embedding)} tokens; CogVideoX encodes the padding too, so it must be the same"
+                )
+        return torch.stack(embeddings)
+
+    @torch.no_grad()
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """uint8 [B, F, H, W, 3] to scaled latents, fp32 [B, F, C, H, W]: the posterior's mean, no sampling.
+
+        The inverse of the pipeline's decoding; `invert_scale_latents` concerns image conditions, which text to
+        video has none of.
+        """
+        latents = self.vae.encode(to_unit(frames, self.vae)).latent_dist.mode().float()
+        return (latents * self.vae.config.scaling_factor).permute(0, 2, 1, 3, 4).contiguous()
+
+    @torch.no_grad()
+    def decode_video(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, F, C, H, W] to frames, uint8 [B, F, H, W, 3] on CPU."""
+        latents = latents.to(self.vae.device, self.vae.dtype).permute(0, 2, 1, 3, 4)
+        return to_frames(self.vae.decode(1 / self.vae.config.scaling_factor * latents).sample)
+
+    def new_scheduler(self) -> CogVideoXDDIMScheduler:
+        """A scheduler with no steps taken."""
+        return CogVideoXDDIMScheduler.from_config(self.scheduler.config)
+
+    def schedule(self, num_steps: int) -> Schedule:
+        """The states that this model's sampler visits in `num_steps`, read off the scheduler object.
+
+        DDIM steps down by 1000 // num_steps whatever the spacing of its timesteps: where `num_steps` does not
+        divide 1000, its states lie up to one timestep beside those that the network is told, and these here.
+        """
+        scheduler = self.new_scheduler()
+        scheduler.set_timesteps(num_steps)
+        visited = scheduler.alphas_cumprod[scheduler.timesteps].double()
+        return Schedule(v_coefficients(torch.cat([visited, visited.new_ones(1)])), scheduler.timesteps.double())
+
+    def training_path(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Path point of u in [0, 1], fp64 [B]: coefficients [B, 4] and network timesteps [B], whole numbers."""
+        alphas = self.scheduler.alphas_cumprod.to(u.device, torch.float64)
+        timesteps = (u * len(alphas)).long().clamp(max=len(alphas) - 1)
+        return v_coefficients(alphas[timesteps]), timesteps.double()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        noise: Tensor,
+        text: Tensor,
+        negative: Tensor,
+        *,
+        num_steps: int,
+        guidance: float,
+        dynamic: bool = False,
+    ) -> Tensor:
+        """Latents [B, F, C, H, W] from starting noise by DDIM (η = 0), as `CogVideoXPipeline` does it.
+
+        text, negative: padded embeddings [B, L, D]; guidance ≤ 1 runs the conditional branch alone; `dynamic`
+        is the pipeline's `use_dynamic_cfg`.
+        """
+        scheduler = self.new_scheduler()
+        scheduler.set_timesteps(num_steps, device=noise.device)
+        latents = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            scale = dynamic_guidance(guidance, t.item(), num_steps) if dynamic and guidance > 1 else guidance
+            velocity = _guided(self.transformer, latents, t.expand(len(latents)), text, negative, scale, guidance > 1)
+            latents = scheduler.step(velocity, t, latents, return_dict=False)[0].to(text.dtype)
+        return latents
+
+
+def dynamic_guidance(guidance: float, timestep: float, num_steps: int) -> float:
+    """The pipeline's `use_dynamic_cfg`: 1 + g·(1 − cos(π·((N − t)/N)⁵))/2.
+
+    The timestep t counts to 999 and N to `num_steps`, so for N < 1000 the argument of the cosine is huge and
+    the scale jumps about in [1, 1 + g] from step to step; it is kept as published.
+    """
+    return 1 + guidance * ((1 - math.cos(math.pi * ((num_steps - timestep) / num_steps) ** 5.0)) / 2)
+
+
+def predict(transformer: nn.Module, state: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    """The network's output for states [B, F, C, H, W] at timesteps [B]; `transformer` may be a DeepSpeed engine."""
+    return transformer(
+        hidden_states=state,
+        encoder_hidden_states=text,
+        timestep=timesteps,
+        image_rotary_emb=rotary_positions(getattr(transformer, "module", transformer).config, state),
+        return_dict=False,
+    )[0]
+
+
+def guided(
+    transformer: nn.Module, state: Tensor, timesteps: Tensor, text: Tensor, negative: Tensor, guidance: float
+) -> Tensor:
+    """Classifier-free guidance as the pipeline computes it: one forward of both, uncond + g·(cond − uncond), fp32."""
+    return _guided(transformer, state, timesteps, text, negative, guidance, guidance > 1)
+
+
+def _guided(transformer, state, timesteps, text, negative, scale: float, both: bool) -> Tensor:
+    """`both` is apart from the scale: a dynamic scale of 1 is still computed from both branches."""
+    state = state.to(text.dtype)
+    if not both:
+        return predict(transformer, state, timesteps, text).float()
+    inputs = torch.cat([state] * 2), torch.cat([timesteps] * 2), torch.cat([negative, text])
+    unconditional, conditional = predict(transformer, *inputs).float().chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def rotary_positions(config, state: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(cos, sin) [tokens, head dim] for states [B, F, C, H, W], as the pipeline makes them; None for sin-cos models."""
+    if not config.use_rotary_positional_embeddings:
+        return None
+    frames, _, height, width = state.shape[1:]
+    patch = config.patch_size
+    trained = (config.sample_height // patch, config.sample_width // patch)
+    return _rotary_table(config.attention_head_dim, frames, (height // patch, width // patch), trained, state.device)
+
+
+@lru_cache(maxsize=8)
+def _rotary_table(dim: int, frames: int, grid: tuple, trained: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of another grid of patches are scaled to the one that the model was trained on."""
+    coordinates = get_resize_crop_region_for_grid(grid, trained[1], trained[0])
+    return get_3d_rotary_pos_embed(
+        embed_dim=dim, crops_coords=coordinates, grid_size=grid, temporal_size=frames, device=device
+    )
+
+
+def load(
+    path: str, *, revision: str | None, max_sequence_length: int, with_transformer: bool, with_encoders: bool
+) -> CogVideoXModel:
+    """Load a CogVideoX folder or hub id in fp32 on CPU.
+
+    Raises ModelError naming what is missing or wrong, ConfigError for a text length that the model cannot take.
+    """
+    with loading(path, CogVideoXPipeline, revision):
+        scheduler = _load_scheduler(path, revision)
+        config = CogVideoXTransformer3DModel.load_config(path, subfolder="transformer", revision=revision)
+        if config.get("patch_size_t") is not None:
+            # Its patches are of two latent frames, but the VAE makes an odd number: the pipeline samples one more
+            # and throws it away, and a video to train on has none.
+            raise ModelError(f"model.path: {path}/transformer: patch_size_t is set: CogVideoX 1.5 is not supported")
+        _check_text_length(config, max_sequence_length)
+        transformer = None
+        if with_transformer:
+            transformer = frozen(
+                CogVideoXTransformer3DModel.from_pretrained(path, subfolder="transformer", revision=revision)
+            )
+        pipeline = None
+        if with_encoders:
+            pipeline = CogVideoXPipeline.from_pretrained(path, revision=revision, transformer=None, scheduler=scheduler)
+            frozen(pipeline.vae), frozen(pipeline.text_encoder)
+        return CogVideoXModel(path, max_sequence_length, scheduler, transformer, pipeline, revision)
+
+
+def _load_scheduler(path: str, revision: str | None) -> CogVideoXDDIMScheduler:
+    config = CogVideoXDDIMScheduler.load_config(path, subfolder="scheduler", revision=revision)
+    where = f"model.path: {path}/scheduler"
+    if config.get("prediction_type") != "v_prediction":
+        raise ModelError(f"{where}: prediction_type is {config.get('prediction_type')}, CogVideoX predicts v")
+    if not config.get("set_alpha_to_one", True):
+        raise ModelError(f"{where}: set_alpha_to_one is off, so its last step does not end at the clean latents")
+    if config.get("_class_name") == "CogVideoXDPMScheduler":
+        say(f"{where}: DPM's first step multiplies the starting noise by 0; sampling with DDIM of the same config")
+    # clip_sample and its kin are not read by CogVideoX's DDIM.
+    return CogVideoXDDIMScheduler.from_config(config)
+
+
+def _check_text_length(config: dict, length: int) -> None:
+    known = config["max_text_seq_length"]
+    if not config["use_rotary_positional_embeddings"] and length != known:
+        raise ConfigError(
+            f"model.max_sequence_length: this model's table of positions holds {known} text tokens, got {length}"
+        )
+    if length > known:
+        raise ConfigError(f"model.max_sequence_length: this model knows up to {known} text tokens, got {length}")

@@ -1,0 +1,115 @@
+"""What the model families share: a diffusers folder or hub id, its parts, its text cache, its fingerprint."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+
+from alignkit.errors import AlignkitError, ConfigError, ModelError
+
+
+@dataclass
+class ModelFolder:
+    """The parts of a model. `transformer` and `pipeline` (VAE and text) are None where they were not loaded."""
+
+    path: str
+    max_sequence_length: int
+    scheduler: object
+    transformer: nn.Module | None
+    pipeline: DiffusionPipeline | None
+    revision: str | None = None
+    _embeddings: dict[str, Tensor] = field(default_factory=dict)
+
+    family: ClassVar[str]
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move every loaded part."""
+        for module in (self.transformer, *(self.pipeline.components.values() if self.pipeline else ())):
+            if isinstance(module, nn.Module):
+                module.to(device)
+        return self
+
+    @property
+    def vae(self) -> nn.Module:
+        assert self.pipeline is not None
+        return self.pipeline.vae
+
+    def encode_text(self, prompts: list[str]) -> list[Tensor]:
+        """Text embeddings as `pad_text` takes them, fp32 [tokens, D] each on CPU; each prompt is encoded once."""
+        for prompt in prompts:
+            if prompt not in self._embeddings:
+                self._embeddings[prompt] = self._encode_prompt(prompt)
+        return [self._embeddings[prompt] for prompt in prompts]
+
+    def _encode_prompt(self, prompt: str) -> Tensor:
+        raise NotImplementedError
+
+    def local_folder(self) -> Path:
+        """The model's files on this machine; a hub model is already in the cache when its parts are loaded."""
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        return Path(snapshot_download(self.path, revision=self.revision, local_files_only=True))
+
+    def fingerprint(self) -> str:
+        """Identifies the base weights: their files' bytes for a folder, id and revision for a hub model."""
+        digest = hashlib.sha256()
+        folder = Path(self.path)
+        if not folder.is_dir():
+            digest.update(json.dumps([self.path, self.revision]).encode())
+        for file in sorted(folder.glob("transformer/*")) if folder.is_dir() else ():
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+
+def grid_of(num_frames: int, height: int, width: int, *, temporal: int, spatial: int, patch: int) -> tuple:
+    """(F, H, W) of the latents of a video of these sizes, for a VAE with these factors and `patch` latents a token.
+
+    Raises ConfigError for sizes that do not divide.
+    """
+    multiple = spatial * patch
+    if (num_frames - 1) % temporal:
+        raise ConfigError(f"data.num_frames: must be {temporal}·n + 1 for this model, got {num_frames}")
+    for name, size in (("height", height), ("width", width)):
+        if size % multiple:
+            raise ConfigError(f"data.{name}: must be a multiple of {multiple} for this model, got {size}")
+    return ((num_frames - 1) // temporal + 1, height // spatial, width // spatial)
+
+
+def to_unit(frames: Tensor, like: nn.Module) -> Tensor:
+    """uint8 [B, F, H, W, 3] to [B, 3, F, H, W] in [-1, 1], where `like` lies and in its precision."""
+    return frames.to(like.device).permute(0, 4, 1, 2, 3).to(like.dtype) / 127.5 - 1
+
+
+def to_frames(video: Tensor) -> Tensor:
+    """[B, 3, F, H, W] in [-1, 1] to uint8 [B, F, H, W, 3] on CPU."""
+    frames = (video.float().clamp(-1, 1) + 1) * 127.5
+    return frames.round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """In fp32, without gradients, in eval mode."""
+    return module.float().requires_grad_(False).eval()
+
+
+@contextmanager
+def loading(path: str, pipeline: type[DiffusionPipeline], revision: str | None) -> Iterator[None]:
+    """Turn whatever loading raises into a ModelError that names `path`; refuse a folder of another pipeline first."""
+    try:
+        index = pipeline.load_config(path, revision=revision)
+        if index.get("_class_name") != pipeline.__name__:
+            raise ModelError(f"model.path: {path}: a {index.get('_class_name')}, not a {pipeline.__name__}")
+        yield
+    except AlignkitError:
+        raise
+    except Exception as error:  # diffusers, safetensors and json each raise their own kinds for damaged files
+        raise ModelError(f"model.path: {path}: cannot load: {' '.join(str(error).split())[:300]}") from error
