@@ -1,5 +1,6 @@
 # make demo   sets everything up, runs the main job on this machine, says where its report is
 # make test   sets everything up, runs the tests
+# make bench  sets everything up, times the kernels (on a machine without a GPU: their reference), draws the plot
 # make setup  the set-up alone: .venv with the tested versions; a second call installs nothing
 
 PYTHON ?= python3
@@ -26,6 +27,10 @@ demo: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m pytest -q benchmarks
+	$(BIN)/python benchmarks/plot.py
 
 lint: setup
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,10 @@
 """The work that is timed: the same numbers and the same gradients from the same inputs, by every provider."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from alignkit_kernels import NoiseKey, keyed_randn, pair_region_errors, region_errors
@@ -15,6 +16,8 @@ SHAPES = {
     "CogVideoX 480p 49 frames": ((13, 16, 60, 90), 1),
     "small": ((8, 5, 12, 12), 0),
 }
+# gradients are taken many times from one forward pass, so its buffers must outlive the first
+torch._functorch.config.donated_buffer = False
 SIDES = {"region_errors": 1, "pair_region_errors": 2}
 
 
@@ -26,7 +29,8 @@ class Inputs:
     reference: tuple[Tensor, Tensor]
     clean: tuple[Tensor, Tensor]
     noise: Tensor
-    key: NoiseKey
+    key: NoiseKey  # words on the host: one copy
+    device_key: NoiseKey  # words on the device, which torch.compile fuses
     rows: Tensor
     regions: Tensor
 
@@ -39,7 +43,7 @@ def make_inputs(shape_name: str, batch: int, dtype: torch.dtype, device: str, se
         return scale * torch.randn((batch, *shape), generator=generator, device=device)
 
     sigma = 0.1 + 0.8 * torch.rand(batch, generator=generator, device=device)
-    key = NoiseKey(seed, torch.arange(batch), 0)
+    key = NoiseKey(7, torch.arange(batch) + 1000 * seed, 0)
     noise = keyed_randn((batch, *shape), key, device=device)
     clean = normal(), normal()
     reference = tuple(noise - x + normal(0.3) for x in clean)
@@ -48,13 +52,17 @@ def make_inputs(shape_name: str, batch: int, dtype: torch.dtype, device: str, se
     return Inputs(
         tuple((x + normal(0.03)).to(dtype).requires_grad_() for x in reference),
         tuple(x.to(dtype) for x in reference), tuple(x.to(dtype) for x in clean), noise.to(dtype), key,
+        replace(key, sample_ids=key.sample_ids.to(device)),
         torch.stack((1 - sigma, sigma, torch.ones_like(sigma), -torch.ones_like(sigma)), 1), regions,
     )  # fmt: skip
 
 
 def stored_noise(x: Inputs, regenerated: bool) -> Tensor:
     """For providers that cannot regenerate: generate, store, read."""
-    return keyed_randn(x.noise.shape, x.key, device=x.noise.device, dtype=x.noise.dtype) if regenerated else x.noise
+    if not regenerated:
+        return x.noise
+    key = x.device_key if torch.compiler.is_compiling() else x.key
+    return keyed_randn(x.noise.shape, key, device=x.noise.device, dtype=x.noise.dtype)
 
 
 def terms(x: Inputs, sides: int, noise: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -95,7 +103,7 @@ def fused(x: Inputs, sides: int, noise: Tensor | NoiseKey) -> list[Tensor]:
 
 def providers(op: str, regenerated: bool) -> dict[str, Callable[[Inputs], list[Tensor]]]:
     sides = SIDES[op]
-    torch.compiler.reset()  # a compile for each case, as a training run has it; dynamo gives up after eight
+    torch.compiler.reset()  # one compile a case, as in a training run; otherwise dynamo gives up after eight
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
     found = {
         "alignkit": lambda x: fused(x, sides, x.key if regenerated else x.noise),
@@ -108,9 +116,10 @@ def providers(op: str, regenerated: bool) -> dict[str, Callable[[Inputs], list[T
     return found
 
 
-def gradients(numbers: list[Tensor], x: Inputs, sides: int) -> tuple[Tensor, ...]:
+def backward_of(numbers: list[Tensor], x: Inputs, op: str) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that finds the gradients of all numbers by the predictions."""
     ones = [torch.ones_like(number) for number in numbers]
-    return torch.autograd.grad(numbers, x.pred[:sides], ones, retain_graph=True)
+    return lambda: torch.autograd.grad(numbers, x.pred[: SIDES[op]], ones, retain_graph=True)
 
 
 def exact(x: Inputs, op: str, regenerated: bool) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]:
@@ -119,11 +128,10 @@ def exact(x: Inputs, op: str, regenerated: bool) -> tuple[list[Tensor], list[Ten
     summands = terms(x, SIDES[op], noise, torch.float64)
     numbers = [by_region(term, x.regions) for term in summands]
     magnitudes = [by_region(term.detach().abs(), x.regions) for term in summands]
-    return [number.detach() for number in numbers], magnitudes, gradients(numbers, x, SIDES[op])
+    return [number.detach() for number in numbers], magnitudes, backward_of(numbers, x, op)()
 
 
-def traffic(x: Inputs, op: str, regenerated: bool, direction: str) -> int:
-    """Bytes that must move: every input once, the gradients once."""
-    sides = SIDES[op]
-    latents = sides * 3 + (0 if regenerated else 1)  # pred, reference, clean; backwards pred, clean, dpred
+def traffic(x: Inputs, op: str, regenerated: bool) -> int:
+    """Bytes that must move: every input once, the gradients once. Forward and backward happen to be equal."""
+    latents = 3 * SIDES[op] + (not regenerated)  # prediction, reference and clean; or prediction, clean and gradient
     return latents * x.noise.numel() * x.noise.element_size() + x.regions.numel()

@@ -75,6 +75,13 @@ def layout_of(shape: torch.Size, regions: Tensor | None) -> Layout:
     return Layout(slabs, loop, prod(inner), "strided", batch_step, slab_step, plane, line, *steps3)
 
 
+def labels_by_sample(regions: Tensor | None) -> Tensor | None:
+    """A label map as the kernels read it: contiguous, and starting where eight labels can be read at once."""
+    if regions is None or (regions.is_contiguous() and regions.data_ptr() % VECTOR == 0):
+        return regions
+    return regions.clone(memory_format=torch.contiguous_format)
+
+
 def by_sample(x: Tensor, aligned: bool) -> Tensor:
     """`x` itself if every sample is contiguous (halves of a batch are), else a contiguous copy.
 

@@ -78,7 +78,7 @@ def _word(name: str, value: int | Tensor, batch: int, device: torch.device) -> T
         return torch.full((batch,), signed, dtype=torch.int64, device=device)
     if value.is_floating_point() or value.numel() not in (1, batch):
         raise InputError(f"NoiseKey.{name} must be an int or int64 [B] or [1], got {describe(value)}")
-    return value.reshape(-1).to(device, torch.int64, non_blocking=True).expand(batch)
+    return value.reshape(-1).to(device, torch.int64, non_blocking=device.type == "cuda").expand(batch)
 
 
 def _check_word(name: str, value: int | Tensor) -> None:

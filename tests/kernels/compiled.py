@@ -33,7 +33,7 @@ POINTER_TYPES = {"coefficients_ptr": "*fp32", "labels_ptr": "*u8", "partial_ptr"
 
 
 NEVER = "spills", "stack", "local_accesses", "short_offsets"
-SPARE_REGISTERS = 8  # other versions of the compiler allocate a few more or less
+SPARE_REGISTERS = 1.25  # triton 3.6 allocates up to a fifth more than 3.7, whose measurements the budget holds
 
 
 def variants(arch: int) -> dict[str, tuple]:
@@ -44,7 +44,9 @@ def variants(arch: int) -> dict[str, tuple]:
         ("given", "dense", True, "bf16"),
         ("keyed", "dense", True, "bf16"),
         ("keyed", "none", True, "fp32"),
+        ("path", "dense", True, "bf16"),
         ("path", "strided", False, "bf16"),
+        ("keyed", "dense", False, "bf16"),
     ):
         walk = {"LABELS": labels, "ALIGNED": aligned, "DTYPE": tl.float32, "TILE": TILE if aligned else ODD_TILE}
         name = f"{source} {labels} {'aligned' if aligned else 'odd'} {dtype}"
@@ -61,7 +63,7 @@ def variants(arch: int) -> dict[str, tuple]:
         name = "aligned" if aligned else "odd"
         for uniform in (False, True):
             kind = "uniform" if uniform else "normal"
-            found[f"{kind} {name}"] = keyed_kernel, {"UNIFORM": uniform, **noise}, choice.noise_warps, "fp32"
+            found[f"{kind} {name}"] = keyed_kernel, {"UNIFORM": uniform, **noise}, choice.noise_warps, "bf16"
         added = {"SOURCE": "keyed", "DTYPE": tl.float32, **noise}
         found[f"add noise {name}"] = add_noise_kernel, added, choice.noise_warps, "bf16"
     return found
@@ -78,7 +80,7 @@ def compiled(kernel, constants: dict, warps: int, dtype: str, arch: int):
             signature[name], constants[name] = "constexpr", None
         elif name.startswith("noise") and name.endswith("_ptr"):
             source = constants.get("SOURCE") or constants["SOURCE_W"]
-            signature[name] = "*i64" if source == "keyed" else f"*{dtype}"
+            signature[name] = {"keyed": "*i64", "path": "*fp32"}.get(source, f"*{dtype}")
         elif name in POINTERS:
             signature[name] = POINTER_TYPES.get(name, f"*{dtype}")
         else:
@@ -125,7 +127,7 @@ def violations(measured: dict[str, dict[str, int]], budget: dict[str, dict[str, 
     for name, got in measured.items():
         allowed = budget[name]
         ceilings = {**dict.fromkeys(NEVER, 0), "shared_memory": allowed["shared_memory"]}
-        ceilings |= {"registers": allowed["registers"] + SPARE_REGISTERS, "narrow_loads": allowed["narrow_loads"]}
+        ceilings |= {"registers": int(allowed["registers"] * SPARE_REGISTERS), "narrow_loads": allowed["narrow_loads"]}
         found += [f"{name}: {got[what]} {what}, allowed {top}" for what, top in ceilings.items() if got[what] > top]
         if got["wide_loads"] < allowed["wide_loads"]:
             found.append(f"{name}: {got['wide_loads']} wide_loads, expected {allowed['wide_loads']}")

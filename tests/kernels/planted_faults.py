@@ -3,10 +3,14 @@
     python tests/kernels/planted_faults.py              all of them: minutes
     python tests/kernels/planted_faults.py tail cross   those whose name contains a word
 
-Exits with 1 if a fault that matters goes unseen. Faults that the interpreter cannot see are for the compiler.
+Exits with 1 if a fault that matters goes unseen, or a harmless one is reported. Only a test that fails counts, or
+crashes: not one that cannot be collected. Faults that the interpreter cannot see are for the tests of what the
+compiler makes.
 """
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,12 +19,17 @@ from shutil import copytree, ignore_patterns
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parents[1] / "kernels" / "alignkit_kernels"
-COMPILER, HARMLESS = "compiler", "harmless"
+TESTERS, COMPILER, HARMLESS = "interpreter", "compiler", "harmless"
 # quick tests first: the first failure ends a run
-FILES = "test_philox.py", "test_errors.py", "test_noise.py", "test_ops.py"
+FILES = "test_philox.py", "test_noise.py", "test_errors.py", "test_ops.py"
 
-# name, file, what stands there, what the fault makes of it, and who sees it (the tests unless said)
+# name, file, what stands there, what the fault makes of it, and who sees it (the interpreter unless said)
 FAULTS = [
+    # harmless ones first: they also show that the copy's tests pass
+    ("tiles of half the size", "layout.py", "TILE, ODD_TILE, NUM_WARPS = 256, 128, 1",
+     "TILE, ODD_TILE, NUM_WARPS = 128, 64, 1", HARMLESS),
+    ("another unrolling", "launch.py", "return wanted if aligned and KEYED not in sources else 1", "return 2",
+     HARMLESS),
     ("tail mask one too long", "tiles.py", "place < left", "place <= left"),
     ("tail never masked", "tiles.py", "return place, place < left", "return place, place >= 0"),
     ("last channel dropped", "errors/kernel.py", "tl.range(0, loop,", "tl.range(0, loop - 1,"),
@@ -43,13 +52,12 @@ FAULTS = [
     ("label map of the first sample for all", "tiles.py", "sample * label_batch", "0 * label_batch"),
     ("label map of the first slab for all", "tiles.py", "slab * label_slab", "0 * label_slab"),
     ("upcast lost", "tiles.py", "mask=inside, other=0.0).to(DTYPE)", "mask=inside, other=0.0)"),
-    ("32-bit offsets", "tiles.py", "first = ptr + row + element",
-     "first = ptr + (row + element).to(tl.int32)"),
+    ("32-bit offsets", "tiles.py", "tl.load(first + place,", "tl.load(ptr + (row + element).to(tl.int32) + place,"),
+    ("32-bit offsets of what is written", "tiles.py", "tl.store(first + place,",
+     "tl.store(ptr + (row + element).to(tl.int32) + place,", COMPILER),
     ("clean latent forgotten on the path", "tiles.py", "(noise - a * clean) * inverse_s", "noise * inverse_s"),
     ("partial sums of later tiles dropped", "tiles.py", "range(0, tiles, BLOCK)", "range(0, 1)"),
     ("finalise drops its last number", "tiles.py", "start + place < tiles,", "start + place < tiles - 1,"),
-    ("tiles of half the size", "layout.py", "TILE, ODD_TILE, NUM_WARPS = 256, 128, 1",
-     "TILE, ODD_TILE, NUM_WARPS = 128, 64, 1", HARMLESS),
     ("noise repeated in every tile", "noise/device.py", "counter = (start // 4)", "counter = (0 * start)"),
     ("noise counter reused across draws", "noise/device.py", "tl.load(row + 2)", "tl.load(row + 1)"),
     ("noise counter reused across streams", "noise/device.py", "tl.load(row + 3)", "tl.load(row + 2)"),
@@ -75,7 +83,17 @@ FAULTS = [
     ("vector loads lost", "tiles.py", "left = tl.multiple_of(left, 8)", "left = left", COMPILER),
     ("cosine through local memory", "noise/device.py", "cosine, sine = circle(folded_uniform(second))",
      "cosine, sine = tl.cos(6.2831853 * folded_uniform(second)), tl.sin(6.2831853 * folded_uniform(second))", COMPILER),
-    ("another unrolling", "launch.py", "return wanted if aligned and source != KEYED else 1", "return 2", HARMLESS),
+    ("sums compiled anew for a new size", "tiles.py",
+     "@triton.jit(do_not_specialize=RUNTIME_INTEGERS, do_not_specialize_on_alignment=POINTERS)\ndef sum_tiles",
+     "@triton.jit\ndef sum_tiles", COMPILER),
+    ("halves of a batch copied", "layout.py", "if not x[0].is_contiguous():", "if x.storage_offset() or len(x) < 3:"),
+    ("a number read on the host", "errors/launch.py", "batch, tiles = pred.shape[0], layout.tiles",
+     "batch, tiles = pred.shape[0], layout.tiles + int(coefficients.sum().item()) * 0"),
+    ("words of a key mixed up", "sources.py", '"sample_ids": ids, "draw": key.draw',
+     '"draw": key.draw, "sample_ids": ids'),
+    ("labels read from where no vector starts", "layout.py", "regions.data_ptr() % VECTOR == 0", "True", COMPILER),
+    ("latents read from where no vector starts", "layout.py", "if aligned and (x.data_ptr()",
+     "if aligned and x.dim() == 0 and (x.data_ptr()", COMPILER),
 ]  # fmt: skip
 
 
@@ -91,32 +109,39 @@ def planted(folder: Path, file: str, old: str, new: str) -> Path:
     return root
 
 
-def caught_by(root: Path, seen_by: str) -> str | None:
-    """The first test that fails on the copy, or None."""
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+def catcher(root: Path, seen_by: str) -> str | None:
+    """The first test that fails on the copy, or None if all pass. Anything else ends the script."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1"}
+    files, options = FILES, ["-k", "triton"]
     if seen_by == COMPILER:
-        environment.pop("TRITON_INTERPRET", None)
-        command = [sys.executable, str(TESTS / "compiled.py"), "--check", "--architecture", "90"]
-        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        lines = [line.strip(' ",') for line in answer.stdout.splitlines() if "loads" in line or "allowed" in line]
-        return f"test_compiled: {lines[0]}" if lines else None
-    environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-p", "no:cacheprovider", "-rf"]
-    command += [str(TESTS / name) for name in FILES]
+        environment["TRITON_INTERPRET"] = "0"
+        files, options = ("test_variants.py", "test_compiled.py"), ["-k", "sm_90 or variants"]
+    command = [sys.executable, "-m", "pytest", "-x", "-v", "-rf", "-p", "no:cacheprovider", *options]
+    command += [str(TESTS / name) for name in files]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=TESTS.parents[1])
-    failed = [line.split(" - ")[0].split("::")[-1] for line in answer.stdout.splitlines() if line.startswith("FAILED")]
-    if answer.returncode < 0:
-        return f"a crash: signal {-answer.returncode}"
-    return failed[0] if failed else None
+    if answer.returncode == 0:
+        return None
+    failed = re.findall(r"^FAILED \S+::(\S+)", answer.stdout, re.M)
+    if answer.returncode == 1 and failed:
+        return failed[0]
+    running = re.findall(r"in (test_\w+)$", answer.stderr, re.M)  # the stack that pytest prints of a crash
+    if -answer.returncode in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS) and running:
+        return f"{running[0]} ({signal.Signals(-answer.returncode).name})"
+    raise SystemExit(f"pytest ended with {answer.returncode}:\n{answer.stdout[-3000:]}{answer.stderr[-3000:]}")
 
 
 def main() -> int:
     words, unseen = sys.argv[1:], 0
     chosen = [fault for fault in FAULTS if not words or any(word in fault[0] for word in words)]
-    for name, file, old, new, *seen_by in chosen:
-        seen_by = seen_by[0] if seen_by else "tests"
+    if any(COMPILER in fault for fault in chosen):
         with tempfile.TemporaryDirectory() as folder:
-            test = caught_by(planted(folder, file, old, new), seen_by)
+            test = catcher(planted(folder, "__init__.py", "", ""), COMPILER)
+        if test:
+            raise SystemExit(f"{test} fails without any fault")
+    for name, file, old, new, *seen_by in chosen:
+        seen_by = seen_by[0] if seen_by else TESTERS
+        with tempfile.TemporaryDirectory() as folder:
+            test = catcher(planted(folder, file, old, new), seen_by)
         verdict = test or ("harmless, as it should be" if seen_by == HARMLESS else "NOT CAUGHT")
         unseen += (test is None) != (seen_by == HARMLESS)
         print(f"{name:45} {file:18} {verdict}", flush=True)

@@ -28,6 +28,7 @@ if dispatch.HAVE_TRITON:
         tl.store(out_ptr + 2 + place, c.to(tl.int64))
         tl.store(out_ptr + 3 + place, d.to(tl.int64))
 
+
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, words
 KNOWN_ANSWERS = [
     ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),

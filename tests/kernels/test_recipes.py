@@ -32,3 +32,12 @@ def test_a_recipe_runs_and_learns(recipe):
     assert answer.returncode == 0, answer.stderr[-2000:]
     logits = [float(x) for x in re.findall(r"logit ([-+.\d]+)", answer.stdout)]
     assert logits[0] == 0 and logits[-1] > 0.001
+
+
+def test_the_examples_of_the_page_run():
+    blocks = re.findall(r"^```python\n(.*?)^```", (RECIPES.parent / "kernels.md").read_text(), re.M | re.S)
+    assert len(blocks) == 2
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", "".join(blocks)]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
+    assert answer.returncode == 0 and answer.stdout == "Counter()\n", answer.stderr[-2000:]

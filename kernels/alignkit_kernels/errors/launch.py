@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..dispatch import launch
 from ..launch import TRITON_DTYPE, launch_for, unroll_for
-from ..layout import NUM_WARPS, SUM_BLOCK, SUM_WARPS, by_sample, layout_of
+from ..layout import NUM_WARPS, SUM_BLOCK, SUM_WARPS, by_sample, labels_by_sample, layout_of
 from ..tiles import sum_tiles_kernel
 from .kernel import region_errors_backward_kernel, region_errors_kernel
 from .reference import compute_dtype
@@ -22,7 +22,7 @@ def forward(
     num_regions: int,
 ) -> Tensor:
     """fp64 [3, B, R]: count, error, gap (0 without a reference). Two launches."""
-    regions = None if regions is None else regions.contiguous()
+    regions = labels_by_sample(regions)
     layout = layout_of(pred.shape, regions)
     dtype = compute_dtype(pred, reference, clean)
     pred, clean, noise = (by_sample(x, layout.aligned) for x in (pred, clean, noise))
@@ -66,7 +66,7 @@ def backward(
     regions: Tensor | None,
 ) -> Tensor:
     """d(loss)/d(pred), contiguous, in pred's dtype. One launch."""
-    regions = None if regions is None else regions.contiguous()
+    regions = labels_by_sample(regions)
     layout = layout_of(pred.shape, regions)
     pred, clean, noise = (by_sample(x, layout.aligned) for x in (pred, clean, noise))
     dpred = torch.empty_like(pred, memory_format=torch.contiguous_format)

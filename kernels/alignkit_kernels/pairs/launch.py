@@ -7,7 +7,7 @@ from ..dispatch import launch
 from ..errors.launch import sum_tiles
 from ..errors.reference import compute_dtype
 from ..launch import TRITON_DTYPE, launch_for, unroll_for
-from ..layout import NUM_WARPS, by_sample, layout_of
+from ..layout import NUM_WARPS, by_sample, labels_by_sample, layout_of
 from .kernel import pair_region_errors_backward_kernel, pair_region_errors_kernel
 
 
@@ -27,7 +27,7 @@ def forward(
     num_regions: int,
 ) -> Tensor:
     """fp64 [6, B, R]: count, error_w, error_l, gap_w, gap_l (0 without references), cross. Two launches."""
-    regions = None if regions is None else regions.contiguous()
+    regions = labels_by_sample(regions)
     layout = layout_of(pred_w.shape, regions)
     tensors = [
         None if x is None else by_sample(x, layout.aligned)
@@ -65,7 +65,7 @@ def backward(
     regions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """d(loss)/d(pred) of winner and loser, contiguous, each in its prediction's dtype. One launch."""
-    regions = None if regions is None else regions.contiguous()
+    regions = labels_by_sample(regions)
     layout = layout_of(pred_w.shape, regions)
     tensors = [
         None if x is None else by_sample(x, layout.aligned)
