@@ -28,6 +28,7 @@ class ModelSection(Section):
     family: Literal["wan", "cogvideox"] = "wan"
     path: str = Field("tiny", description="a diffusers folder, a hub id, or 'tiny' for the shipped small model")
     revision: str | None = None
+    lora: tuple[Path, ...] = Field((), description="LoRA folders to merge into the weights, in this order")
     max_sequence_length: Positive = Field(512, description="text tokens that the network attends to, padding included")
 
 
@@ -92,7 +93,20 @@ class ObjectiveSection(Section):
 
 
 class ReferenceSection(Section):
-    strategy: Literal["copy"] = "copy"
+    """The frozen model that the policy is compared with."""
+
+    strategy: Literal["auto", "copy", "adapter"] = Field(
+        "auto",
+        description="copy: a second model; adapter: the policy with its LoRA off; auto: adapter where there is one",
+    )
+
+
+class LoraSection(Section):
+    """Low-rank adapters instead of all weights; the published recipe's values (arXiv 2601.04068)."""
+
+    rank: Positive = 64
+    alpha: Positive = 128
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class TrainSection(Section):
@@ -111,6 +125,7 @@ class TrainSection(Section):
     gradient_checkpointing: bool = True
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 2
+    lora: LoraSection | None = Field(None, description="train adapters of this rank; null: every weight")
     max_bad_steps: Positive = Field(5, description="non-finite steps in a row after which the run stops")
 
 
@@ -157,6 +172,12 @@ class Config(Section):
     sample: SampleSection = SampleSection()
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection
+
+    @model_validator(mode="after")
+    def _adapter_to_switch_off(self) -> "Config":
+        if self.reference.strategy == "adapter" and self.train.lora is None:
+            raise ValueError("reference.strategy: 'adapter' needs train.lora; without it use 'copy'")
+        return self
 
     @model_validator(mode="after")
     def _strengths_in_range(self) -> "Config":

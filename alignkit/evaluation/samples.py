@@ -15,7 +15,7 @@ from alignkit.files import write_lines
 from alignkit.localdpo.build import pairs_folder
 from alignkit.models import load_model
 from alignkit.progress import progress, say
-from alignkit.training.export import export_folder
+from alignkit.training.export import aligned_section
 from alignkit_kernels import NoiseKey, Stream, keyed_randn
 
 MODELS = ("base", "aligned")
@@ -41,15 +41,9 @@ def sample(config: Config, device: torch.device) -> Path:
     """
     prompts = heldout_prompts(config)
     folder = samples_folder(config)
-    aligned = export_folder(config)
-    if not aligned.is_dir():
-        raise DataError(f"{aligned}: no exported model; run 'alignkit train' with this configuration first")
+    sections = {"base": config.model, "aligned": aligned_section(config)}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    sections = {
-        "base": config.model,
-        "aligned": config.model.model_copy(update={"path": str(aligned), "revision": None}),
-    }
     for name in MODELS:
         say(f"sampling from the {name} model")
         model = load_model(sections[name]).to(device)

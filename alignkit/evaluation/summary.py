@@ -13,7 +13,6 @@ from alignkit import __version__
 from alignkit.config import Config
 from alignkit.data.pairs import PairStore
 from alignkit.data.videos import decode_clip
-from alignkit.errors import DataError
 from alignkit.evaluation.measures import edge_energy, frechet_distance, motion_amount, temporal_flicker
 from alignkit.evaluation.pairs import describe, score_pairs
 from alignkit.evaluation.samples import read_samples
@@ -23,7 +22,7 @@ from alignkit.models import load_model
 from alignkit.progress import progress, say
 from alignkit.tiny.classifier import NAMED, classify, features
 from alignkit.tiny.clips import ATTRIBUTES, FRAMES, SIZE
-from alignkit.training.export import export_folder
+from alignkit.training.export import aligned_section
 
 ACCURACY_WANTED = 0.70
 WINNER_ERROR_ALLOWED = 0.01
@@ -49,12 +48,9 @@ def evaluate(config: Config, device: torch.device) -> dict:
 
 def _score_both(config: Config, device: torch.device) -> dict:
     store = PairStore(pairs_folder(config, "heldout"))
-    aligned = export_folder(config)
-    if not aligned.is_dir():
-        raise DataError(f"{aligned}: no exported model; run 'alignkit train' with this configuration first")
+    aligned = aligned_section(config)
     base = load_model(config.model, with_encoders=False).to(device)
-    section = config.model.model_copy(update={"path": str(aligned), "revision": None})
-    trained = load_model(section, with_encoders=False).to(device)
+    trained = load_model(aligned, with_encoders=False).to(device)
     networks = {"before": base.transformer, "after": trained.transformer}
     return {
         when: describe(

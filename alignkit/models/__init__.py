@@ -59,6 +59,9 @@ class VideoModel(Protocol):
     def sample(self, noise: Tensor, text: Tensor, negative: Tensor, *, num_steps: int, guidance: float) -> Tensor:
         """Latents from starting noise, bit for bit what the family's diffusers pipeline makes of it."""
 
+    def merge_lora(self, folder: Path) -> None:
+        """Add the adapters of `folder` to the transformer's weights."""
+
     def local_folder(self) -> Path:
         """The model's files on this machine."""
 
@@ -118,10 +121,13 @@ def load_model(section: ModelSection, *, with_transformer: bool = True, with_enc
         raise ModelError(f"model.path: {path}: no such folder")
     if local.expanduser().is_dir():
         path = str(local.expanduser())
-    return family_module(section.family).load(
+    model = family_module(section.family).load(
         path,
         revision=section.revision,
         max_sequence_length=section.max_sequence_length,
         with_transformer=with_transformer,
         with_encoders=with_encoders,
     )
+    for folder in section.lora:
+        model.merge_lora(folder)
+    return model

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError, ConfigError, ModelError
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
+
 
 @dataclass
 class ModelFolder:
@@ -26,6 +28,7 @@ class ModelFolder:
     transformer: nn.Module | None
     pipeline: DiffusionPipeline | None
     revision: str | None = None
+    lora: tuple[Path, ...] = ()
     _embeddings: dict[str, Tensor] = field(default_factory=dict)
 
     family: ClassVar[str]
@@ -64,11 +67,28 @@ class ModelFolder:
         folder = Path(self.path)
         if not folder.is_dir():
             digest.update(json.dumps([self.path, self.revision]).encode())
-        for file in sorted(folder.glob("transformer/*")) if folder.is_dir() else ():
+        files = sorted(folder.glob("transformer/*")) if folder.is_dir() else []
+        for file in [*files, *(adapter / LORA_FILE for adapter in self.lora)]:
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()[:16]
+
+    def merge_lora(self, folder: Path) -> None:
+        """Add the adapters of `folder` to the weights. Raises ModelError where they do not fit or are missing."""
+        if not (folder / LORA_FILE).is_file():
+            raise ModelError(f"model.lora: {folder / LORA_FILE}: no such file")
+        self.lora = (*self.lora, folder)
+        if self.transformer is None:
+            return
+        try:
+            self.transformer.load_lora_adapter(str(folder), weight_name=LORA_FILE, prefix="transformer")
+        except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
+            problem = " ".join(str(error).split())[:300]
+            raise ModelError(f"model.lora: {folder / LORA_FILE}: cannot load: {problem}") from error
+        self.transformer.fuse_lora()
+        self.transformer.unload_lora()
+        frozen(self.transformer)
 
 
 def grid_of(num_frames: int, height: int, width: int, *, temporal: int, spatial: int, patch: int) -> tuple:

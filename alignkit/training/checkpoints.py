@@ -31,7 +31,7 @@ def save(engine, folder: Path, step: int, terms: dict, keep: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
     torch.distributed.barrier()
-    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
     torch.distributed.barrier()
     if first:
         files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
@@ -64,7 +64,7 @@ def load_latest(engine, folder: Path, terms: dict) -> int:
         raise CheckpointError(problem)
     if tag is None:
         return 0
-    engine.load_checkpoint(str(folder), tag=tag)
+    engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
     return int(tag.removeprefix("step-"))
 
 

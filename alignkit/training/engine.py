@@ -1,6 +1,7 @@
 """DeepSpeed engines for the policy and its frozen reference, so built that they agree bit for bit at step 0."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from alignkit.config import Config
 from alignkit.errors import ConfigError
 from alignkit.training.distributed import Process
+from alignkit.training.lora import AdapterOff, add_lora
 
 PRESETS: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2},
@@ -59,30 +61,34 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
 
 
 def start_policy(config: Config, process: Process, transformer: nn.Module):
-    """The trained network in its engine, with AdamW on every parameter."""
+    """The trained network in its engine, with AdamW on every parameter, or on its adapters alone (`train.lora`)."""
     import deepspeed
 
-    transformer.requires_grad_(True).train()
-    if config.train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
     train = config.train
-    optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
-    )
+    transformer.requires_grad_(True).train()
+    if train.lora:
+        add_lora(transformer, train.lora, train.seed)
+    if train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay)
     return deepspeed.initialize(
         model=transformer, optimizer=optimizer, config=deepspeed_config(config, process), dist_init_required=False
     )[0]
 
 
-def start_reference(config: Config, process: Process, transformer: nn.Module) -> nn.Module:
-    """The frozen network, partitioned as the policy is and in the same precision.
+def start_reference(config: Config, process: Process, policy, load_network: Callable[[], nn.Module]):
+    """The frozen network: the policy with its adapters off, or a copy, partitioned and rounded as the policy is.
 
     It must go through the same wrapper: ZeRO-3 replaces `F.linear`, and a plain module differs from a wrapped
     one by up to 0.17 logits at β = 5000. Under ZeRO-2 the policy computes as a plain module, and so does this.
     """
     import deepspeed
 
-    transformer.requires_grad_(False).eval()
+    strategy = config.reference.strategy
+    if strategy == "adapter" or (strategy == "auto" and config.train.lora):
+        return AdapterOff(policy)
+    transformer = load_network().requires_grad_(False).eval()
     settings = deepspeed_config(config, process)
     if settings["zero_optimization"]["stage"] < 3:
         return transformer.to(process.device, precision(config, process.device))
@@ -99,7 +105,7 @@ def start_reference(config: Config, process: Process, transformer: nn.Module) ->
 
 
 def full_precision_weights(engine) -> dict[str, torch.Tensor]:
-    """fp32 master weights by name, on CPU, on the first process; every process must call this.
+    """fp32 master weights of what was trained, by name, on CPU, on the first process; every process must call this.
 
     Parameters are gathered one at a time, so that no process ever holds the model twice.
     """
@@ -107,6 +113,8 @@ def full_precision_weights(engine) -> dict[str, torch.Tensor]:
 
     weights = {}
     for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         full = safe_get_full_fp32_param(parameter)
         if torch.distributed.get_rank() == 0:
             weights[name] = (parameter if full is None else full).detach().float().cpu().clone()

@@ -1,35 +1,70 @@
-"""Writes the trained model as a plain diffusers folder, from the engine's fp32 master weights."""
+"""Writes the trained model, or its adapters, for plain diffusers, from the engine's fp32 master weights."""
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
 import torch
 from torch import Tensor
 
+from alignkit.config import Config, LoraSection, ModelSection
+from alignkit.errors import DataError
+from alignkit.models.folder import LORA_FILE
 from alignkit.progress import say
+from alignkit.training.lora import peft_weights
 
 
-def export_folder(config) -> Path:
+def export_folder(config: Config) -> Path:
     return config.output.dir / "export"
+
+
+def aligned_section(config: Config) -> ModelSection:
+    """The `model` section that loads what `config`'s run exported. Raises DataError before it has."""
+    folder, section = export_folder(config), config.model
+    if (folder / LORA_FILE).is_file():
+        return section.model_copy(update={"lora": (*section.lora, folder)})
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no exported model; run 'alignkit train' with this configuration first")
+    return section.model_copy(update={"path": str(folder), "revision": None, "lora": ()})
 
 
 def export(model, weights: dict[str, Tensor], target: Path) -> None:
     """Write `target` as a diffusers folder: `model`'s own with the transformer's weights replaced by `weights` (fp32).
 
-    In bf16 most of a small update would round back to the base. The folder appears whole or not at all; one
-    that was there before is replaced only after the new one is complete.
+    In bf16 most of a small update would round back to the base.
     """
+    with _appearing_whole(target) as partial:
+        shutil.copytree(
+            model.local_folder(),
+            partial,
+            ignore=lambda _, names: [n for n in names if n in ("transformer", ".cache")],
+        )
+        with torch.device("meta"):
+            fresh = type(model.transformer).from_config(model.transformer.config)
+        result = fresh.load_state_dict(weights, strict=True, assign=True)
+        assert not result.missing_keys and not result.unexpected_keys
+        fresh.save_pretrained(partial / "transformer")
+
+
+def export_lora(model, weights: dict[str, Tensor], section: LoraSection, target: Path) -> None:
+    """Write `target/pytorch_lora_weights.safetensors` (fp32), with its alpha, for `pipe.load_lora_weights(target)`."""
+    pipeline = diffusers.DiffusionPipeline.load_config(str(model.local_folder()))["_class_name"]
+    layers, settings = peft_weights(model.transformer, weights, section)
+    with _appearing_whole(target) as partial:
+        getattr(diffusers, pipeline).save_lora_weights(
+            str(partial), transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings
+        )
+
+
+@contextmanager
+def _appearing_whole(target: Path) -> Iterator[Path]:
+    """A folder to write to that takes the place of `target` when everything is in it, and not before."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(
-        model.local_folder(), partial, ignore=lambda _, names: [n for n in names if n in ("transformer", ".cache")]
-    )
-    with torch.device("meta"):
-        fresh = type(model.transformer).from_config(model.transformer.config)
-    result = fresh.load_state_dict(weights, strict=True, assign=True)
-    assert not result.missing_keys and not result.unexpected_keys
-    fresh.save_pretrained(partial / "transformer")
+    yield partial
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

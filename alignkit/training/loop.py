@@ -21,7 +21,7 @@ from alignkit.progress import progress, say
 from alignkit.training import checkpoints
 from alignkit.training.distributed import Process
 from alignkit.training.engine import accumulation_steps, full_precision_weights, start_policy, start_reference
-from alignkit.training.export import export, export_folder
+from alignkit.training.export import export, export_folder, export_lora
 from alignkit.training.metrics import MetricsLog
 
 NOISE_BUCKETS = 4  # quarters of the noise level, for the error by timestep
@@ -50,9 +50,10 @@ def train(config: Config, process: Process) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
         say(f"training on {process.world_size} process(es), {process.device}, {torch.get_num_threads()} threads each")
-    reference_network = load_model(config.model, with_encoders=False).transformer
     policy = start_policy(config, process, model.transformer)
-    reference = start_reference(config, process, reference_network)
+    reference = start_reference(
+        config, process, policy, lambda: load_model(config.model, with_encoders=False).transformer
+    )
     done = checkpoints.load_latest(policy, folder / "checkpoints", terms)
     if done and process.main:
         say(f"resuming after step {done}")
@@ -92,7 +93,10 @@ def train(config: Config, process: Process) -> None:
         log.close()
     weights = full_precision_weights(policy)
     if process.main:
-        export(model, weights, export_folder(config))
+        if config.train.lora:
+            export_lora(model, weights, config.train.lora, export_folder(config))
+        else:
+            export(model, weights, export_folder(config))
     torch.distributed.barrier()
 
 

@@ -84,10 +84,14 @@ def test_a_reference_that_is_not_the_policy_is_noticed_at_step_0(run_with_pairs,
     config, _ = run_with_pairs()
     start = loop.start_reference
 
-    def slightly_off(config, process, transformer):
-        with torch.no_grad():
-            transformer.proj_out.bias += 1e-3
-        return start(config, process, transformer)
+    def slightly_off(config, process, policy, load_network):
+        def load():
+            network = load_network()
+            with torch.no_grad():
+                network.proj_out.bias += 1e-3
+            return network
+
+        return start(config, process, policy, load)
 
     monkeypatch.setattr(loop, "start_reference", slightly_off)
     with pytest.raises(AlignkitError, match="step 0: policy and reference differ by"):

@@ -1,0 +1,51 @@
+"""Low-rank adapters instead of all weights (arXiv 2106.09685), by peft as diffusers carries it."""
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from alignkit.config import LoraSection
+from alignkit.errors import ConfigError
+
+ADAPTER = "default"
+
+
+def add_lora(transformer: nn.Module, section: LoraSection, seed: int) -> None:
+    """Freeze `transformer` and put adapters on the linear layers that `section.targets` name.
+
+    B starts at zero, so the network's output is the base's, bit for bit; A is drawn from `seed`, the same on
+    every process. Raises ConfigError when no layer has such a name.
+    """
+    transformer.requires_grad_(False)
+    settings = LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=list(section.targets))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            transformer.add_adapter(settings, adapter_name=ADAPTER)
+    except ValueError as error:
+        raise ConfigError(f"train.lora.targets: {list(section.targets)}: {error}") from None
+
+
+class AdapterOff:
+    """The engine's own network without its adapters, called like the network: a reference that costs no memory."""
+
+    def __init__(self, engine):
+        self.engine, self.module = engine, engine.module
+
+    def __call__(self, *arguments, **options):
+        layers = [layer for layer in self.module.modules() if hasattr(layer, "_disable_adapters")]
+        # peft's own switch also turns requires_grad off and on, which ZeRO-3 must not see in the middle of a step
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            return self.engine(*arguments, **options)
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+
+def peft_weights(transformer: nn.Module, weights: dict[str, Tensor], section: LoraSection) -> tuple[dict, dict]:
+    """Trained weights under the names that files carry, and the adapter's settings as a plain dict."""
+    settings = LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=list(section.targets))
+    return get_peft_model_state_dict(transformer, state_dict=weights, adapter_name=ADAPTER), settings.to_dict()
