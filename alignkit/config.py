@@ -28,6 +28,10 @@ class ModelSection(Section):
     family: Literal["wan", "cogvideox"] = "wan"
     path: str = Field("tiny", description="a diffusers folder, a hub id, or 'tiny' for the shipped small model")
     revision: str | None = None
+    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
+    attention: Literal["auto", "flash_3", "flash", "cudnn", "native_flash", "xformers", "native"] = Field(
+        "auto", description="auto: the best that runs here; a named one that does not is an error"
+    )
     lora: tuple[Path, ...] = Field((), description="LoRA folders to merge into the weights, in this order")
     max_sequence_length: Positive = Field(512, description="text tokens that the network attends to, padding included")
 
@@ -121,7 +125,6 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     global_batch_size: Positive = Field(128, description="pairs per step, over all processes")
     micro_batch_size: Positive = Field(1, description="pairs per forward on one process")
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = True
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 2

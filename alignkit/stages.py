@@ -83,7 +83,7 @@ def _decode_pairs(config: Config) -> None:
     """Some held-out pairs as pictures: winner, loser and mask in report_pairs/NNN.npz."""
     folder = config.output.dir / "report_pairs"
     folder.mkdir(exist_ok=True)
-    model = load_model(config.model, with_transformer=False).to(_device())
+    model = load_model(config.model, with_transformer=False, device=_device())
     store = PairStore(pairs_folder(config, "heldout"))
     for i in range(min(PAIRS_IN_REPORT, len(store))):
         pair = store[i]

@@ -56,7 +56,7 @@ def score_pairs(
                         schedule.coefficients[row].expand(count, 4),
                         schedule.timesteps[row].expand(count),
                         key,
-                        next(policy.parameters()).dtype,
+                        model.dtype,
                     )
                     inputs = (states.states, states.timesteps, states.text)
                     pred_w, pred_l = predict(policy, *inputs).chunk(2)

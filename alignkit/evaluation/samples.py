@@ -13,7 +13,7 @@ from alignkit.data.videos import VideoSpec, decode_clip, write_video
 from alignkit.errors import DataError
 from alignkit.files import write_lines
 from alignkit.localdpo.build import pairs_folder
-from alignkit.models import load_model
+from alignkit.models import load_model, working_dtype
 from alignkit.progress import progress, say
 from alignkit.training.export import aligned_section
 from alignkit_kernels import NoiseKey, Stream, keyed_randn
@@ -46,7 +46,7 @@ def sample(config: Config, device: torch.device) -> Path:
     folder.mkdir(parents=True)
     for name in MODELS:
         say(f"sampling from the {name} model")
-        model = load_model(sections[name]).to(device)
+        model = load_model(sections[name], device=device, dtype=working_dtype(config.model, device))
         shape = model.latent_shape(config.data.num_frames, config.data.height, config.data.width)
         with progress(f"sampling {name}", len(prompts) * len(config.sample.seeds)) as bar:
             for seed in config.sample.seeds:
@@ -71,8 +71,8 @@ def sample_batch(config: Config, model, prompts: list[str], ids: list[int], seed
     """uint8 frames [B, F, H, W, 3] of `prompts`, from the keyed noise of their ids."""
     key = NoiseKey(seed, torch.tensor(ids), 0, Stream.ROLLOUT)
     noise = keyed_randn((len(prompts), *shape), key, device=device)
-    text = model.pad_text(model.encode_text(prompts)).to(device)
-    negative = model.pad_text(model.encode_text([config.sample.negative_prompt] * len(prompts))).to(device)
+    text = model.pad_text(model.encode_text(prompts)).to(device, model.dtype)
+    negative = model.pad_text(model.encode_text([config.sample.negative_prompt] * len(prompts))).to(device, model.dtype)
     latents = model.sample(
         noise, text, negative, num_steps=config.sample.num_inference_steps, guidance=config.sample.guidance_scale
     )

@@ -18,7 +18,7 @@ from alignkit.evaluation.pairs import describe, score_pairs
 from alignkit.evaluation.samples import read_samples
 from alignkit.files import write_json
 from alignkit.localdpo.build import pairs_folder, video_spec
-from alignkit.models import load_model
+from alignkit.models import load_model, working_dtype
 from alignkit.progress import progress, say
 from alignkit.tiny.classifier import NAMED, classify, features
 from alignkit.tiny.clips import ATTRIBUTES, FRAMES, SIZE
@@ -49,8 +49,9 @@ def evaluate(config: Config, device: torch.device) -> dict:
 def _score_both(config: Config, device: torch.device) -> dict:
     store = PairStore(pairs_folder(config, "heldout"))
     aligned = aligned_section(config)
-    base = load_model(config.model, with_encoders=False).to(device)
-    trained = load_model(aligned, with_encoders=False).to(device)
+    dtype = working_dtype(config.model, device)
+    base = load_model(config.model, with_encoders=False, device=device, dtype=dtype)
+    trained = load_model(aligned, with_encoders=False, device=device, dtype=dtype)
     networks = {"before": base.transformer, "after": trained.transformer}
     return {
         when: describe(
@@ -70,7 +71,7 @@ def _real_clips(config: Config) -> Tensor:
 
 def _through_vae(config: Config, clips: Tensor, device: torch.device) -> Tensor:
     """The clips encoded and decoded, uint8 as they came: the best that any samples of this model can look like."""
-    model = load_model(config.model, with_transformer=False).to(device)
+    model = load_model(config.model, with_transformer=False, device=device)
     size = config.evaluation.batch_size
     with progress("real clips through the VAE", len(clips)) as bar:
         rebuilt = []

@@ -15,7 +15,7 @@ from alignkit.errors import DataError
 from alignkit.files import write_json, write_lines
 from alignkit.localdpo.corruption import regenerate
 from alignkit.localdpo.masks import region_mask
-from alignkit.models import family_module, load_model
+from alignkit.models import family_module, load_model, working_dtype
 from alignkit.progress import progress, say
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
@@ -73,11 +73,10 @@ def build_pairs(config: Config, device: torch.device) -> dict[str, int]:
     and a pair's mask, strength and noise depend on nothing but its id and the seed.
     """
     say(f"loading {config.model.family} from {config.model.path}")
-    model = load_model(config.model)
+    model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
     data = config.data
     grid = model.latent_grid(data.num_frames, data.height, data.width)
     clips = find_usable(config)
-    model.to(device)
     counts = {}
     for split, numbers in zip(SPLITS, split_clips(len(clips), data.heldout, config.pairs.seed), strict=True):
         folder = pairs_folder(config, split)
@@ -162,8 +161,8 @@ def _make_batch(config: Config, model, grid: tuple, steps: int, batch, winners) 
         ]
     )
     prompts = model.encode_text([pairs.prompt_prefix + clip.caption for clip, _ in batch])
-    text = model.pad_text(prompts).to(clean.device)
-    negative = model.pad_text(model.encode_text([pairs.negative_prompt] * len(batch))).to(clean.device)
+    text = model.pad_text(prompts).to(clean.device, model.dtype)
+    negative = model.pad_text(model.encode_text([pairs.negative_prompt] * len(batch))).to(clean.device, model.dtype)
     guided = family_module(model.family).guided
 
     def predict(state, timesteps):

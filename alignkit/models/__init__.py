@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from alignkit.config import ModelSection
 from alignkit.errors import ModelError
+from alignkit.models.attention import set_attention
 from alignkit.schedules import Schedule
 
 
@@ -23,6 +24,7 @@ class VideoModel(Protocol):
     scheduler: Any
     transformer: nn.Module | None
     pipeline: Any
+    dtype: torch.dtype
 
     def to(self, device: torch.device | str) -> Self: ...
 
@@ -80,8 +82,12 @@ class Family(Protocol):
         max_sequence_length: int,
         with_transformer: bool,
         with_encoders: bool,
+        dtype: torch.dtype,
     ) -> VideoModel:
-        """In fp32 on CPU. Raises ModelError naming what is missing, damaged or of another family."""
+        """The transformer in `dtype`, the rest in fp32, on CPU.
+
+        Raises ModelError naming what is missing, damaged or of another family.
+        """
 
     def predict(self, transformer: nn.Module, state: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """The network's output for a batch of states in the family's layout; the network may be an engine's."""
@@ -110,10 +116,25 @@ def family_module(name: str) -> Family:
     return {"wan": wan, "cogvideox": cogvideox}[name]
 
 
-def load_model(section: ModelSection, *, with_transformer: bool = True, with_encoders: bool = True) -> VideoModel:
-    """Load the parts of `section`'s model that are asked for, in fp32 on CPU.
+def working_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it natively, else fp32, unless the section names one."""
+    if section.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[section.dtype]
 
-    Raises ModelError when files are missing, damaged or of another family.
+
+def load_model(
+    section: ModelSection,
+    *,
+    with_transformer: bool = True,
+    with_encoders: bool = True,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> VideoModel:
+    """Load the parts of `section`'s model that are asked for: the transformer in `dtype`, the rest in fp32.
+
+    To CPU, or to `device`, with the attention backend that the section names for it. Raises ModelError when files
+    are missing, damaged or of another family, ConfigError when the attention backend cannot run there.
     """
     path = str(shipped_model(section.family)) if section.path == "tiny" else section.path
     local = Path(path)
@@ -127,7 +148,12 @@ def load_model(section: ModelSection, *, with_transformer: bool = True, with_enc
         max_sequence_length=section.max_sequence_length,
         with_transformer=with_transformer,
         with_encoders=with_encoders,
+        dtype=dtype,
     )
     for folder in section.lora:
         model.merge_lora(folder)
+    if device is not None:
+        model.to(device)
+        if model.transformer is not None:
+            set_attention(model.transformer, section.attention, device, dtype)
     return model

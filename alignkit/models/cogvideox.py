@@ -10,7 +10,8 @@ from functools import lru_cache
 
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
@@ -134,6 +135,45 @@ class CogVideoXModel(ModelFolder):
         return latents
 
 
+class AttentionProcessor:
+    """CogVideoX's joint attention of text and video, through diffusers' dispatcher.
+
+    diffusers' own `CogVideoXAttnProcessor2_0` calls scaled_dot_product_attention directly, so
+    `set_attention_backend` passes it by; with the native backend this one computes the same bits.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask=None, image_rotary_emb=None
+    ) -> tuple[Tensor, Tensor]:
+        text_length = encoder_hidden_states.shape[1]
+        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        query, key, value = (
+            project(tokens).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (
+                torch.cat(
+                    [x[:, :text_length], apply_rotary_emb(x[:, text_length:], image_rotary_emb, sequence_dim=1)], dim=1
+                )
+                for x in (query, key)
+            )
+        mixed = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        mixed = attn.to_out[1](attn.to_out[0](mixed.flatten(2, 3).to(query.dtype)))
+        return mixed[:, text_length:], mixed[:, :text_length]
+
+
 def dynamic_guidance(guidance: float, timestep: float, num_steps: int) -> float:
     """The pipeline's `use_dynamic_cfg`: 1 + g·(1 − cos(π·((N − t)/N)⁵))/2.
 
@@ -191,9 +231,15 @@ def _rotary_table(dim: int, frames: int, grid: tuple, trained: tuple, device: to
 
 
 def load(
-    path: str, *, revision: str | None, max_sequence_length: int, with_transformer: bool, with_encoders: bool
+    path: str,
+    *,
+    revision: str | None,
+    max_sequence_length: int,
+    with_transformer: bool,
+    with_encoders: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> CogVideoXModel:
-    """Load a CogVideoX folder or hub id in fp32 on CPU.
+    """Load a CogVideoX folder or hub id on CPU, the transformer in `dtype`, the rest in fp32.
 
     Raises ModelError naming what is missing or wrong, ConfigError for a text length that the model cannot take.
     """
@@ -207,14 +253,16 @@ def load(
         _check_text_length(config, max_sequence_length)
         transformer = None
         if with_transformer:
-            transformer = frozen(
-                CogVideoXTransformer3DModel.from_pretrained(path, subfolder="transformer", revision=revision)
+            transformer = CogVideoXTransformer3DModel.from_pretrained(
+                path, subfolder="transformer", revision=revision, torch_dtype=dtype
             )
+            transformer.set_attn_processor(AttentionProcessor())
+            frozen(transformer)
         pipeline = None
         if with_encoders:
             pipeline = CogVideoXPipeline.from_pretrained(path, revision=revision, transformer=None, scheduler=scheduler)
-            frozen(pipeline.vae), frozen(pipeline.text_encoder)
-        return CogVideoXModel(path, max_sequence_length, scheduler, transformer, pipeline, revision)
+            frozen(pipeline.vae.float()), frozen(pipeline.text_encoder.float())
+        return CogVideoXModel(path, max_sequence_length, scheduler, transformer, pipeline, dtype, revision)
 
 
 def _load_scheduler(path: str, revision: str | None) -> CogVideoXDDIMScheduler:

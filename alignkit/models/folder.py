@@ -20,13 +20,17 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives 
 
 @dataclass
 class ModelFolder:
-    """The parts of a model. `transformer` and `pipeline` (VAE and text) are None where they were not loaded."""
+    """The parts of a model. `transformer` and `pipeline` (VAE and text) are None where they were not loaded.
+
+    dtype: the transformer's, and that of the text and states it is given; the other parts are fp32.
+    """
 
     path: str
     max_sequence_length: int
     scheduler: object
     transformer: nn.Module | None
     pipeline: DiffusionPipeline | None
+    dtype: torch.dtype = torch.float32
     revision: str | None = None
     lora: tuple[Path, ...] = ()
     _embeddings: dict[str, Tensor] = field(default_factory=dict)
@@ -117,8 +121,8 @@ def to_frames(video: Tensor) -> Tensor:
 
 
 def frozen(module: nn.Module) -> nn.Module:
-    """In fp32, without gradients, in eval mode."""
-    return module.float().requires_grad_(False).eval()
+    """Without gradients, in eval mode."""
+    return module.requires_grad_(False).eval()
 
 
 @contextmanager

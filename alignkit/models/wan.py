@@ -122,20 +122,30 @@ def guided(
 
 
 def load(
-    path: str, *, revision: str | None, max_sequence_length: int, with_transformer: bool, with_encoders: bool
+    path: str,
+    *,
+    revision: str | None,
+    max_sequence_length: int,
+    with_transformer: bool,
+    with_encoders: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> WanModel:
-    """Load a Wan2.1 folder or hub id in fp32 on CPU. Raises ModelError naming what is missing or wrong."""
+    """Load a Wan2.1 folder or hub id on CPU, the transformer in `dtype`, the rest in fp32.
+
+    Raises ModelError naming what is missing or wrong.
+    """
     with loading(path, WanPipeline, revision):
         scheduler = UniPCMultistepScheduler.from_pretrained(path, subfolder="scheduler", revision=revision)
         if not scheduler.config.use_flow_sigmas:
             raise ModelError(f"model.path: {path}/scheduler: use_flow_sigmas is off, so its states are not Wan's")
         transformer = None
         if with_transformer:
-            transformer = frozen(
-                WanTransformer3DModel.from_pretrained(path, subfolder="transformer", revision=revision)
+            transformer = WanTransformer3DModel.from_pretrained(
+                path, subfolder="transformer", revision=revision, torch_dtype=dtype
             )
+            frozen(transformer)
         pipeline = None
         if with_encoders:
             pipeline = WanPipeline.from_pretrained(path, revision=revision, transformer=None)
-            frozen(pipeline.vae), frozen(pipeline.text_encoder)
-        return WanModel(path, max_sequence_length, scheduler, transformer, pipeline, revision)
+            frozen(pipeline.vae.float()), frozen(pipeline.text_encoder.float())
+        return WanModel(path, max_sequence_length, scheduler, transformer, pipeline, dtype, revision)

@@ -9,6 +9,8 @@ from torch import nn
 
 from alignkit.config import Config
 from alignkit.errors import ConfigError
+from alignkit.models import working_dtype
+from alignkit.models.attention import set_attention
 from alignkit.training.distributed import Process
 from alignkit.training.lora import AdapterOff, add_lora
 
@@ -21,13 +23,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "offload_optimizer": {"device": "cpu", "pin_memory": True},
     },
 }
-
-
-def precision(config: Config, device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies it natively, else fp32, unless the configuration names one."""
-    if config.train.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
@@ -54,10 +49,16 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
         "train_batch_size": train.global_batch_size,
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": zero,
-        "bf16": {"enabled": precision(config, process.device) == torch.bfloat16},
+        "bf16": {"enabled": working_dtype(config.model, process.device) == torch.bfloat16},
         "steps_per_print": None,
     }
     return _merged(base, config.deepspeed.config)
+
+
+def choose_attention(config: Config, process: Process, transformer: nn.Module) -> str:
+    """The backend that policy and reference run on, the same for both."""
+    dtype = working_dtype(config.model, process.device)
+    return set_attention(transformer, config.model.attention, process.device, dtype)
 
 
 def start_policy(config: Config, process: Process, transformer: nn.Module):
@@ -89,9 +90,10 @@ def start_reference(config: Config, process: Process, policy, load_network: Call
     if strategy == "adapter" or (strategy == "auto" and config.train.lora):
         return AdapterOff(policy)
     transformer = load_network().requires_grad_(False).eval()
+    choose_attention(config, process, transformer)
     settings = deepspeed_config(config, process)
     if settings["zero_optimization"]["stage"] < 3:
-        return transformer.to(process.device, precision(config, process.device))
+        return transformer.to(process.device, working_dtype(config.model, process.device))
     zero = {key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"}
     frozen = {
         "train_micro_batch_size_per_gpu": settings["train_micro_batch_size_per_gpu"],

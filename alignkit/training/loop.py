@@ -13,14 +13,20 @@ from alignkit.config import Config, dump_config
 from alignkit.data.pairs import PairBatch, PairStore, collate
 from alignkit.data.sampler import global_batch, rank_share
 from alignkit.errors import AlignkitError, DataError
-from alignkit.files import write_atomically
+from alignkit.files import write_atomically, write_json
 from alignkit.localdpo.build import pairs_folder
 from alignkit.models import load_model
 from alignkit.objectives.local_dpo import diagnostics, local_dpo, training_states
 from alignkit.progress import progress, say
 from alignkit.training import checkpoints
 from alignkit.training.distributed import Process
-from alignkit.training.engine import accumulation_steps, full_precision_weights, start_policy, start_reference
+from alignkit.training.engine import (
+    accumulation_steps,
+    choose_attention,
+    full_precision_weights,
+    start_policy,
+    start_reference,
+)
 from alignkit.training.export import export, export_folder, export_lora
 from alignkit.training.metrics import MetricsLog
 
@@ -44,12 +50,17 @@ def train(config: Config, process: Process) -> None:
     store = PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_encoders=False)
     _check_store(store, model, config)
-    terms = run_terms(config, store, model)
+    attention = choose_attention(config, process, model.transformer)
+    terms = run_terms(config, store, model) | {"attention": attention}
     folder = train_folder(config)
     if process.main:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
-        say(f"training on {process.world_size} process(es), {process.device}, {torch.get_num_threads()} threads each")
+        write_json(folder / "run.json", terms | {"processes": process.world_size})
+        say(
+            f"training on {process.world_size} process(es), {process.device}, {torch.get_num_threads()} threads each, "
+            f"attention: {attention}"
+        )
     policy = start_policy(config, process, model.transformer)
     reference = start_reference(
         config, process, policy, lambda: load_model(config.model, with_encoders=False).transformer
@@ -111,6 +122,7 @@ def run_terms(config: Config, store: PairStore, model) -> dict:
         **{f"train.{key}": value for key, value in train.items()},
         **{f"objective.{key}": value for key, value in config.objective.model_dump(mode="json").items()},
         **{f"noise.{key}": value for key, value in config.noise.model_dump(mode="json").items()},
+        "dtype": config.model.dtype,
         "deepspeed": config.deepspeed.model_dump(mode="json"),
     }
 

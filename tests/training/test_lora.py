@@ -56,7 +56,7 @@ def test_the_reference_is_the_policy_with_its_adapters_off(run_with_pairs, proce
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(run_with_pairs, process):
     whole, _ = run_with_pairs("whole", *LORA, "train.steps=4")
     train(whole, process)
-    first, settings = run_with_pairs("parts", *LORA, "train.steps=2")
+    first, _ = run_with_pairs("parts", *LORA, "train.steps=2")
     train(first, process)
     train(first.model_copy(update={"train": first.train.model_copy(update={"steps": 4})}), process)
     assert metrics(first) == metrics(whole)

@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(run_with_pairs, 
 
 def test_a_small_update_survives_a_bf16_run_in_the_export(run_with_pairs, process):
     """Updates of a tenth of a bf16 ulp are in the fp32 master weights and so in the export."""
-    config, _ = run_with_pairs("run", "train.steps=2", "train.precision=bf16", "train.learning_rate=1e-6")
+    config, _ = run_with_pairs("run", "train.steps=2", "model.dtype=bf16", "train.learning_rate=1e-6")
     train(config, process)
     exported = load_file(next(export_folder(config).glob("transformer/*.safetensors")))
     base = load_file(next(shipped_model("wan").glob("transformer/*.safetensors")))

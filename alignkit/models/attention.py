@@ -1,0 +1,47 @@
+"""Which attention kernel a transformer runs on: diffusers' dispatcher, with a name that holds or an error."""
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import nn
+
+from alignkit.errors import ConfigError
+
+# our names, diffusers' names, and what to install; best first
+BACKENDS = {
+    "flash_3": ("_flash_3", "build FlashAttention 3 from its source (hopper/); it needs an H100 or H200"),
+    "flash": ("flash", "pip install 'alignkit[flash]'; it needs an NVIDIA GPU and bf16"),
+    "cudnn": ("_native_cudnn", "it needs an NVIDIA GPU, bf16, and a torch built with cuDNN"),
+    "native_flash": ("_native_flash", "on a GPU it needs bf16"),
+    "xformers": ("xformers", "pip install 'alignkit[xformers]'; it needs an NVIDIA GPU"),
+    "native": ("native", "it runs everywhere"),
+}
+
+
+def set_attention(transformer: nn.Module, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Make `transformer` use the backend `wanted` on `device` in `dtype`; returns the name that was taken.
+
+    "auto" takes the first of BACKENDS that runs there, forward and backward, and `native` on a CPU. Raises
+    ConfigError for a named one that does not run, with its reason and what to install: never a silent fallback.
+    """
+    names = [wanted]
+    if wanted == "auto":
+        names = ["native"] if device.type == "cpu" else list(BACKENDS)
+    for name in names:
+        ours, advice = BACKENDS[name]
+        try:
+            transformer.set_attention_backend(ours)
+            _try(ours, transformer.config.attention_head_dim, device, dtype)
+            return name
+        except Exception as error:  # each backend raises its own kinds
+            problem = " ".join(str(error).split())[:200]
+    transformer.set_attention_backend("native")
+    raise ConfigError(f"model.attention: {wanted!r} cannot run on {device.type} in {dtype}: {problem}; {advice}")
+
+
+def _try(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    inputs = torch.randn(
+        3, 1, 128, 2, head_dim, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype
+    )
+    dispatch_attention_fn(*inputs.requires_grad_().unbind(), backend=backend).sum().backward()
+    if not torch.isfinite(inputs.grad).all():
+        raise RuntimeError("its gradient is not finite")
