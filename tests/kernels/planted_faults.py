@@ -91,6 +91,7 @@ FAULTS = [
      "batch, tiles = pred.shape[0], layout.tiles + int(coefficients.sum().item()) * 0"),
     ("words of a key mixed up", "sources.py", '"sample_ids": ids, "draw": key.draw',
      '"draw": key.draw, "sample_ids": ids'),
+    ("fused multiplications left to the default", "dispatch.py", ", enable_fp_fusion=False)", ")", COMPILER),
     ("labels read from where no vector starts", "layout.py", "regions.data_ptr() % VECTOR == 0", "True", COMPILER),
     ("latents read from where no vector starts", "layout.py", "if aligned and (x.data_ptr()",
      "if aligned and x.dim() == 0 and (x.data_ptr()", COMPILER),

@@ -1,5 +1,6 @@
 """What a caller can get wrong is refused with a message that names it; what is allowed imports anywhere."""
 
+import inspect
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,8 +10,12 @@ import torch
 
 from alignkit_kernels import (
     InputError,
+    LocalDPOLoss,
     NoiseKey,
+    PairRegionErrors,
     PathState,
+    RegionErrors,
+    Stream,
     add_keyed_noise,
     keyed_rand,
     keyed_randn,
@@ -102,3 +107,27 @@ print(float(k.region_errors(x, x, rows, k.NoiseKey(0, torch.tensor([1]), 0)).cou
 """
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert answer.stdout.strip() == "8.0", answer.stderr
+
+
+def test_the_public_names_defaults_and_fields_are_the_contract():
+    """Other people's trainers and stored pairs depend on these: what fails here is a breaking change."""
+    assert LocalDPOLoss._fields == (
+        "loss", "loss_per_pair", "logits_region", "logits_global", "error_w", "error_l", "gap_w", "gap_l",
+        "region_gap_w", "region_gap_l", "region_empty",
+    )  # fmt: skip
+    assert RegionErrors._fields == ("error", "gap", "count")
+    assert PairRegionErrors._fields == ("error_w", "error_l", "gap_w", "gap_l", "cross", "count")
+    arguments = inspect.signature(local_dpo_loss).parameters
+    assert list(arguments)[:9] == [
+        "pred_w", "pred_l", "ref_w", "ref_l", "clean_w", "clean_l", "coefficients", "noise_w", "noise_l"
+    ]  # fmt: skip
+    assert {name: x.default for name, x in arguments.items() if x.kind == x.KEYWORD_ONLY} == {
+        "regions": None, "strength": None, "ref_error_w": None, "ref_error_l": None, "beta": 5000.0,
+        "strength_range": (0.75, 0.90), "weight_region": 1.0, "weight_global": 1.0, "weight_sft": 0.1,
+        "weight_region_sft": 0.0,
+    }  # fmt: skip
+    assert [stream.name for stream in sorted(Stream)] == [
+        "TRAINING", "TIMESTEP", "MASK", "STRENGTH", "CORRUPTION", "ROLLOUT", "CAPTION_DROPOUT", "EVALUATION"
+    ]  # fmt: skip
+    assert [int(stream) for stream in sorted(Stream)] == list(range(8))
+    assert NoiseKey(0, torch.tensor([1]), 0).stream == Stream.TRAINING

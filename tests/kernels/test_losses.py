@@ -243,3 +243,22 @@ def test_scale_gradient_changes_the_gradient_alone():
 def test_label_smoothing_outside_its_range_is_refused(smoothing):
     with pytest.raises(InputError, match="label_smoothing"):
         losses.dpo(LOGITS, smoothing)
+
+
+@pytest.mark.parametrize(
+    ("half", "reduction", "beta", "here"),
+    [(0.5, "mean", 5000, 5000), (1, "mean", 2500, 5000), (0.5, "sum", 1, "N"), (1, "sum", 1, "2N")],
+    ids=["salesforce", "diffusers", "simpletuner", "no half and a sum"],
+)
+def test_the_table_of_betas(pair, half, reduction, beta, here):
+    """The docs' conversions, against each package's own arithmetic: errors reduced, subtracted, multiplied."""
+    pred_w, pred_l, ref_w, ref_l, clean_w, clean_l, rows, noise = pair((2, 4, 3, 6, 8), "flow")
+
+    def error(pred, clean):
+        return getattr((pred - (noise - clean)) ** 2, reduction)((1, 2, 3, 4))
+
+    theirs = (error(pred_w, clean_w) - error(ref_w, clean_w)) - (error(pred_l, clean_l) - error(ref_l, clean_l))
+    elements = pred_w[0].numel()
+    ours = {"N": elements * beta, "2N": 2 * elements * beta}.get(here, here)
+    got = local_dpo_loss(pred_w, pred_l, ref_w, ref_l, clean_w, clean_l, rows, noise, beta=ours)
+    assert torch.allclose(got.logits_global, -half * beta * theirs, rtol=1e-9)
