@@ -89,6 +89,9 @@ class Family(Protocol):
         Raises ModelError naming what is missing, damaged or of another family.
         """
 
+    def build_transformer(self, config: dict) -> nn.Module:
+        """The network of a transformer/config.json, without its weights."""
+
     def predict(self, transformer: nn.Module, state: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """The network's output for a batch of states in the family's layout; the network may be an engine's."""
 

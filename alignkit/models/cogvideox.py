@@ -230,6 +230,13 @@ def _rotary_table(dim: int, frames: int, grid: tuple, trained: tuple, device: to
     )
 
 
+def build_transformer(config: dict) -> nn.Module:
+    """The network of a transformer/config.json, without its weights."""
+    transformer = CogVideoXTransformer3DModel.from_config(config)
+    transformer.set_attn_processor(AttentionProcessor())
+    return transformer
+
+
 def load(
     path: str,
     *,

@@ -121,6 +121,11 @@ def guided(
     return unconditional + guidance * (conditional - unconditional)
 
 
+def build_transformer(config: dict) -> nn.Module:
+    """The network of a transformer/config.json, without its weights."""
+    return WanTransformer3DModel.from_config(config)
+
+
 def load(
     path: str,
     *,

@@ -1,7 +1,6 @@
 """DeepSpeed engines for the policy and its frozen reference, so built that they agree bit for bit at step 0."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,10 +8,11 @@ from torch import nn
 
 from alignkit.config import Config
 from alignkit.errors import ConfigError
-from alignkit.models import working_dtype
+from alignkit.models import load_model, working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.training.distributed import Process
 from alignkit.training.lora import AdapterOff, add_lora
+from alignkit.training.partition import load_partitioned
 
 PRESETS: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2},
@@ -55,10 +55,18 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     return _merged(base, config.deepspeed.config)
 
 
-def choose_attention(config: Config, process: Process, transformer: nn.Module) -> str:
-    """The backend that policy and reference run on, the same for both."""
+def load_network(config: Config, process: Process, model) -> tuple[nn.Module, str]:
+    """`model`'s transformer, frozen, and the attention backend it will run on; under ZeRO-3 already partitioned.
+
+    Policy and reference copy are both loaded by this, so that they run in the same regime.
+    """
     dtype = working_dtype(config.model, process.device)
-    return set_attention(transformer, config.model.attention, process.device, dtype)
+    settings = deepspeed_config(config, process)
+    if settings["zero_optimization"]["stage"] == 3 and not config.model.lora:
+        network = load_partitioned(model, settings, dtype, process.device)
+    else:
+        network = load_model(config.model, with_encoders=False).transformer
+    return network, set_attention(network, config.model.attention, process.device, dtype)
 
 
 def start_policy(config: Config, process: Process, transformer: nn.Module):
@@ -78,7 +86,7 @@ def start_policy(config: Config, process: Process, transformer: nn.Module):
     )[0]
 
 
-def start_reference(config: Config, process: Process, policy, load_network: Callable[[], nn.Module]):
+def start_reference(config: Config, process: Process, policy, model):
     """The frozen network: the policy with its adapters off, or a copy, partitioned and rounded as the policy is.
 
     It must go through the same wrapper: ZeRO-3 replaces `F.linear`, and a plain module differs from a wrapped
@@ -89,8 +97,7 @@ def start_reference(config: Config, process: Process, policy, load_network: Call
     strategy = config.reference.strategy
     if strategy == "adapter" or (strategy == "auto" and config.train.lora):
         return AdapterOff(policy)
-    transformer = load_network().requires_grad_(False).eval()
-    choose_attention(config, process, transformer)
+    transformer = load_network(config, process, model)[0].requires_grad_(False).eval()
     settings = deepspeed_config(config, process)
     if settings["zero_optimization"]["stage"] < 3:
         return transformer.to(process.device, working_dtype(config.model, process.device))

@@ -22,8 +22,8 @@ from alignkit.training import checkpoints
 from alignkit.training.distributed import Process
 from alignkit.training.engine import (
     accumulation_steps,
-    choose_attention,
     full_precision_weights,
+    load_network,
     start_policy,
     start_reference,
 )
@@ -48,9 +48,9 @@ def train(config: Config, process: Process) -> None:
     """
     accumulation = accumulation_steps(config, process.world_size)
     store = PairStore(pairs_folder(config, "train"))
-    model = load_model(config.model, with_encoders=False)
+    model = load_model(config.model, with_transformer=False, with_encoders=False)
     _check_store(store, model, config)
-    attention = choose_attention(config, process, model.transformer)
+    model.transformer, attention = load_network(config, process, model)
     terms = run_terms(config, store, model) | {"attention": attention}
     folder = train_folder(config)
     if process.main:
@@ -62,9 +62,7 @@ def train(config: Config, process: Process) -> None:
             f"attention: {attention}"
         )
     policy = start_policy(config, process, model.transformer)
-    reference = start_reference(
-        config, process, policy, lambda: load_model(config.model, with_encoders=False).transformer
-    )
+    reference = start_reference(config, process, policy, model)
     done = checkpoints.load_latest(policy, folder / "checkpoints", terms)
     if done and process.main:
         say(f"resuming after step {done}")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from alignkit.data.pairs import Pair, PairStore, write_block
 from alignkit.errors import AlignkitError, CheckpointError, ConfigError, DataError
 from alignkit.models import shipped_model
-from alignkit.training import loop
+from alignkit.training import engine
 from alignkit.training.distributed import start_process
 from alignkit.training.export import export_folder
 from alignkit.training.loop import TrainingDiverged, train, train_folder
@@ -82,18 +82,17 @@ def test_batch_sizes_that_do_not_divide_are_refused_before_anything_loads(run_wi
 
 def test_a_reference_that_is_not_the_policy_is_noticed_at_step_0(run_with_pairs, process, monkeypatch):
     config, _ = run_with_pairs()
-    start = loop.start_reference
+    load = engine.load_partitioned
+    loaded = []
 
-    def slightly_off(config, process, policy, load_network):
-        def load():
-            network = load_network()
-            with torch.no_grad():
-                network.proj_out.bias += 1e-3
-            return network
+    def slightly_off(*arguments):
+        network = load(*arguments)
+        loaded.append(network)
+        if len(loaded) == 2:  # the policy comes first
+            network.proj_out.bias.ds_tensor += 1e-3
+        return network
 
-        return start(config, process, policy, load)
-
-    monkeypatch.setattr(loop, "start_reference", slightly_off)
+    monkeypatch.setattr(engine, "load_partitioned", slightly_off)
     with pytest.raises(AlignkitError, match="step 0: policy and reference differ by"):
         train(config, process)
 
