@@ -126,6 +126,8 @@ class TrainSection(Section):
     global_batch_size: Positive = Field(128, description="pairs per step, over all processes")
     micro_batch_size: Positive = Field(1, description="pairs per forward on one process")
     gradient_checkpointing: bool = True
+    compile: bool = Field(False, description="torch.compile of the repeated block; ZeRO-3's hooks break its graph")
+    caption_dropout: Fraction = Field(0.0, description="share of pairs shown with the empty prompt, on both sides")
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 2
     lora: LoraSection | None = Field(None, description="train adapters of this rank; null: every weight")

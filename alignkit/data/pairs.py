@@ -1,7 +1,8 @@
 """The pair store: one row a pair, Arrow files that Hugging Face `datasets` maps into memory.
 
-A folder holds `pairs.json` (what all pairs share) and `block-NNNNN.arrow` files. A block is a fixed range of
-pair ids; it is written whole or not at all, so a killed build continues with the blocks that are missing.
+A folder holds `pairs.json` (what all pairs share), the empty prompt's embedding and `block-NNNNN.arrow` files.
+A block is a fixed range of pair ids; it is written whole or not at all, so a killed build continues with the
+blocks that are missing.
 No byte is stored twice: of the loser only the latents inside the mask are kept, of the text only its tokens.
 """
 
@@ -21,7 +22,8 @@ from torch import Tensor
 from alignkit.errors import DataError
 from alignkit.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
+EMPTY_TEXT = "empty_prompt.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class StoreInfo:
 
     family: str
     model: str
+    vae: str
+    text_encoder: str
     schedule: str
     num_inference_steps: int
     guidance_scale: float
@@ -78,6 +82,11 @@ def open_for_building(folder: Path, info: StoreInfo) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(asdict(info), indent=1).encode())
+
+
+def write_empty_text(folder: Path, text: Tensor) -> None:
+    """Store the embedding of the empty prompt, fp32 [tokens, D], which caption dropout needs without the encoder."""
+    write_atomically(folder / EMPTY_TEXT, save_tensors({"text": text.contiguous()}))
 
 
 def block_file(folder: Path, block: int) -> Path:
@@ -133,6 +142,11 @@ class PairStore:
         self.ids: list[int] = list(self.rows["id"])
         if len(set(self.ids)) != len(self.ids):
             raise DataError(f"{self.folder}: a pair id occurs twice; delete the folder and build the pairs again")
+
+    @property
+    def empty_text(self) -> Tensor:
+        """Embedding of the empty prompt, fp32 [tokens, D]."""
+        return load_tensors((self.folder / EMPTY_TEXT).read_bytes())["text"]
 
     @property
     def fingerprint(self) -> str:

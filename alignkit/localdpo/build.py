@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from alignkit.config import Config
-from alignkit.data.pairs import Pair, StoreInfo, block_file, open_for_building, write_block
+from alignkit.data.pairs import Pair, StoreInfo, block_file, open_for_building, write_block, write_empty_text
 from alignkit.data.videos import Clip, VideoSpec, decode_clip, find_clips, usable_clips
 from alignkit.errors import DataError
 from alignkit.files import write_json, write_lines
@@ -81,6 +81,7 @@ def build_pairs(config: Config, device: torch.device) -> dict[str, int]:
     for split, numbers in zip(SPLITS, split_clips(len(clips), data.heldout, config.pairs.seed), strict=True):
         folder = pairs_folder(config, split)
         open_for_building(folder, _store_info(config, model))
+        write_empty_text(folder, model.encode_text([""])[0])
         _check_membership(folder, [clips[n].name for n in numbers])
         tasks = [(clips[n], n * config.pairs.per_clip + j) for n in numbers for j in range(config.pairs.per_clip)]
         size = config.pairs.block_size
@@ -111,6 +112,8 @@ def _store_info(config: Config, model) -> StoreInfo:
     return StoreInfo(
         family=model.family,
         model=model.fingerprint(),
+        vae=model.fingerprint("vae"),
+        text_encoder=model.fingerprint("text_encoder"),
         schedule=model.schedule(pairs.num_inference_steps).fingerprint,
         num_inference_steps=pairs.num_inference_steps,
         guidance_scale=pairs.guidance_scale,

@@ -67,8 +67,8 @@ class VideoModel(Protocol):
     def local_folder(self) -> Path:
         """The model's files on this machine."""
 
-    def fingerprint(self) -> str:
-        """Identifies the base weights."""
+    def fingerprint(self, part: str = "transformer") -> str:
+        """Identifies the weights of a part: "transformer", "vae" or "text_encoder"."""
 
 
 class Family(Protocol):

@@ -65,14 +65,15 @@ class ModelFolder:
             return Path(self.path)
         return Path(snapshot_download(self.path, revision=self.revision, local_files_only=True))
 
-    def fingerprint(self) -> str:
-        """Identifies the base weights: their files' bytes for a folder, id and revision for a hub model."""
+    def fingerprint(self, part: str = "transformer") -> str:
+        """Identifies the weights of a part: its files' bytes for a folder, id and revision for a hub model."""
         digest = hashlib.sha256()
         folder = Path(self.path)
         if not folder.is_dir():
             digest.update(json.dumps([self.path, self.revision]).encode())
-        files = sorted(folder.glob("transformer/*")) if folder.is_dir() else []
-        for file in [*files, *(adapter / LORA_FILE for adapter in self.lora)]:
+        files = sorted(folder.glob(f"{part}/*")) if folder.is_dir() else []
+        adapters = [adapter / LORA_FILE for adapter in self.lora] if part == "transformer" else []
+        for file in [*files, *adapters]:
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

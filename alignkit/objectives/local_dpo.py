@@ -1,5 +1,6 @@
 """LocalDPO as a training objective: a pair batch in, the loss and its diagnostics out (arXiv 2601.04068)."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +66,18 @@ def make_states(
     )
 
 
-def training_states(config: Config, model, batch: PairBatch, epochs: Tensor, dtype: torch.dtype) -> States:
-    """`make_states` at the points and with the noise that training visits in `epochs` (int64 [B])."""
+def training_states(
+    config: Config, model, batch: PairBatch, epochs: Tensor, empty_text: Tensor, dtype: torch.dtype
+) -> States:
+    """`make_states` at the points, with the noise and the captions that training visits in `epochs` (int64 [B]).
+
+    A share `train.caption_dropout` of pairs is shown with `empty_text` [tokens, D], winner and loser together:
+    a function of (seed, pair id, epoch).
+    """
+    key = NoiseKey(config.train.seed, batch.ids, epochs, Stream.CAPTION_DROPOUT)
+    dropped = keyed_rand((len(batch), 1), key, device="cpu", dtype=torch.float64)[:, 0] < config.train.caption_dropout
+    text = [empty_text if drop else own for own, drop in zip(batch.text, dropped.tolist(), strict=True)]
+    batch = dataclasses.replace(batch, text=text)
     coefficients, timesteps = draw_path_points(config, model, batch.ids, epochs)
     noise = NoiseKey(config.train.seed, batch.ids, epochs, Stream.TRAINING)
     return make_states(model, batch, coefficients, timesteps, noise, dtype)

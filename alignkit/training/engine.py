@@ -10,6 +10,7 @@ from alignkit.config import Config
 from alignkit.errors import ConfigError
 from alignkit.models import load_model, working_dtype
 from alignkit.models.attention import set_attention
+from alignkit.models.blocks import compile_blocks
 from alignkit.training.distributed import Process
 from alignkit.training.lora import AdapterOff, add_lora
 from alignkit.training.partition import load_partitioned
@@ -66,6 +67,8 @@ def load_network(config: Config, process: Process, model) -> tuple[nn.Module, st
         network = load_partitioned(model, settings, dtype, process.device)
     else:
         network = load_model(config.model, with_encoders=False).transformer
+    if config.train.compile:
+        compile_blocks(network)
     return network, set_attention(network, config.model.attention, process.device, dtype)
 
 

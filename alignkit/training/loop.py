@@ -146,7 +146,7 @@ def _forward_backward(config, model, policy, reference, store, micro, process, s
     batch = load_rows(store, [row for row, _ in micro], process.device)
     epochs = torch.tensor([epoch for _, epoch in micro])
     dtype = next(policy.module.parameters()).dtype
-    states = training_states(config, model, batch, epochs, dtype)
+    states = training_states(config, model, batch, epochs, store.empty_text, dtype)
     result = local_dpo(config, model, policy, reference, batch, states)
     if step == 0:
         check_first_logits(torch.cat([result.logits_region, result.logits_global]))

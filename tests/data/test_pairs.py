@@ -9,9 +9,22 @@ from alignkit.data.pairs import Pair, PairStore, StoreInfo, collate, open_for_bu
 from alignkit.errors import DataError
 
 INFO = StoreInfo(
-    family="wan", model="m", schedule="s", num_inference_steps=50, guidance_scale=6.0, prompt_prefix="",
-    negative_prompt="", strengths=[38], mask={"blobs": (1, 5)}, seed=0, per_clip=1, block_size=2, videos={"height": 48},
-)  # fmt: skip
+    family="wan",
+    model="m",
+    vae="v",
+    text_encoder="t",
+    schedule="s",
+    num_inference_steps=50,
+    guidance_scale=6.0,
+    prompt_prefix="",
+    negative_prompt="",
+    strengths=[38],
+    mask={"blobs": (1, 5)},
+    seed=0,
+    per_clip=1,
+    block_size=2,
+    videos={"height": 48},
+)
 
 
 def make_pair(number):

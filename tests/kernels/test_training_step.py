@@ -32,7 +32,8 @@ def test_a_training_step_runs_on_the_kernels(path, tmp_path):
     batch = PairBatch(torch.tensor([4, 9]), winner, loser, mask, text, torch.tensor([0.75, 0.9], dtype=torch.float64))
 
     with count_launches() as launched:
-        states = training_states(config, model, batch, torch.zeros(2, dtype=torch.int64), torch.float32)
+        epochs = torch.zeros(2, dtype=torch.int64)
+        states = training_states(config, model, batch, epochs, text[0], torch.float32)
         result = local_dpo(config, model, policy, reference, batch, states)
         result.loss.backward()
     if path == "triton":
