@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 DEFAULT = Path(__file__).parents[1] / "out" / "benchmarks" / "kernels.csv"
 
@@ -39,7 +39,14 @@ def draw(rows: list[dict], picture: Path) -> None:
         axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", ms=4, lw=1, color=f"C{i}")
         if row["provider"] == "alignkit":
             share = 100 * float(row["share_of_copy"])
-            axis.annotate(f"{share:.2g} %", (high, y), (5, 0), textcoords="offset points", va="center", fontsize=7)
+            axis.annotate(
+                f"{share:{'.0f' if share >= 10 else '.2g'}} %",
+                (high, y),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+            )
     for (op, noise), line in zip(kinds, axes, strict=True):
         for direction, axis in zip(directions, line, strict=True):
             axis.set_title(f"{op}, noise {noise}, {direction}", fontsize=9, loc="left")
@@ -48,7 +55,7 @@ def draw(rows: list[dict], picture: Path) -> None:
             axis.set_xscale("log")
             axis.margins(x=0.12)
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.tick_params(axis="x", labelsize=7)
             axis.grid(axis="x", alpha=0.3)

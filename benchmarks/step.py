@@ -1,0 +1,315 @@
+"""One full-parameter LocalDPO training step: plain diffusers with an eager loss, and alignkit, in turn in one run.
+
+    python benchmarks/step.py                                    the tiny models, on this machine
+    python benchmarks/step.py --models wan2.1-1.3b cogvideox-2b  real architectures with random weights: one GPU
+    python benchmarks/step.py --models cogvideox-5b --methods alignkit     where both do not fit in memory together
+
+plain: diffusers' model in fp32 under autocast, a second full copy in bf16, noise by torch.randn, the loss in
+eager fp32, torch's AdamW. alignkit: DeepSpeed ZeRO-3 with bf16 weights and fp32 masters, a copy as reference,
+keyed noise and the fused loss. Both on the same attention backend with gradient checkpointing, on the same
+latents. On a CPU everything is fp32 and the loss takes its reference path. Rows go to a CSV.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from machine import ROOT, machine
+
+from alignkit.config import load_config
+from alignkit.data.pairs import Pair, PairStore, StoreInfo, open_for_building, write_block, write_empty_text
+from alignkit.models import family_module, load_model, shipped_model, working_dtype
+from alignkit.models.attention import set_attention
+from alignkit.objectives.local_dpo import draw_path_points, local_dpo, training_states
+from alignkit.training.distributed import start_process
+from alignkit.training.engine import load_network, start_policy, start_reference
+from alignkit.training.loop import load_rows
+
+TINY = {"tiny-wan": "wan-tiny-localdpo.yaml", "tiny-cogvideox": "cogvideox-tiny-localdpo.yaml"}
+REAL = ("wan2.1-1.3b", "cogvideox-2b", "cogvideox-5b", "wan2.1-14b")
+PARTS = ("data", "reference", "forward", "loss", "backward", "optimizer")
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bf16, dense, as the maker says
+PAIRS = 4
+
+
+class Clock:
+    """Seconds by part of a step; on a GPU each part waits for the device, the same for every method."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    def timed(self, part: str, call, *arguments, **options):
+        start = self._now()
+        result = call(*arguments, **options)
+        self.seconds[part] += self._now() - start
+        return result
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class Timed:
+    """A network whose forwards are timed as `part`."""
+
+    def __init__(self, network, clock: Clock, part: str):
+        self.network, self.clock, self.part = network, clock, part
+        self.module = getattr(network, "module", network)
+
+    def __call__(self, **inputs):
+        return self.clock.timed(self.part, self.network, **inputs)
+
+
+def random_folder(name: str, folder: Path, device: torch.device) -> str:
+    """The real architecture as a diffusers folder: scheduler and pipeline index of the family, random weights."""
+    architecture = json.loads((ROOT / "configs" / "architectures" / f"{name}.json").read_text())
+    family = "wan" if architecture["_class_name"].startswith("Wan") else "cogvideox"
+    target = folder / name
+    (target / "scheduler").mkdir(parents=True)
+    for file in ("model_index.json", "scheduler/scheduler_config.json"):
+        (target / file).write_text((shipped_model(family) / file).read_text())
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            network = family_module(family).build_transformer(architecture)
+    finally:
+        torch.set_default_dtype(before)
+    network.to("cpu").save_pretrained(target / "transformer")
+    return str(target)
+
+
+def write_pairs(config, model, network_config, folder: Path) -> PairStore:
+    """A store of random latents in the configuration's size; their values do not matter to the time."""
+    data = config.data
+    temporal, spatial = 4, 8
+    if config.model.path == "tiny":
+        shape = load_model(config.model, with_transformer=False).latent_shape(data.num_frames, data.height, data.width)
+    else:
+        frames, size = (data.num_frames - 1) // temporal + 1, (data.height // spatial, data.width // spatial)
+        channels = network_config["in_channels"]
+        shape = (channels, frames, *size) if model.region_layout(torch.empty(1, 2, 2)).shape[0] == 1 else (
+            frames, channels, *size)  # fmt: skip
+    channel = shape.index(network_config["in_channels"])
+    open_for_building(folder, StoreInfo(*[""] * 5, 50, 1.0, "", "", [45], {}, 0, 1, PAIRS, {}))
+    generator = torch.Generator().manual_seed(0)
+    width = network_config.get("text_dim") or network_config["text_embed_dim"]
+    pairs = []
+    for number in range(PAIRS):
+        winner, other = torch.randn(2, *shape, generator=generator).unbind()
+        mask = torch.zeros([1 if axis == channel else size for axis, size in enumerate(shape)], dtype=torch.uint8)
+        mask[..., shape[-2] // 3 : shape[-2] // 2, shape[-1] // 3 : 2 * shape[-1] // 3] = 1
+        loser = torch.where(mask.bool(), other, winner)
+        text = torch.randn(config.model.max_sequence_length, width, generator=generator)
+        pairs.append(Pair(number, "random", "random", text, winner, loser, mask, 45, 0.9))
+    write_block(folder, 0, pairs)
+    write_empty_text(folder, pairs[0].text)
+    return PairStore(folder)
+
+
+class Alignkit:
+    """The step of `alignkit train`."""
+
+    def __init__(self, config, process, model, store):
+        self.config, self.process, self.model, self.store = config, process, model, store
+        model.transformer, self.attention = load_network(config, process, model)
+        self.policy = start_policy(config, process, model.transformer)
+        self.reference = start_reference(config, process, self.policy, model)
+        self.dtype = working_dtype(config.model, process.device)
+
+    def step(self, rows: list[int], clock: Clock) -> float:
+        def data():
+            batch = load_rows(self.store, rows, self.process.device)
+            epochs = torch.zeros(len(rows), dtype=torch.int64)
+            return batch, training_states(self.config, self.model, batch, epochs, self.store.empty_text, self.dtype)
+
+        batch, states = clock.timed("data", data)
+        inside = sum(clock.seconds[part] for part in ("forward", "reference"))
+        networks = Timed(self.policy, clock, "forward"), Timed(self.reference, clock, "reference")
+        start = clock._now()
+        result = local_dpo(self.config, self.model, *networks, batch, states)
+        inside = sum(clock.seconds[part] for part in ("forward", "reference")) - inside
+        clock.seconds["loss"] += clock._now() - start - inside
+        clock.timed("backward", self.policy.backward, result.loss)
+        clock.timed("optimizer", self.policy.step)
+        return result.loss.item()
+
+
+class Plain:
+    """What one writes around diffusers without us."""
+
+    def __init__(self, config, process, model, store):
+        self.config, self.process, self.model, self.store = config, process, model, store
+        dtype = working_dtype(config.model, process.device)
+        self.predict = family_module(model.family).predict
+        self.policy = load_model(config.model, with_encoders=False).transformer.to(process.device)
+        self.reference = copy.deepcopy(self.policy).to(dtype)
+        for network in (self.policy, self.reference):
+            self.attention = set_attention(network, config.model.attention, process.device, dtype)
+        self.policy.requires_grad_(True).train().enable_gradient_checkpointing()
+        train = config.train
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
+        )
+        on_gpu = process.device.type == "cuda"
+        self.autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if on_gpu else nullcontext
+
+    def step(self, rows: list[int], clock: Clock) -> float:
+        def data():
+            batch = load_rows(self.store, rows, self.process.device)
+            coefficients, timesteps = draw_path_points(
+                self.config, self.model, batch.ids, torch.zeros(len(rows), dtype=torch.int64)
+            )
+            coefficients = coefficients.to(self.process.device, torch.float32)
+            a, s, c, d = (coefficients[:, i].view(-1, *[1] * (batch.winner.ndim - 1)) for i in range(4))
+            noise = torch.randn_like(batch.winner)
+            states = torch.cat([a * batch.winner + s * noise, a * batch.loser + s * noise])
+            targets = c * noise + d * batch.winner, c * noise + d * batch.loser
+            text = self.model.pad_text(batch.text).to(self.process.device).repeat(2, 1, 1)
+            inputs = states, timesteps.to(self.process.device, torch.float32).repeat(2), text
+            return batch, inputs, targets
+
+        batch, inputs, targets = clock.timed("data", data)
+        with self.autocast():
+            with torch.no_grad():
+                reference = clock.timed("reference", self.predict, self.reference, *inputs)
+            pred = clock.timed("forward", self.predict, self.policy, *inputs)
+        loss = clock.timed("loss", self.loss, pred.float(), reference.float(), targets, batch)
+        clock.timed("backward", loss.backward)
+
+        def update():
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.train.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        clock.timed("optimizer", update)
+        return loss.item()
+
+    def loss(self, pred, reference, targets, batch):
+        objective = self.config.objective
+        low, high = objective.strength_range
+        axes = list(range(1, pred.ndim))
+        mask = batch.mask.expand_as(batch.winner).float()
+        gaps, masked = [], []
+        for p, r, y in zip(pred.chunk(2), reference.chunk(2), targets, strict=True):
+            difference = (p - y).square() - (r - y).square()
+            gaps.append(difference.mean(axes))
+            masked.append((difference * mask).sum(axes) / mask.sum(axes))
+        error_w = (pred.chunk(2)[0] - targets[0]).square().mean(axes)
+        eta = ((batch.strength - low) / (high - low)).to(pred.device)
+        z_global = -objective.beta / 2 * (gaps[0] - gaps[1])
+        z_region = -objective.beta / 2 * (1 + eta) * (masked[0] - masked[1])
+        softplus = torch.nn.functional.softplus
+        terms = objective.weight_region * softplus(-z_region) + objective.weight_global * softplus(-z_global)
+        return (terms + objective.weight_sft * error_w).mean()
+
+
+METHODS = {"plain": Plain, "alignkit": Alignkit}
+
+
+def forward_flops(model, network, config, store, process) -> float:
+    """Floating-point operations of one forward of a pair's two videos, counted by torch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batch = load_rows(store, [0], process.device)
+    states = torch.cat([batch.winner, batch.loser])
+    dtype = next(network.parameters()).dtype
+    text = model.pad_text(batch.text).to(process.device, dtype).repeat(2, 1, 1)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        family_module(model.family).predict(
+            network, states.to(dtype), torch.full((2,), 500.0, device=process.device), text
+        )
+    return counter.get_total_flops()
+
+
+def measure(name: str, methods: list[str], rounds: int, folder: Path, process) -> list[dict]:
+    path = f"model.path={random_folder(name, folder, process.device)}" if name in REAL else "model.path=tiny"
+    file = ROOT / "configs" / (TINY.get(name) or f"{name}-localdpo.yaml")
+    config = load_config(file, [path, f"output.dir={folder / name}-run", "train.global_batch_size=1",
+                                "train.micro_batch_size=1", "deepspeed.preset=zero3"])  # fmt: skip
+    model = load_model(config.model, with_transformer=False, with_encoders=False)
+    local = model.local_folder()
+    network_config = json.loads((local / "transformer/config.json").read_text())
+    store = write_pairs(config, model, network_config, folder / f"{name}-pairs")
+    built, resident, flops = {}, {}, None
+    for method in methods:
+        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        built[method] = METHODS[method](config, process, copy.copy(model), store)
+        resident[method] = (torch.cuda.memory_allocated() if torch.cuda.is_available() else 0) - before
+        if method == "plain":
+            flops = forward_flops(model, built[method].reference, config, store, process)
+    clocks: dict[str, list[Clock]] = {method: [] for method in methods}
+    peaks = dict.fromkeys(methods, 0.0)
+    for number in range(rounds + 1):  # the first is warm-up
+        for method in methods if number % 2 else methods[::-1]:
+            clock = Clock()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            loss = built[method].step([number % PAIRS], clock)
+            assert loss == loss, f"{name}, {method}: the loss is not a number"
+            if torch.cuda.is_available():
+                others = sum(size for other, size in resident.items() if other != method)
+                peaks[method] = max(peaks[method], torch.cuda.max_memory_allocated() - others)
+            if number:
+                clocks[method].append(clock)
+    top = next((peak for key, peak in PEAK_FLOPS.items() if key in machine()["device"]), None)
+    rows = []
+    for method in methods:
+        parts = {part: statistics.median(clock.seconds[part] for clock in clocks[method]) for part in PARTS}
+        totals = [sum(clock.seconds.values()) for clock in clocks[method]]
+        step = statistics.median(totals)
+        rows.append({
+            "model": name, "method": method, "attention": built[method].attention,
+            "tokens": store[0].winner.numel() // network_config["in_channels"] // 4, "steps": rounds,
+            "step_s": f"{step:.4g}", "fastest_s": f"{min(totals):.4g}", "slowest_s": f"{max(totals):.4g}",
+            **{f"{part}_s": f"{seconds:.4g}" for part, seconds in parts.items()},
+            "pairs_per_s": f"{1 / step:.4g}", "speed_up": "",
+            # three forwards' worth for the policy's forward and backward, one for the reference
+            "mfu": f"{4 * flops / step / top:.3f}" if top and flops else "",
+            "peak_gb": f"{peaks[method] / 1e9:.4g}" if torch.cuda.is_available() else "",
+        })  # fmt: skip
+    if set(methods) == set(METHODS):
+        ratio = float(rows[methods.index("plain")]["step_s"]) / float(rows[methods.index("alignkit")]["step_s"])
+        rows[methods.index("alignkit")]["speed_up"] = f"{ratio:.3g}"
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [name for name, file in TINY.items() if (ROOT / "configs" / file).exists()]
+    parser.add_argument("--models", nargs="+", default=known, choices=[*known, *REAL], metavar="MODEL")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each method, after one to warm up")
+    parser.add_argument("--csv", type=Path, default=ROOT / "out" / "benchmarks" / "steps.csv")
+    given = parser.parse_args()
+    process = start_process()
+    given.csv.parent.mkdir(parents=True, exist_ok=True)
+    writer = None
+    with given.csv.open("w", newline="") as file:
+        for name in given.models:
+            with tempfile.TemporaryDirectory() as folder:
+                rows = measure(name, given.methods, given.rounds, Path(folder), process)
+            for row in rows:
+                writer = writer or csv.DictWriter(file, [*machine(), *row])
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerow(machine() | row)
+                file.flush()
+                parts = "  ".join(f"{part} {float(row[f'{part}_s']) / float(row['step_s']):.0%}" for part in PARTS)
+                print(f"{name:15} {row['method']:9} {row['step_s']:>8} s a step  {parts}  {row['attention']}"
+                      + (f"  {row['speed_up']}x" if row["speed_up"] else ""), flush=True)  # fmt: skip
+    print(f"rows: {given.csv}")
+
+
+if __name__ == "__main__":
+    main()
