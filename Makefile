@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench bench-step clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,9 @@ test: setup
 bench: setup
 	$(BIN)/python -m pytest -q benchmarks
 	$(BIN)/python benchmarks/plot.py
+
+bench-step: setup
+	$(BIN)/python benchmarks/step.py
 
 lint: setup
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,49 @@
+"""The step benchmark compares two ways to do the same work."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignkit.config import load_config
+from alignkit.data.pairs import PairBatch
+from alignkit_kernels import local_dpo_loss
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def step(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import step
+
+    return step
+
+
+def test_the_plain_loss_is_the_fused_one(step, config_file, tmp_path):
+    config = load_config(config_file, [f"output.dir={tmp_path}"])
+    generator = torch.Generator().manual_seed(0)
+    winner, loser, noise, *moves = torch.randn(7, 3, 4, 2, 6, 6, generator=generator).unbind()
+    mask = (torch.rand(3, 1, 2, 6, 6, generator=generator) < 0.3).to(torch.uint8)
+    batch = PairBatch(torch.arange(3), winner, loser, mask, [], torch.tensor([0.75, 0.8, 0.9], dtype=torch.float64))
+    targets = noise - winner, noise - loser
+    reference = torch.cat([target + 0.3 * move for target, move in zip(targets, moves[:2], strict=True)])
+    pred = reference + 0.01 * torch.cat(moves[2:])
+    coefficients = torch.tensor([[0.5, 0.5, 1.0, -1.0]]).expand(3, 4)
+    fused = local_dpo_loss(
+        *pred.chunk(2), *reference.chunk(2), winner, loser, coefficients, noise, regions=mask, strength=batch.strength
+    )
+    plain = step.Plain.loss(type("Settings", (), {"config": config}), pred, reference, targets, batch)
+    # errors near 0.1 rounded to fp32, halved and times β = 5000
+    assert plain.item() == pytest.approx(fused.loss.item(), abs=2500 * 1.9 * 2 * 2**-24)
+
+
+def test_one_round_writes_a_row_for_each_method(command, tmp_path):
+    options = ("--models", "tiny-wan", "--rounds", "1", "--csv", tmp_path / "rows.csv")
+    answer = command(BENCHMARKS / "step.py", *options, python=())
+    assert answer.returncode == 0, answer.stderr
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [row["method"] for row in rows] == ["plain", "alignkit"]
+    assert all(float(row[f"{part}_s"]) >= 0 for row in rows for part in ("data", "forward", "backward", "optimizer"))
+    assert all(row["device"] and row["torch"] == torch.__version__ and row["attention"] == "native" for row in rows)
