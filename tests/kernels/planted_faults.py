@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 PACKAGE = TESTS.parents[1] / "kernels" / "alignkit_kernels"
 TESTERS, COMPILER, HARMLESS = "interpreter", "compiler", "harmless"
 # quick tests first: the first failure ends a run
-FILES = "test_philox.py", "test_noise.py", "test_ops.py", "test_errors.py"
+FILES = "test_philox.py", "test_noise.py", "test_errors.py", "test_ops.py"
 
 # name, file, what stands there, what the fault makes of it, and who sees it (the interpreter unless said)
 FAULTS = [
