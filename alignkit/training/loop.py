@@ -41,6 +41,17 @@ def train_folder(config: Config) -> Path:
     return config.output.dir / "train"
 
 
+@contextmanager
+def _linear_put_back():
+    """ZeRO-3 replaces `F.linear` for the whole process, with other rounding, which later stages must not inherit."""
+    linear = torch.nn.functional.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+
+
+@_linear_put_back()
 def train(config: Config, process: Process) -> None:
     """Train from the newest whole checkpoint to `train.steps`, then export. Every process calls this.
 
