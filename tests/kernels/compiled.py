@@ -33,7 +33,7 @@ POINTER_TYPES = {"coefficients_ptr": "*fp32", "labels_ptr": "*u8", "partial_ptr"
 
 
 NEVER = "spills", "stack", "local_accesses", "short_offsets"
-SPARE_REGISTERS = 1.25  # triton 3.6 allocates up to a fifth more than 3.7, whose measurements the budget holds
+SPARE_REGISTERS = 1.5  # triton 3.6 allocates up to half as many again as 3.7, whose measurements the budget holds
 
 
 def variants(arch: int) -> dict[str, tuple]:
