@@ -53,7 +53,17 @@ class MaskSection(Section):
 
     shape: Literal["bezier", "rectangle"] = "bezier"
     blobs: tuple[Positive, Positive] = (1, 5)
-    moving: Fraction = Field(0.5, description="probability that a blob moves")
+    moving: Fraction = Field(0.5, description="probability that a blob moves; 0: the first frame's mask for all")
+    window: Fraction = Field(0.0, description="probability that the mask holds for a random run of frames only")
+    area: tuple[Fraction, Fraction] = Field((0.0, 1.0), description="masks of another share of the volume are redrawn")
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> "MaskSection":
+        for name in ("blobs", "area"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} must rise, got [{low:g}, {high:g}]")
+        return self
 
 
 class PairsSection(Section):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alignkit.config import MaskSection
+from alignkit.errors import ConfigError
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
 CURVE_POINTS = 8  # straight pieces per Bézier curve: far below a latent cell at any size in use
@@ -50,12 +51,19 @@ def region_mask(
     """One video's mask, uint8 [F, H, W] on the latent grid (1: regenerate), never empty and never full.
 
     latent_shape: (F, H, W) of the latents; pixel_shape: (height, width) of the frames, in which sizes and
-    speeds are drawn. Attempts that come out empty or full on the latent grid are redrawn.
+    speeds are drawn. Attempts that come out empty or full on the latent grid, or with a share of the volume outside
+    `options.area`, are redrawn. Raises ConfigError when none of 64 has such a share.
     """
+    low, high = options.area
     for draw in range(MAX_REDRAWS):
         mask = _draw_mask(latent_shape, pixel_shape, options, _Draws(seed, pair_id, draw))
-        if mask.any() and not mask.all():
+        if mask.any() and not mask.all() and low <= mask.mean() <= high:
             return torch.from_numpy(mask)
+    if (low, high) != (0.0, 1.0):
+        raise ConfigError(
+            f"pairs.mask.area: none of {MAX_REDRAWS} masks of pair {pair_id} covers {low:g} to {high:g} of the "
+            f"video; widen it, or change pairs.mask.blobs"
+        )
     # A grid too coarse for the shapes (a few cells in all): regenerate its middle cell.
     mask = np.zeros(latent_shape, dtype=np.uint8)
     mask[:, latent_shape[1] // 2, latent_shape[2] // 2] = 1
@@ -67,7 +75,6 @@ def _draw_mask(latent_shape, pixel_shape, options: MaskSection, draws: _Draws) -
     height, width = pixel_shape
     y = (np.arange(rows) + 0.5) * height / rows
     x = (np.arange(columns) + 0.5) * width / columns
-    points = np.stack(np.meshgrid(x, y), axis=-1)  # [rows, columns, 2], (x, y) in pixels
     mask = np.zeros(latent_shape, dtype=np.uint8)
     count = draws.integer(*options.blobs)
     shrink_all = draws.chance(0.7)
@@ -82,13 +89,19 @@ def _draw_mask(latent_shape, pixel_shape, options: MaskSection, draws: _Draws) -
         centre = np.array([draws.uniform(0, width), draws.uniform(0, height)])
         speed, direction = draws.uniform(1, 3), draws.uniform(0, 2 * math.pi)
         velocity = speed * np.array([math.cos(direction), math.sin(direction)])
-        for frame in range(frames):
+        outlines = []
+        for _ in range(frames):
             rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-            mask[frame] |= _inside(points, centre + (outline * half * size) @ rotation.T)
+            outlines.append(centre + (outline * half * size) @ rotation.T)
             if moves:
                 centre, velocity = _bounce(centre + velocity, velocity, np.array([width, height]))
                 velocity = velocity + np.array([draws.normal(), draws.normal()])
                 angle, size = angle + turn, size * zoom
+        mask |= _filled(np.stack(outlines), x, y)
+    if draws.chance(options.window):
+        length = draws.integer(1, max(1, frames - 1))
+        first = draws.integer(0, frames - length)
+        mask[:first], mask[first + length :] = 0, 0
     return mask
 
 
@@ -116,14 +129,22 @@ def _bezier_outline(draws: _Draws) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def _inside(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
-    """Even-odd test of points [..., 2] against a closed polygon [n, 2]; uint8 [...]."""
-    ends = np.roll(polygon, -1, axis=0)
-    x, y = points[..., 0, None], points[..., 1, None]
-    crosses = (polygon[:, 1] > y) != (ends[:, 1] > y)
-    rise = np.where(ends[:, 1] == polygon[:, 1], 1.0, ends[:, 1] - polygon[:, 1])
-    at = polygon[:, 0] + (y - polygon[:, 1]) * (ends[:, 0] - polygon[:, 0]) / rise
-    return ((crosses & (x < at)).sum(axis=-1) % 2).astype(np.uint8)
+def _filled(polygons: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which points (x[j], y[i]) lie inside each closed polygon [F, n, 2], by even and odd; uint8 [F, rows, columns].
+
+    By scan lines: each edge that crosses a row ends a run of columns to its left, and a point is inside when an
+    odd number of such runs hold it. x must rise.
+    """
+    start, end = polygons[:, None], np.roll(polygons, -1, axis=1)[:, None]  # [F, 1, n, 2]
+    row = y[:, None]
+    crosses = (start[..., 1] > row) != (end[..., 1] > row)  # [F, rows, n]
+    rise = np.where(end[..., 1] == start[..., 1], 1.0, end[..., 1] - start[..., 1])
+    at = start[..., 0] + (row - start[..., 1]) * (end[..., 0] - start[..., 0]) / rise
+    ends = np.zeros((*crosses.shape[:2], len(x) + 1), dtype=np.uint8)
+    frame, line, _ = crosses.nonzero()
+    np.add.at(ends, (frame, line, np.searchsorted(x, at[crosses])), 1)
+    runs = np.cumsum(ends[..., :0:-1], axis=-1, dtype=np.uint8)[..., ::-1]  # crossings to the right of each column
+    return runs % 2
 
 
 def _bounce(centre: np.ndarray, velocity: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from alignkit.config import MaskSection
-from alignkit.localdpo.masks import _inside, region_mask
+from alignkit.errors import ConfigError
+from alignkit.localdpo.masks import _filled, region_mask
 
 GRID, PIXELS = (5, 12, 12), (48, 48)
 
@@ -45,6 +46,30 @@ def test_still_blobs_rest_and_moving_ones_move():
     assert changed.float().mean() > 0.9
 
 
+def test_a_window_leaves_one_run_of_frames():
+    runs = []
+    for mask in masks(60, MaskSection(window=1.0, moving=0.0), (9, 12, 12)):
+        frames = mask.flatten(1).any(dim=1).int()
+        assert frames.sum() < 9 and (frames.diff() != 0).sum() <= 2, "one run, and not the whole video"
+        runs.append((frames.argmax().item(), frames.sum().item()))
+    assert len({first for first, _ in runs}) > 4 and len({length for _, length in runs}) > 4
+
+
+def test_area_limits_hold_and_impossible_ones_are_refused():
+    shares = masks(60, MaskSection(area=(0.05, 0.15))).float().mean(dim=(1, 2, 3))
+    assert shares.min() >= 0.05 and shares.max() <= 0.15
+    with pytest.raises(ConfigError, match=r"pairs.mask.area: none of 64 masks of pair 0"):
+        masks(1, MaskSection(area=(0.999, 1.0)))
+
+
+def test_shares_at_480p_are_the_published_ones():
+    """Mean 9.4 % ± 1, median 8 % ± 1, 5–95 % about 4.5–22 (arXiv 2601.04068's code, as measured for the design)."""
+    shares = masks(300, grid=(13, 60, 90), pixels=(480, 720)).float().mean(dim=(1, 2, 3)) * 100
+    assert abs(shares.mean() - 9.4) < 1 and abs(shares.median() - 8) < 1
+    low, high = shares.quantile(torch.tensor([0.05, 0.95]))
+    assert 3 < low < 6 and 18 < high < 26
+
+
 def test_more_blobs_are_more_regions():
     one, five = (masks(60, MaskSection(blobs=(n, n), moving=0.0), (1, 60, 60), (480, 480)) for n in (1, 5))
     assert np.mean([components(m[0].numpy()) for m in five]) > np.mean([components(m[0].numpy()) for m in one]) + 0.5
@@ -55,9 +80,8 @@ def test_points_in_polygon_against_a_known_area():
     angles = np.linspace(0, 2 * np.pi, 500, endpoint=False)
     disc = np.stack((np.cos(angles), np.sin(angles)), axis=1)
     axis = (np.arange(200) + 0.5) / 100 - 1
-    points = np.stack(np.meshgrid(axis, axis), axis=-1)
     # the grid misjudges only cells that the circle crosses: at most 8 per row of 200, half of them on average
-    assert abs(_inside(points, disc).mean() - np.pi / 4) < 4 / 200
+    assert abs(_filled(disc[None], axis, axis).mean() - np.pi / 4) < 4 / 200
 
 
 def components(mask: np.ndarray) -> int:
