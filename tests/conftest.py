@@ -23,6 +23,7 @@ COGVIDEOX_KINDS = {  # sin-cos positions and rotary ones
     "5b": {"use_rotary_positional_embeddings": True},
 }
 COGVIDEOX_TEXT_LENGTH = 24
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUM_CLIPS = 10
 SMALL = (
     "pairs.num_inference_steps=4",
@@ -39,6 +40,19 @@ SMALL = (
     "sample.batch_size=2",
     "evaluation.positions=[0.5]",
 )
+
+
+@pytest.fixture(autouse=True)
+def process_wide_changes_undone():
+    """What a training run changes for its whole process, and the next test, or a process it starts, must not inherit.
+
+    ZeRO-3 replaces `F.linear`, with other rounding; joining a process group alone writes the launcher's variables.
+    """
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
@@ -104,8 +118,7 @@ def alignkit(*arguments: str, python: tuple[str, ...] = ("-m", "alignkit"), **op
 
 def fresh_environment() -> dict[str, str]:
     """Without what a training run in this process has told DeepSpeed about its process group."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {key: value for key, value in os.environ.items() if key not in launcher}
+    return {key: value for key, value in os.environ.items() if key not in LAUNCHER}
 
 
 @pytest.fixture(scope="session")
