@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from alignkit import __version__
-from alignkit.config import Config, load_config
+from alignkit.config import Config, Family, load_config
 from alignkit.errors import AlignkitError
 
 app = typer.Typer(
@@ -45,16 +45,20 @@ def _options(
 @app.command()
 def demo(
     overrides: Overrides = None,
+    family: Annotated[Family, typer.Option(help="Which of the small models.")] = "wan",
     videos: Annotated[
         Path | None, typer.Option(help="A folder of your own videos with captions, instead of drawn clips.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where everything is written: runs/demo, with the family's name behind it if not Wan's."),
+    ] = None,
 ) -> None:
-    """Run every stage on a small Wan2.1 that comes with alignkit, on this machine, and write a report."""
+    """Run every stage on a small model that comes with alignkit, on this machine, and write a report."""
     _quiet_libraries()
     from alignkit.demo import run_demo
 
-    run_demo(videos, out, overrides or [])
+    run_demo(family, videos, out, overrides or [])
 
 
 @app.command()

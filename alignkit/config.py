@@ -16,6 +16,8 @@ from alignkit.errors import ConfigError
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Family = Literal["wan", "cogvideox"]
+"""Known to `alignkit.models`, which this module cannot ask without loading diffusers."""
 
 
 class Section(BaseModel):
@@ -25,7 +27,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which base model is aligned."""
 
-    family: Literal["wan", "cogvideox"] = "wan"
+    family: Family = "wan"
     path: str = Field("tiny", description="a diffusers folder, a hub id, or 'tiny' for the shipped small model")
     revision: str | None = None
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from alignkit.config import Config, load_config, shipped_config
+from alignkit.config import Config, Family, ModelSection, load_config, shipped_config
 from alignkit.progress import progress, say
 from alignkit.stages import STAGES, run_stage
 from alignkit.tiny.clips import write_clips
@@ -12,14 +12,16 @@ CLIPS = 160
 CLIPS_SEED = 20_260  # other clips than the shipped weights were trained on
 
 
-def run_demo(videos: Path | None, out: Path, overrides: list[str]) -> None:
+def run_demo(family: Family, videos: Path | None, out: Path | None, overrides: list[str]) -> None:
     """Draw clips (unless `videos` names a folder), then pairs, train, sample, eval and report, all under `out`.
 
     Run again with the same folder it continues where it was stopped.
     """
+    if out is None:
+        out = Path("runs") / ("demo" if family == ModelSection().family else f"demo-{family}")
     folder = videos or out / "clips"
     settings = [f"data.videos={json.dumps(str(folder))}", f"output.dir={json.dumps(str(out))}", *overrides]
-    config = load_config(shipped_config("wan-tiny-localdpo.yaml"), settings)
+    config = load_config(shipped_config(f"{family}-tiny-localdpo.yaml"), settings)
     if videos is None:
         draw_clips(folder)
     for number, name in enumerate(STAGES, 1):
@@ -47,4 +49,5 @@ def _conclude(config: Config) -> None:
         f"{summary['peak_memory_gb']:.1f} GB at most"
     )
     say(f"report:  {config.output.dir / 'report.html'}")
-    say(f"model:   {config.output.dir / 'export'}  (WanPipeline.from_pretrained loads it)")
+    pipeline = json.loads((config.output.dir / "export/model_index.json").read_text())["_class_name"]
+    say(f"model:   {config.output.dir / 'export'}  ({pipeline}.from_pretrained loads it)")

@@ -1,4 +1,4 @@
-"""How good the tiny base is: samples from held-out prompts, named by the classifier.
+"""How good a tiny base is: samples from held-out prompts, named by the classifier.
 
 ``python -m alignkit.tiny.check --samples 64`` prints the shares that came out right and, with ``--sheet``,
 writes a picture of the samples to look at: frames 0, 4, 8, 12 and 16 of each, in the order of the prompts.
@@ -12,19 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
-from alignkit.tiny import WAN_FOLDER
+from alignkit.models import shipped_model
 from alignkit.tiny.classifier import NAMED, classify
 from alignkit.tiny.clips import ATTRIBUTES, FRAMES, SIZE, caption_of, random_attributes
+from alignkit.tiny.recipes import FAMILIES
 
 PROMPT_SEED = 7001
 """Prompts of clips of this seed, which no training stage sees."""
 
 
 def sample(
-    pipeline: WanPipeline,
+    pipeline: DiffusionPipeline,
     prompts: list[str],
     *,
     seed: int,
@@ -76,7 +77,8 @@ def contact_sheet(frames: np.ndarray, path: Path, columns: int = 4, scale: int =
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m alignkit.tiny.check", description=__doc__)
-    parser.add_argument("--wan", type=Path, default=WAN_FOLDER, help="a diffusers folder (default: shipped)")
+    parser.add_argument("--family", choices=FAMILIES, default="wan", help="which shipped model")
+    parser.add_argument("--model", type=Path, help="a diffusers folder, instead of the shipped one")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
@@ -84,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-sequence-length", type=int, default=64)
     parser.add_argument("--sheet", type=Path, help="write a contact sheet (PNG) here")
     given = parser.parse_args(arguments)
-    pipeline = WanPipeline.from_pretrained(given.wan)
+    pipeline = DiffusionPipeline.from_pretrained(given.model or shipped_model(given.family))
     pipeline.set_progress_bar_config(disable=True)
     attributes = [random_attributes(PROMPT_SEED, i) for i in range(given.samples)]
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Make the tiny Wan2.1 and its classifier from nothing: ``python -m alignkit.tiny.pretrain --help``.
+"""Make a tiny model and the clips' classifier from nothing: ``python -m alignkit.tiny.pretrain --help``.
 
 Each stage leaves its result in the work folder and is passed over when that is there; the stages that
 train go on from their last checkpoint. So a run that was stopped is started again with the same command.
@@ -14,24 +14,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from transformers import UMT5EncoderModel
+from torch import nn
 
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.tiny.classifier_training import train_classifier
 from alignkit.tiny.clips import read_clips, write_clips
-from alignkit.tiny.flow import FLOW_SHIFT, train_flow
+from alignkit.tiny.recipes import FAMILIES, Recipe, recipe_of
 from alignkit.tiny.stages import log
-from alignkit.tiny.text import caption_bank, combination, encode_prompts, new_tokenizer, train_text_encoder
+from alignkit.tiny.text import caption_bank, combination, new_tokenizer, train_text_encoder
+from alignkit.tiny.transformer import train_transformer
 from alignkit.tiny.vae import (
     channels_last,
     decode_latents,
     encode_clips,
-    normalise,
     polish_decoder,
     posterior_variance,
-    store_statistics,
     to_unit,
     train_vae,
 )
@@ -65,7 +63,7 @@ class TextSection:
 
 
 @dataclass(frozen=True)
-class FlowSection:
+class TransformerSection:
     steps: int
     batch: int
     peak_rate: float
@@ -85,21 +83,23 @@ SECTIONS = {
     "vae": VaeSection,
     "decoder": DecoderSection,
     "text": TextSection,
-    "flow": FlowSection,
+    "transformer": TransformerSection,
     "classifier": ClassifierSection,
 }
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
+    family: str
     seed: int
     threads: int
     clips: ClipsSection
     vae: VaeSection
     decoder: DecoderSection
     text: TextSection
-    flow: FlowSection
-    classifier: ClassifierSection
+    transformer: TransformerSection
+    classifier: ClassifierSection | None
+    """None: only the first family's run trains the classifier, on clips that also passed through its VAE."""
 
 
 def load_config(path: Path) -> PretrainConfig:
@@ -111,7 +111,11 @@ def load_config(path: Path) -> PretrainConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     values = _checked(given, PretrainConfig, path, "")
+    if values["family"] not in FAMILIES:
+        raise ConfigError(f"{path}: family must be one of {', '.join(FAMILIES)}, not {values['family']!r}")
     for name, section in SECTIONS.items():
+        if name == "classifier" and values[name] is None:
+            continue
         values[name] = section(**_checked(values[name], section, path, f"{name}."))
     return PretrainConfig(**values)
 
@@ -146,68 +150,70 @@ def make_clips(config: PretrainConfig, work: Path) -> tuple[np.ndarray, list[dic
     return np.load(cache, mmap_mode="r"), read_clips(folder, decode=False).attributes
 
 
-def make_vae(config: PretrainConfig, work: Path, clips: np.ndarray) -> tuple[AutoencoderKLWan, torch.Tensor]:
+def make_vae(
+    config: PretrainConfig, recipe: Recipe, work: Path, clips: np.ndarray
+) -> tuple[nn.Module, torch.Tensor]:
     """The VAE with its latents' statistics, and the normalised latents of all clips."""
     folder, latents_file = work / "vae", work / "latents.safetensors"
     if not latents_file.exists():
         trained = len(clips) - config.clips.held_out
-        vae = train_vae(clips[:trained], work, **asdict(config.vae), seed=config.seed)
-        log.info("vae: encoding %d clips", len(clips))
-        raw = encode_clips(vae, clips)
-        store_statistics(vae, raw, posterior_variance(vae, clips[:256]))
+        vae = train_vae(recipe, clips[:trained], work, **asdict(config.vae), seed=config.seed)
+        some = encode_clips(vae, clips[:1024])
+        recipe.store_statistics(vae, some, posterior_variance(vae, clips[:256]))
         vae.save_pretrained(folder)
-        save_file({"latents": normalise(vae, raw).contiguous()}, latents_file)
-    vae = AutoencoderKLWan.from_pretrained(folder).eval()
-    channels_last(vae)
-    return vae, load_file(latents_file)["latents"]
+        log.info("vae: encoding %d clips", len(clips))
+        save_file({"latents": recipe.normalise(vae, encode_clips(vae, clips)).contiguous()}, latents_file)
+    return _load_vae(recipe, folder), load_file(latents_file)["latents"]
 
 
 def make_polished_vae(
-    config: PretrainConfig, work: Path, clips: np.ndarray, vae: AutoencoderKLWan, latents: torch.Tensor
-) -> AutoencoderKLWan:
+    config: PretrainConfig, recipe: Recipe, work: Path, clips: np.ndarray, vae: nn.Module, latents: torch.Tensor
+) -> nn.Module:
     """The VAE with its decoder trained further; the encoder is the same bit for bit."""
     folder = work / "vae_polished"
     if not folder.exists():
         trained = len(clips) - config.clips.held_out
-        polish_decoder(vae, clips[:trained], latents, work, **asdict(config.decoder), seed=config.seed)
+        polish_decoder(recipe, vae, clips[:trained], latents, work, **asdict(config.decoder), seed=config.seed)
         vae.save_pretrained(folder)
-    vae = AutoencoderKLWan.from_pretrained(folder).eval()
+    return _load_vae(recipe, folder)
+
+
+def _load_vae(recipe: Recipe, folder: Path) -> nn.Module:
+    vae = type(recipe.new_vae()).from_pretrained(folder).eval()
     channels_last(vae)
     return vae
 
 
-def make_text_encoder(config: PretrainConfig, work: Path) -> UMT5EncoderModel:
+def make_text_encoder(config: PretrainConfig, recipe: Recipe, work: Path) -> nn.Module:
     """The text encoder, trained or from the work folder."""
     folder = work / "text_encoder"
     if not folder.exists():
-        train_text_encoder(work, **asdict(config.text), seed=config.seed).save_pretrained(folder)
-    return UMT5EncoderModel.from_pretrained(folder).eval()
+        train_text_encoder(recipe, work, **asdict(config.text), seed=config.seed).save_pretrained(folder)
+    return type(recipe.new_text_encoder()).from_pretrained(folder).eval()
 
 
 def make_transformer(
     config: PretrainConfig,
+    recipe: Recipe,
     work: Path,
     latents: torch.Tensor,
     attributes: list[dict[str, str]],
-    encoder: UMT5EncoderModel,
-) -> WanTransformer3DModel:
+    encoder: nn.Module,
+) -> nn.Module:
     """The transformer, trained or from the work folder."""
     folder = work / "transformer"
     if not folder.exists():
-        tokenizer = new_tokenizer()
-        with torch.no_grad():
-            empty = encode_prompts(tokenizer, encoder, [""])[0]
-        train_flow(
+        train_transformer(
+            recipe,
             latents,
             torch.tensor([combination(entry) for entry in attributes]),
-            caption_bank(tokenizer, encoder),
-            empty,
+            caption_bank(recipe, new_tokenizer(), encoder),
             work,
-            **asdict(config.flow),
+            **asdict(config.transformer),
             held_out=config.clips.held_out,
             seed=config.seed,
         ).save_pretrained(folder)
-    return WanTransformer3DModel.from_pretrained(folder).eval()
+    return type(recipe.new_transformer()).from_pretrained(folder).eval()
 
 
 def make_classifier(
@@ -215,7 +221,7 @@ def make_classifier(
     work: Path,
     clips: np.ndarray,
     attributes: list[dict[str, str]],
-    vae: AutoencoderKLWan,
+    vae: nn.Module,
 ) -> Path:
     """The classifier's weights file, trained or from the work folder."""
     path, cache = work / "classifier.safetensors", work / "round_trips.npy"
@@ -244,32 +250,11 @@ def make_classifier(
     return path
 
 
-def export(
-    out: Path,
-    vae: AutoencoderKLWan,
-    encoder: UMT5EncoderModel,
-    transformer: WanTransformer3DModel,
-    classifier: Path,
-) -> None:
-    """Write ``out``/wan, a folder for WanPipeline.from_pretrained, and ``out``/classifier.safetensors."""
-    pipeline = WanPipeline(
-        tokenizer=new_tokenizer(),
-        text_encoder=encoder,
-        vae=vae,
-        transformer=transformer,
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
-        ),
-    )
-    pipeline.save_pretrained(out / "wan")
-    shutil.copyfile(classifier, out / "classifier.safetensors")
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m alignkit.tiny.pretrain", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML, as configs/tiny-wan-pretrain.yaml")
+    parser.add_argument("--config", type=Path, required=True, help="YAML, as configs/tiny-*-pretrain.yaml")
     parser.add_argument("--work", type=Path, required=True, help="clips, checkpoints and stage results")
-    parser.add_argument("--out", type=Path, required=True, help="where wan/ and classifier.safetensors go")
+    parser.add_argument("--out", type=Path, required=True, help="where the model's folder and the classifier go")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
@@ -277,20 +262,30 @@ def main(arguments: list[str] | None = None) -> int:
     except AlignkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    recipe = recipe_of(config.family)
     torch.set_num_threads(config.threads)
     given.work.mkdir(parents=True, exist_ok=True)
     clips, attributes = make_clips(config, given.work)
-    encoder = make_text_encoder(config, given.work)
-    vae, latents = make_vae(config, given.work, clips)
-    vae = make_polished_vae(config, given.work, clips, vae, latents)
-    transformer = make_transformer(config, given.work, latents, attributes, encoder)
-    classifier = make_classifier(config, given.work, clips, attributes, vae)
-    export(given.out, vae, encoder, transformer, classifier)
+    encoder = make_text_encoder(config, recipe, given.work)
+    vae, latents = make_vae(config, recipe, given.work, clips)
+    vae = make_polished_vae(config, recipe, given.work, clips, vae, latents)
+    transformer = make_transformer(config, recipe, given.work, latents, attributes, encoder)
+    folder = given.out / config.family
+    recipe.PIPELINE(
+        tokenizer=new_tokenizer(),
+        text_encoder=encoder,
+        vae=vae,
+        transformer=transformer,
+        scheduler=recipe.new_scheduler(),
+    ).save_pretrained(folder)
+    if config.classifier:
+        classifier = make_classifier(config, given.work, clips, attributes, vae)
+        shutil.copyfile(classifier, given.out / "classifier.safetensors")
     held_out = clips[-config.clips.held_out :]
     rebuilt = decode_latents(vae, encode_clips(vae, held_out))
     error = (to_unit(rebuilt) - to_unit(held_out)).square().mean(dim=(1, 2, 3, 4))
     log.info("vae: held-out PSNR %.2f dB", (10 * torch.log10(4 / error)).mean())
-    log.info("done: %s; python -m alignkit.tiny.check measures it", given.out / "wan")
+    log.info("done: %s; python -m alignkit.tiny.check measures it", folder)
     return 0
 
 

@@ -1,19 +1,19 @@
-"""The tiny text encoder: a UMT5EncoderModel over bytes, trained to name the attributes at every byte."""
+"""The tiny text encoders: T5 encoders over bytes, trained to name the attributes at every byte."""
 
 import itertools
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import nn
 from torch.nn import functional as F
-from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import ByT5Tokenizer
 
 from alignkit.tiny.clips import ATTRIBUTES, BACKGROUND_WORD
+from alignkit.tiny.recipes import Recipe
 from alignkit.tiny.stages import Ema, RunningLog, schedule, step_rng, train_steps
 
 STAGE = 2
-TEXT_DIM = 64
 CAPTION_LENGTH = 64  # bytes with the end mark; every caption fits
 # The first is the one the clips carry. The last names no background.
 WORDINGS = (
@@ -34,21 +34,6 @@ def new_tokenizer() -> ByT5Tokenizer:
     return ByT5Tokenizer()
 
 
-def new_text_encoder() -> UMT5EncoderModel:
-    """An untrained UMT5EncoderModel of 0.13 M parameters."""
-    config = UMT5Config(
-        vocab_size=384,
-        d_model=TEXT_DIM,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        is_encoder_decoder=False,
-    )
-    return UMT5EncoderModel(config)
-
-
 def word(attributes: dict[str, str], wording: int) -> str:
     """The caption of some attributes in one of the wordings."""
     return WORDINGS[wording].format(
@@ -64,45 +49,34 @@ def combination(attributes: dict[str, str]) -> int:
     return place
 
 
-def encode_prompts(
-    tokenizer: ByT5Tokenizer, encoder: UMT5EncoderModel, prompts: list[str], length: int = CAPTION_LENGTH
-) -> torch.Tensor:
-    """Text as WanPipeline encodes it: float [B, length, D], zeros after each prompt's own tokens."""
-    tokens = tokenizer(
-        [prompt_clean(prompt) for prompt in prompts],
-        padding="max_length",
-        max_length=length,
-        truncation=True,
-        add_special_tokens=True,
-        return_attention_mask=True,
-        return_tensors="pt",
-    )
-    mask = tokens.attention_mask
-    return encoder(tokens.input_ids, mask).last_hidden_state * mask[..., None]
-
-
 @torch.no_grad()
-def caption_bank(tokenizer: ByT5Tokenizer, encoder: UMT5EncoderModel) -> torch.Tensor:
-    """Every wording of every combination, float32 [wordings, combinations, CAPTION_LENGTH, D]."""
-    rows = [
-        encode_prompts(tokenizer, encoder, [word(attributes, wording) for attributes in ALL_ATTRIBUTES])
-        for wording in range(len(WORDINGS))
-    ]
-    return torch.stack(rows)
+def caption_bank(
+    recipe: Recipe, tokenizer: ByT5Tokenizer, encoder: nn.Module
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """By text length: every wording of every combination, float32 [wordings, combinations, length, D], and the
+    empty prompt [length, D]."""
+    bank = {}
+    for length in recipe.TEXT_LENGTHS:
+        rows = [
+            recipe.encode_prompts(tokenizer, encoder, [word(entry, wording) for entry in ALL_ATTRIBUTES], length)
+            for wording in range(len(WORDINGS))
+        ]
+        bank[length] = torch.stack(rows), recipe.encode_prompts(tokenizer, encoder, [""], length)[0]
+    return bank
 
 
-class _NamingModel(torch.nn.Module):
+class _NamingModel(nn.Module):
     """The encoder with one linear head an attribute, applied to every token."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.encoder = new_text_encoder()
-        self.heads = torch.nn.ModuleDict(
-            {name: torch.nn.Linear(TEXT_DIM, len(values)) for name, values in ATTRIBUTES.items()}
+        self.encoder = encoder
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(encoder.config.d_model, len(values)) for name, values in ATTRIBUTES.items()}
         )
 
 
-def train_text_encoder(folder: Path, *, steps: int, peak_rate: float, seed: int) -> UMT5EncoderModel:
+def train_text_encoder(recipe: Recipe, folder: Path, *, steps: int, peak_rate: float, seed: int) -> nn.Module:
     """Train on all captions in all wordings, so that each byte's embedding holds all that is named."""
     torch.manual_seed(seed)
     tokenizer = new_tokenizer()
@@ -116,17 +90,19 @@ def train_text_encoder(folder: Path, *, steps: int, peak_rate: float, seed: int)
                     for name, values in ATTRIBUTES.items()
                 ]
             )
-    tokens = tokenizer(texts, padding="max_length", max_length=CAPTION_LENGTH, return_tensors="pt")
     labels = torch.tensor(labels)
-    model = _NamingModel()
+    model = _NamingModel(recipe.new_text_encoder())
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01)
     ema = Ema(model, 0.99)
     running = RunningLog("text", steps)
     for step in train_steps("text", folder, model, optimizer, ema, steps):
-        rows = torch.from_numpy(step_rng(seed, STAGE, step).integers(len(texts), size=48))
-        mask = tokens.attention_mask[rows]
+        rng = step_rng(seed, STAGE, step)
+        rows = rng.integers(len(texts), size=48)
+        length = int(rng.choice(recipe.ENCODED_LENGTHS, p=recipe.ENCODED_LENGTH_SHARES))
+        chosen = [texts[row] for row in rows]
+        mask = tokenizer(chosen, padding="max_length", max_length=length, return_tensors="pt").attention_mask
         optimizer.param_groups[0]["lr"] = peak_rate * schedule(step, steps)
-        hidden = model.encoder(tokens.input_ids[rows], mask).last_hidden_state
+        hidden = recipe.encode_prompts(tokenizer, model.encoder, chosen, length)
         loss, right = 0.0, []
         for column, head in enumerate(model.heads.values()):
             target = labels[rows, column, None].expand_as(mask).masked_fill(mask == 0, NOT_NAMED)

@@ -1,36 +1,16 @@
-"""Training of the tiny AutoencoderKLWan, and the latents it makes of the clips."""
+"""Training of the tiny video autoencoders, and the latents they make of the clips."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
+from torch import nn
 
 from alignkit.tiny.muon import Muon
-from alignkit.tiny.stages import Ema, RunningLog, log, schedule, step_rng, torch_generator, train_steps
+from alignkit.tiny.recipes import Recipe
+from alignkit.tiny.stages import Ema, RunningLog, schedule, step_rng, torch_generator, train_steps
 
 STAGE = 1
-LATENT_CHANNELS = 8
-# (clips, frames, pixels a side) of a step, in turn: about the same work each. Whole frames at two chunks
-# of the causal cache, whole frames at three, and crops of all five.
-BATCH_SHAPES = ((8, 5, 48), (5, 9, 48), (8, 9, 32), (8, 5, 48), (6, 17, 24))
-
-
-def new_vae() -> AutoencoderKLWan:
-    """An untrained AutoencoderKLWan: 4x in time and space, 8 latent channels, 0.82 M parameters."""
-    return AutoencoderKLWan(
-        base_dim=8,
-        decoder_base_dim=12,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        attn_scales=[],
-        temperal_downsample=[True, True],
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
-        scale_factor_temporal=4,
-        scale_factor_spatial=4,
-    )
 
 
 def to_unit(frames: np.ndarray) -> torch.Tensor:
@@ -45,6 +25,7 @@ def to_uint8(video: torch.Tensor) -> np.ndarray:
 
 
 def train_vae(
+    recipe: Recipe,
     clips: np.ndarray,
     folder: Path,
     *,
@@ -53,13 +34,13 @@ def train_vae(
     kl_weight: float,
     late_kl_weight: float,
     seed: int,
-) -> AutoencoderKLWan:
-    """Train on uint8 clips [N, F, H, W, 3]; returns the AutoencoderKLWan with its averaged weights.
+) -> nn.Module:
+    """Train on uint8 clips [N, F, H, W, 3]; returns the autoencoder with its averaged weights.
 
     ``late_kl_weight`` holds in the second half: the first half's weight empties a channel or two.
     """
     torch.manual_seed(seed)
-    vae = new_vae()
+    vae = recipe.new_vae()
     channels_last(vae)
     optimizer = _optimizer(vae, peak_rate)
     ema = Ema(vae, 0.998)
@@ -67,13 +48,13 @@ def train_vae(
     for step in train_steps("vae", folder, vae, optimizer, ema, steps):
         rng = step_rng(seed, STAGE, step)
         generator = torch_generator(rng)
-        video = _batch(clips, rng, generator, BATCH_SHAPES[step % len(BATCH_SHAPES)])
+        video = _batch(clips, rng, generator, recipe.VAE_BATCHES[step % len(recipe.VAE_BATCHES)])
         optimizer.scale_rates(schedule(step, steps))
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(video).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
             noise = torch.randn(mean.shape, generator=generator)
-            out = _decode_unclamped(vae, mean + (0.5 * logvar).exp() * noise).float()
+            out = recipe.decode_unclamped(vae, mean + (0.5 * logvar).exp() * noise).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = _picture_loss(out, video) + (kl_weight if 2 * step < steps else late_kl_weight) * kl
         _descend(vae, optimizer, loss)
@@ -83,7 +64,8 @@ def train_vae(
 
 
 def polish_decoder(
-    vae: AutoencoderKLWan,
+    recipe: Recipe,
+    vae: nn.Module,
     clips: np.ndarray,
     latents: torch.Tensor,
     folder: Path,
@@ -91,14 +73,14 @@ def polish_decoder(
     steps: int,
     peak_rate: float,
     seed: int,
-) -> AutoencoderKLWan:
+) -> nn.Module:
     """Train the decoder alone on whole clips, from their normalised latents with a little noise added.
 
     The encoder, and with it everything that is trained on latents, stays as it is. Whole clips remove the
     traces that a moving shape leaves in the later chunks; the noise makes up for generated latents.
     """
     vae.requires_grad_(False)
-    decoder = torch.nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+    decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
     decoder.requires_grad_(True)
     optimizer = _optimizer(decoder, peak_rate)
     ema = Ema(decoder, 0.995)
@@ -113,7 +95,7 @@ def polish_decoder(
         video = to_unit(clips[rows])
         optimizer.scale_rates(schedule(step, steps, warmup=30))
         with torch.autocast("cpu", torch.bfloat16):
-            out = _decode_unclamped(vae, denormalise(vae, noisy)).float()
+            out = recipe.decode_unclamped(vae, recipe.denormalise(vae, noisy)).float()
         loss = _picture_loss(out, video)
         _descend(decoder, optimizer, loss)
         running.add(step, loss=loss.item(), psnr=_psnr(out, video))
@@ -121,11 +103,11 @@ def polish_decoder(
     return vae.eval()
 
 
-def _optimizer(model: torch.nn.Module, peak_rate: float) -> Muon:
-    ends = ("encoder.conv_in.weight", "decoder.conv_out.weight")
+def _optimizer(model: nn.Module, peak_rate: float) -> Muon:
+    ends = ("encoder.conv_in.", "decoder.conv_out.")
     named = list(model.named_parameters())
-    matrices = [p for name, p in named if name.endswith("weight") and name not in ends]
-    others = [p for name, p in named if not name.endswith("weight") or name in ends]
+    matrices = [p for name, p in named if name.endswith("weight") and p.ndim > 1 and not name.startswith(ends)]
+    others = [p for p in model.parameters() if all(p is not q for q in matrices)]
     return Muon(matrices, others, matrix_rate=peak_rate, other_rate=0.1 * peak_rate)
 
 
@@ -144,24 +126,24 @@ def _psnr(out: torch.Tensor, video: torch.Tensor) -> float:
     return (10 * torch.log10(4 / (out.detach() - video).square().mean())).item()
 
 
-def _descend(model: torch.nn.Module, optimizer: Muon, loss: torch.Tensor) -> None:
+def _descend(model: nn.Module, optimizer: Muon, loss: torch.Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
 
 
-def channels_last(vae: AutoencoderKLWan) -> None:
+def channels_last(vae: nn.Module) -> None:
     """Convolutions in channels-last order: three times faster in bfloat16 on a processor."""
     for module in vae.modules():
-        if isinstance(module, torch.nn.Conv3d):
+        if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)
-        elif isinstance(module, torch.nn.Conv2d):
+        elif isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def encode_clips(vae: AutoencoderKLWan, clips: np.ndarray, batch: int = 16) -> torch.Tensor:
+def encode_clips(vae: nn.Module, clips: np.ndarray, batch: int = 16) -> torch.Tensor:
     """uint8 [N, F, H, W, 3] to the latents' means, float32 [N, 8, F', H/4, W/4], not normalised."""
     return torch.cat(
         [vae.encode(to_unit(clips[i : i + batch])).latent_dist.mean for i in range(0, len(clips), batch)]
@@ -169,7 +151,7 @@ def encode_clips(vae: AutoencoderKLWan, clips: np.ndarray, batch: int = 16) -> t
 
 
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor, batch: int = 16) -> np.ndarray:
+def decode_latents(vae: nn.Module, latents: torch.Tensor, batch: int = 16) -> np.ndarray:
     """Latents that are not normalised, [N, 8, F', h, w], to uint8 clips [N, F, H, W, 3]."""
     return np.concatenate(
         [to_uint8(vae.decode(latents[i : i + batch]).sample) for i in range(0, len(latents), batch)]
@@ -177,56 +159,9 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor, batch: int = 16
 
 
 @torch.no_grad()
-def posterior_variance(vae: AutoencoderKLWan, clips: np.ndarray) -> torch.Tensor:
+def posterior_variance(vae: nn.Module, clips: np.ndarray) -> torch.Tensor:
     """Mean variance of the encoder's posterior by channel, [8], over uint8 clips [N, F, H, W, 3]."""
     return vae.encode(to_unit(clips)).latent_dist.var.mean(dim=(0, 2, 3, 4))
-
-
-def store_statistics(vae: AutoencoderKLWan, latents: torch.Tensor, variance: torch.Tensor) -> None:
-    """Put the mean and deviation of each latent channel into the VAE's config, as the pipeline reads them.
-
-    The deviation is that of posterior samples: the latents' own variance plus ``variance``, the posterior's.
-    For a channel in use the second is nothing beside the first. A channel that the VAE leaves empty is almost
-    constant, and its own deviation would blow up what no decoder looks at to the size of the picture.
-    """
-    mean = latents.double().mean(dim=(0, 2, 3, 4))
-    std = (latents.double().var(dim=(0, 2, 3, 4)) + variance).sqrt()
-    vae.register_to_config(
-        latents_mean=[round(value, 5) for value in mean.tolist()],
-        latents_std=[round(value, 5) for value in std.tolist()],
-    )
-    log.info("vae: latents' mean %s", vae.config.latents_mean)
-    log.info("vae: latents' deviation %s", vae.config.latents_std)
-
-
-def normalise(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """(latents - mean) / deviation by channel, as the transformer sees them."""
-    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    return (latents - mean) / std
-
-
-def denormalise(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``normalise``."""
-    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    return latents * std + mean
-
-
-def _decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    # AutoencoderKLWan.decode clamps its output, which would stop the gradient of pixels beyond the range.
-    vae.clear_cache()
-    hidden = vae.post_quant_conv(latents)
-    chunks = []
-    for i in range(hidden.shape[2]):
-        vae._conv_idx = [0]
-        chunks.append(
-            vae.decoder(
-                hidden[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0
-            )
-        )
-    vae.clear_cache()
-    return torch.cat(chunks, dim=2)
 
 
 def _batch(

@@ -9,29 +9,32 @@ import torch
 from alignkit.errors import ConfigError
 from alignkit.tiny.muon import Muon, orthogonalised
 from alignkit.tiny.pretrain import load_config, main
+from alignkit.tiny.recipes import FAMILIES, recipe_of
+from alignkit.tiny.recipes.cogvideox import rescale_channels
 from alignkit.tiny.stages import Ema, schedule, train_steps
 from alignkit.tiny.text import ALL_ATTRIBUTES, combination, word
-
-CONFIG = "configs/tiny-wan-pretrain.yaml"
-
-
-def config_text(request) -> str:
-    return (request.config.rootpath / CONFIG).read_text()
+from alignkit.tiny.transformer import squared_error
 
 
+def config_text(request, family: str) -> str:
+    return (request.config.rootpath / f"configs/tiny-{family}-pretrain.yaml").read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("threads: 2", "threads: 2\ntypo: 1", "unknown key typo"),
-        ("  hold: 0.4", "  hold: half", "flow.hold must be a float"),
-        ("  batch: 16", "", "flow.batch is missing"),
+        ("seed: 0", "seed: 0\ntypo: 1", "unknown key typo"),
+        ("  hold: 0.4", "  hold: half", "transformer.hold must be a float"),
+        ("  batch: 16", "", "transformer.batch is missing"),
+        ("family: ", "family: no-", "family must be one of wan, cogvideox"),
     ],
 )
-def test_a_wrong_config_is_refused_by_name(request, tmp_path, capsys, old, new, named):
-    text = config_text(request)
+def test_a_wrong_config_is_refused_by_name(request, tmp_path, capsys, family, old, new, named):
+    text = config_text(request, family)
     assert old in text
     path = tmp_path / "config.yaml"
-    path.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new, 1))
     with pytest.raises(ConfigError, match=named):
         load_config(path)
     assert main(["--config", str(path), "--work", str(tmp_path), "--out", str(tmp_path)]) == 2
@@ -85,3 +88,57 @@ def test_combinations_are_numbered_as_listed():
     assert [combination(entry) for entry in ALL_ATTRIBUTES] == list(range(192))
     longest = max(len(word(entry, wording).encode()) for entry in ALL_ATTRIBUTES for wording in range(5))
     assert longest + 1 <= 64  # the end mark fits as well
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vae_takes_the_batches_it_trains_on(family):
+    """Every shape comes back as long and as large as it went in, also without the final clamp."""
+    recipe = recipe_of(family)
+    vae = recipe.new_vae().eval()
+    for _, frames, size in recipe.VAE_BATCHES:
+        video = torch.zeros(1, 3, frames, size, size)
+        with torch.no_grad():
+            latents = vae.encode(video).latent_dist.mean
+            assert recipe.decode_unclamped(vae, latents).shape == video.shape
+            whole = vae.decode(latents).sample
+            assert torch.equal(whole, recipe.decode_unclamped(vae, latents).clamp(whole.min(), whole.max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_transformers_target_is_the_familys_own(family):
+    """A network that returns nothing has the mean square of c·ε + d·x0 as its error; the state is a·x0 + s·ε."""
+    recipe = recipe_of(family)
+    clean, noise = torch.randn(2, 3, 5, 8, 12, 12, generator=torch.Generator().manual_seed(0))
+    states = []
+
+    class Nothing(torch.nn.Module):
+        config = recipe.new_transformer().config
+
+        def forward(self, hidden_states, **given):
+            states.append((hidden_states, given["timestep"]))
+            return (torch.zeros_like(hidden_states),)
+
+    u, text = torch.tensor([0.0, 0.5, 1.0]), torch.zeros(3, 4, 64)
+    error = squared_error(recipe, Nothing(), clean, noise, u, text)
+    rows, timesteps = recipe.ADAPTER("", 4, recipe.new_scheduler(), None, None).training_path(u.double())
+    a, s, c, d = rows.float().T.reshape(4, 3, 1, 1, 1, 1)
+    assert error.item() == pytest.approx((c * noise + d * clean).square().mean().item(), rel=1e-5)
+    assert torch.equal(states[0][0], a * clean + s * noise) and torch.equal(states[0][1], timesteps.float())
+    assert torch.equal(states[0][0][2], noise[2])  # u = 1 is pure noise in both families
+
+
+def test_bringing_channels_to_one_scale_changes_no_rebuilt_video():
+    torch.manual_seed(0)
+    vae = recipe_of("cogvideox").new_vae().eval()
+    video = torch.rand(1, 3, 9, 24, 24) * 2 - 1
+    scale = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0, 0.3, 0.7, 1.9])
+    with torch.no_grad():
+        before = vae.encode(video).latent_dist
+        rebuilt = vae.decode(before.mean).sample
+        rescale_channels(vae, scale)
+        after = vae.encode(video).latent_dist
+        by_channel = scale.view(1, -1, 1, 1, 1)
+        torch.testing.assert_close(after.mean * by_channel, before.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(after.std * by_channel, before.std, rtol=1e-5, atol=1e-6)
+        # some thirty layers of fp32; a forgotten reader is off by tenths
+        torch.testing.assert_close(vae.decode(after.mean).sample, rebuilt, rtol=0, atol=1e-4)
