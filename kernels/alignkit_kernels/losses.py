@@ -73,7 +73,7 @@ def segment_dpo(gap_w: Tensor, gap_l: Tensor, count: Tensor, preference: Tensor,
 
 
 def loser_safeguard(error_w: Tensor, cross: Tensor, mu: float = 0.0) -> Tensor:
-    """How much of the loser's gradient to keep, [B] in [0, 1], from sums [B, R]; one number a pair.
+    """How much of the loser's gradient to keep, [B] in [0, 1], from sums [B, R]; one number a pair (arXiv:2511.03317).
 
     With g the gradients of the two errors by the predictions: clip((1 - mu) |g_w|**2 / (g_w . g_l), 0, 1)
     where g_w . g_l > 0, else 1. To first order the winner's error then does not rise, as far as winner and
@@ -94,6 +94,35 @@ def region_means(gap_w: Tensor, gap_l: Tensor, count: Tensor) -> tuple[Tensor, T
     """Means of two sums over the same elements; 0 for an empty region."""
     elements = count.clamp(min=1)
     return gap_w / elements, gap_l / elements
+
+
+class PairMeans(NamedTuple):
+    """A pair's errors and gaps as means over elements, fp64 [B] (`region_empty` bool [B]).
+
+    Over all regions, and, as `region_*`, inside the mask: 0 where the mask is empty or missing.
+    """
+
+    error_w: Tensor
+    error_l: Tensor
+    gap_w: Tensor
+    gap_l: Tensor
+    region_error_w: Tensor
+    region_gap_w: Tensor
+    region_gap_l: Tensor
+    region_empty: Tensor
+
+
+def pair_means(error_w: Tensor, error_l: Tensor, gap_w: Tensor, gap_l: Tensor, count: Tensor) -> PairMeans:
+    """Means from sums [B, R]: R = 2 (0 outside the mask, 1 inside), or R = 1 for no mask at all.
+
+    The mask's mean is taken per sample, so that a pair's numbers do not depend on its batch.
+    """
+    elements = count.sum(1).clamp(min=1)
+    inside = slice(1, 2)  # empty without a mask, and then the sums below are 0
+    held = count[:, inside].sum(1)
+    whole = (x.sum(1) / elements for x in (error_w, error_l, gap_w, gap_l))
+    region = (x[:, inside].sum(1) / held.clamp(min=1) for x in (error_w, gap_w, gap_l))
+    return PairMeans(*whole, *region, held == 0)
 
 
 class LocalDPOLoss(NamedTuple):
@@ -137,29 +166,21 @@ def local_dpo(
             + weight_region_sft * (1 + eta) * E_w inside the mask
         z_region = -(beta / 2) (1 + eta) (gap_w - gap_l inside the mask)
 
-    The mask's mean is taken per sample. A pair whose mask is empty (or missing) contributes 0 to the region
-    terms and is flagged in `region_empty`.
+    A pair whose mask is empty (or missing) contributes 0 to the region terms and is flagged in `region_empty`.
     """
-    elements = count.sum(1).clamp(min=1)
-    mean_error_w, mean_error_l, mean_gap_w, mean_gap_l = (x.sum(1) / elements for x in (error_w, error_l, gap_w, gap_l))
-    inside = slice(1, 2)  # empty without a mask, and then the sums below are 0
-    held = count[:, inside].sum(1)
-    empty = held == 0
-    region_error_w, region_gap_w, region_gap_l = (
-        x[:, inside].sum(1) / held.clamp(min=1) for x in (error_w, gap_w, gap_l)
-    )
-    factor = 1 + strength_eta(strength, strength_range, like=elements)
-    logits_region = factor * logits_of(region_gap_w, region_gap_l, beta)
-    logits_global = logits_of(mean_gap_w, mean_gap_l, beta)
+    means = pair_means(error_w, error_l, gap_w, gap_l, count)
+    factor = 1 + strength_eta(strength, strength_range, like=means.error_w)
+    logits_region = factor * logits_of(means.region_gap_w, means.region_gap_l, beta)
+    logits_global = logits_of(means.gap_w, means.gap_l, beta)
     per_pair = (
-        weight_region * torch.where(empty, 0.0, dpo(logits_region))
+        weight_region * torch.where(means.region_empty, 0.0, dpo(logits_region))
         + weight_global * dpo(logits_global)
-        + weight_sft * sft(mean_error_w)
-        + weight_region_sft * factor * sft(region_error_w)
+        + weight_sft * sft(means.error_w)
+        + weight_region_sft * factor * sft(means.region_error_w)
     )
     return LocalDPOLoss(
-        per_pair.mean(), per_pair, logits_region, logits_global, mean_error_w, mean_error_l,
-        mean_gap_w, mean_gap_l, region_gap_w, region_gap_l, empty,
+        per_pair.mean(), per_pair, logits_region, logits_global, means.error_w, means.error_l,
+        means.gap_w, means.gap_l, means.region_gap_w, means.region_gap_l, means.region_empty,
     )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ def test_a_training_step_runs_on_the_kernels(path, tmp_path):
     from alignkit.config import load_config
     from alignkit.data.pairs import PairBatch
     from alignkit.models import load_model
-    from alignkit.objectives.local_dpo import local_dpo, training_states
+    from alignkit.objectives.preference import training_loss
+    from alignkit.objectives.states import training_states
 
     config = load_config(CONFIG, [f"data.videos={tmp_path}", f"output.dir={tmp_path}"])
     model = load_model(config.model, with_encoders=False)
@@ -34,12 +35,12 @@ def test_a_training_step_runs_on_the_kernels(path, tmp_path):
     with count_launches() as launched:
         epochs = torch.zeros(2, dtype=torch.int64)
         states = training_states(config, model, batch, epochs, text[0], torch.float32)
-        result = local_dpo(config, model, policy, reference, batch, states)
+        result = training_loss(config, model, policy, reference, batch, states)
         result.loss.backward()
     if path == "triton":
         expected = {"keyed_kernel", "add_noise_kernel", "pair_region_errors_kernel", "sum_tiles_kernel"}
         assert launched.keys() == {*expected, "pair_region_errors_backward_kernel"}
     else:
         assert not launched
-    assert (result.logits_region == 0).all() and (result.logits_global == 0).all()
+    assert (result.logits["region"] == 0).all() and (result.logits["global"] == 0).all()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in policy.parameters())
