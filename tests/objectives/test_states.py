@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignkit.data.pairs import PairStore, collate
-from alignkit.objectives.local_dpo import training_states
+from alignkit.objectives.states import training_states
 
 SHARE = 0.4
 
