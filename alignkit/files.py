@@ -2,12 +2,13 @@
 
 import json
 import os
+import uuid
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path`, flush to disk, then rename over it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process numbers repeat between containers
     with partial.open("wb") as stream:
         stream.write(content)
         stream.flush()

@@ -1,12 +1,10 @@
 """Captions of a folder of videos: which files they may stand in, and what can be wrong with them."""
 
-import csv
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignkit.data.rows import is_unicode, read_table
 from alignkit.errors import DataError
 
 CAPTION_FILES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
@@ -18,11 +16,13 @@ TEXT_KEYS = ("caption", "text", "prompt", "description")
 class Problem:
     """Something in the user's data that was left out, and why, in words for people.
 
-    `video` is the video's name, or file and line ("captions.jsonl:7") where no video can be named.
+    `video` is the video's name, or file and line ("captions.jsonl:7") where no video can be named. `kind` sorts
+    what `alignkit.data.validation` finds (a `Kind` there).
     """
 
     video: str
     reason: str
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,14 @@ def read_captions(file: Path) -> tuple[dict[str, Caption], list[Problem]]:
     """
     captions: dict[str, Caption] = {}
     problems: list[Problem] = []
-    for number, row in _rows(file):
+    table = read_table(file, "captions file", (".jsonl", ".csv"))
+    for needed in (VIDEO_KEYS, TEXT_KEYS):
+        if file.suffix.lower() == ".csv" and not set(needed) & set(table.columns):
+            raise DataError(
+                f"captions file {file}: its first line has the columns {', '.join(table.columns) or '(none)'}; "
+                f"one of {', '.join(needed)} is needed"
+            )
+    for number, row in table.rows:
         where = f"{file.name}:{number}"
         if isinstance(row, str):
             problems.append(Problem(where, f"line {number} {row}"))
@@ -56,6 +63,9 @@ def read_captions(file: Path) -> tuple[dict[str, Caption], list[Problem]]:
             continue
         if text is not None and not isinstance(text, str):
             problems.append(Problem(where, f"line {number}: the caption is not a text but {text!r:.60}"))
+            text = None
+        if text is not None and not is_unicode(text):
+            problems.append(Problem(where, f"line {number}: the caption holds half a character: {text!r:.60}"))
             text = None
         captions[video] = Caption(" ".join((text or "").split()), where)
     return captions, problems
@@ -77,41 +87,3 @@ def caption_beside(video: Path) -> Caption | None:
 
 def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
     return next((row[key] for key in keys if row.get(key) is not None), None)
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line number, the row, or what is wrong with the line)."""
-    if file.suffix.lower() not in (".jsonl", ".csv"):
-        raise DataError(f"captions file {file}: expected .jsonl or .csv, not '{file.suffix}'")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"captions file {file} cannot be read as UTF-8 text ({error})") from error
-    if file.suffix.lower() == ".csv":
-        yield from _csv_rows(file, text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            yield number, f"is not JSON ({error})"
-            continue
-        yield number, row if isinstance(row, dict) else 'is not a JSON object like {"video": …, "caption": …}'
-
-
-def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    columns = reader.fieldnames or []
-    for needed in (VIDEO_KEYS, TEXT_KEYS):
-        if not set(needed) & set(columns):
-            raise DataError(
-                f"captions file {file}: its first line has the columns {', '.join(columns) or '(none)'}; "
-                f"one of {', '.join(needed)} is needed"
-            )
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise DataError(f"captions file {file}, line {reader.line_num}: {error}") from error

@@ -2,37 +2,47 @@
 
 A folder holds `pairs.json` (what all pairs share), the empty prompt's embedding and `block-NNNNN.arrow` files.
 A block is a fixed range of pair ids; it is written whole or not at all, so a killed build continues with the
-blocks that are missing.
-No byte is stored twice: of the loser only the latents inside the mask are kept, of the text only its tokens.
+blocks that are missing. Pairs that had to be left out are listed in `block-NNNNN.skipped.jsonl`.
+No byte is stored twice: a loser that equals its winner outside the mask is kept inside it only, of the text
+only its tokens.
 """
 
+import copy
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pyarrow
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from alignkit.data.captions import Problem
 from alignkit.errors import DataError
-from alignkit.files import write_atomically
+from alignkit.files import write_atomically, write_lines
 
-FORMAT = 2
+FORMAT = 3
+INFO = "pairs.json"
 EMPTY_TEXT = "empty_prompt.safetensors"
+LATENT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Pair:
     """One preference pair in latent space.
 
-    winner, loser: fp32, the model family's layout without the batch axis; equal outside the mask.
-    mask: uint8, broadcastable to the latents (1: regenerated). text: fp32 [tokens, D], unpadded.
-    steps: how many of the schedule's last steps were redone; strength = steps / num_inference_steps.
+    winner, loser: fp32, the model family's layout without the batch axis.
+    mask: uint8, the same with one channel (1: where the two are compared as a region; LocalDPO's regenerated part,
+    everywhere else the two are equal). text: fp32 [tokens, D], unpadded.
+    steps: how many of the schedule's last steps were redone, strength = steps / num_inference_steps; None for
+    pairs that were not made that way.
     """
 
     id: int
@@ -42,41 +52,55 @@ class Pair:
     winner: Tensor
     loser: Tensor
     mask: Tensor
-    steps: int
-    strength: float
+    steps: int | None = None
+    strength: float | None = None
+
+
+def fault_of(pair: Pair) -> str | None:
+    """What makes a pair useless for training, None if nothing does."""
+    if not (pair.loser.isfinite().all() and pair.winner.isfinite().all()):
+        return "its latents are not finite; try model.dtype=fp32"
+    inside = pair.mask.bool().expand_as(pair.winner)
+    if torch.equal(pair.winner[inside], pair.loser[inside]):
+        return "winner and loser are the same inside the mask"
+    return None
 
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What every pair of a store has in common; a store made under other terms is refused, never mixed."""
+    """What every pair of a store has in common; a store made under other terms is refused, never mixed.
 
+    kind: how its losers came about ("local_dpo", "given", "generated"). model: fingerprint of the network that made
+    them, which must be the one that is trained; None where no network did. pairs: how many are planned, of which
+    some may be left out. dtype: what latents are stored in. made: every other term, by name.
+    """
+
+    kind: str
     family: str
-    model: str
+    model: str | None
     vae: str
     text_encoder: str
-    schedule: str
-    num_inference_steps: int
-    guidance_scale: float
-    prompt_prefix: str
-    negative_prompt: str
-    strengths: list[int]
-    mask: dict
-    seed: int
-    per_clip: int
+    pairs: int
     block_size: int
-    videos: dict
+    dtype: str = "fp32"
+    made: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.pairs // self.block_size)
 
 
 def open_for_building(folder: Path, info: StoreInfo) -> None:
     """Create `folder`, or check that what it holds was made under the same terms (DataError names the difference)."""
-    file = folder / "pairs.json"
+    file = folder / INFO
     if file.exists():
-        stored = _read_info(folder)
-        for key, value in json.loads(json.dumps(asdict(info))).items():
-            if stored.get(key) != value:
+        stored, wanted = asdict(read_info(folder)), json.loads(json.dumps(asdict(info)))
+        for name in {**wanted["made"], **wanted}:
+            old, new = ((terms["made"] | terms).get(name) for terms in (stored, wanted))
+            if name != "made" and old != new:
                 raise DataError(
-                    f"{folder}: holds pairs made with {key} = {stored.get(key)!r}, now it is {value!r}; "
+                    f"{folder}: holds pairs made with {name} = {old!r}, now it is {new!r}; "
                     "choose another output.dir or delete that folder"
                 )
         return
@@ -93,10 +117,19 @@ def block_file(folder: Path, block: int) -> Path:
     return folder / f"block-{block:05d}.arrow"
 
 
-def write_block(folder: Path, block: int, pairs: list[Pair]) -> None:
-    """Store `pairs` as block number `block`, whole or not at all. An empty block is stored too: it is done."""
+def write_block(
+    folder: Path,
+    block: int,
+    pairs: list[Pair],
+    skipped: list[Problem] | tuple[()] = (),
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Store `pairs` as block number `block`, whole or not at all, latents and text in `dtype`.
+
+    An empty block is stored too: it is done. `skipped` lists what should have been in it and why it is not.
+    """
     target = block_file(folder, block)
-    partial = target.with_suffix(f".partial-{os.getpid()}")
+    partial = target.with_suffix(f".partial-{uuid.uuid4().hex}")
     features = datasets.Features(
         id=datasets.Value("int64"),
         source=datasets.Value("string"),
@@ -105,27 +138,33 @@ def write_block(folder: Path, block: int, pairs: list[Pair]) -> None:
         strength=datasets.Value("float64"),
         tensors=datasets.Value("binary"),
     )
+    if skipped:
+        write_lines(target.with_suffix(".skipped.jsonl"), [asdict(problem) for problem in skipped])
     with datasets.arrow_writer.ArrowWriter(path=str(partial), features=features) as writer:
         for pair in pairs:
-            inside = pair.mask.bool().expand_as(pair.loser)
-            tensors = {
-                "winner": pair.winner.contiguous(),
-                "loser_inside": pair.loser[inside],
-                "mask": pair.mask.contiguous(),
-                "text": pair.text.contiguous(),
-            }
-            writer.write(
-                {
-                    "id": pair.id,
-                    "source": pair.source,
-                    "prompt": pair.prompt,
-                    "steps": pair.steps,
-                    "strength": pair.strength,
-                    "tensors": save_tensors(tensors),
-                }
-            )
+            row = {name: getattr(pair, name) for name in ("id", "source", "prompt", "steps", "strength")}
+            writer.write(row | {"tensors": save_tensors(_tensors(pair, dtype))})
         writer.finalize()
     os.replace(partial, target)
+
+
+def _tensors(pair: Pair, dtype: torch.dtype) -> dict[str, Tensor]:
+    inside = pair.mask.bool().expand_as(pair.loser)
+    same_outside = torch.equal(torch.where(inside, pair.winner, pair.loser), pair.winner)
+    loser = {"loser_inside": pair.loser[inside]} if same_outside else {"loser": pair.loser}
+    latents = {"winner": pair.winner, **loser, "text": pair.text}
+    return {name: tensor.to(dtype).contiguous() for name, tensor in latents.items()} | {"mask": pair.mask.contiguous()}
+
+
+def missing_blocks(folder: Path, info: StoreInfo) -> list[int]:
+    """Numbers of the blocks that are not there yet."""
+    return [number for number in range(info.blocks) if not block_file(folder, number).exists()]
+
+
+def skipped_pairs(folder: Path) -> list[Problem]:
+    """What finished blocks left out and why."""
+    files = sorted(Path(folder).glob("block-*.skipped.jsonl"))
+    return [Problem(**json.loads(line)) for file in files for line in file.read_text().splitlines()]
 
 
 class PairStore:
@@ -133,11 +172,17 @@ class PairStore:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.info = _read_info(self.folder)
-        blocks = [datasets.Dataset.from_file(str(file)) for file in sorted(self.folder.glob("block-*.arrow"))]
+        self.info = read_info(self.folder)
+        missing = missing_blocks(self.folder, self.info)
+        if missing:
+            raise DataError(
+                f"{self.folder}: {len(missing)} of {self.info.blocks} blocks of pairs are not made yet; "
+                "run 'alignkit pairs' with this configuration again"
+            )
+        blocks = [_open_block(block_file(self.folder, number)) for number in range(self.info.blocks)]
         blocks = [block for block in blocks if len(block)]
         if not blocks:
-            raise DataError(f"{self.folder}: holds no pairs; run 'alignkit pairs' first")
+            raise DataError(f"{self.folder}: holds no pairs; the reasons are in its block-*.skipped.jsonl")
         self.rows = datasets.concatenate_datasets(blocks)
         self.ids: list[int] = list(self.rows["id"])
         if len(set(self.ids)) != len(self.ids):
@@ -151,7 +196,13 @@ class PairStore:
     @property
     def fingerprint(self) -> str:
         """Changes with the terms the pairs were made under and with which pairs there are."""
-        return hashlib.sha256(json.dumps([self.info, self.ids], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([asdict(self.info), self.ids], sort_keys=True).encode()).hexdigest()[:16]
+
+    def select(self, rows: list[int]) -> "PairStore":
+        """The same store with these rows alone."""
+        chosen = copy.copy(self)
+        chosen.rows, chosen.ids = self.rows.select(rows), [self.ids[row] for row in rows]
+        return chosen
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -162,14 +213,17 @@ class PairStore:
     def __getitem__(self, index: int) -> Pair:
         row = self.rows[index]
         tensors = load_tensors(row["tensors"])
-        winner, mask = tensors["winner"], tensors["mask"]
-        loser = winner.clone()
-        loser[mask.bool().expand_as(winner)] = tensors["loser_inside"]
+        mask = tensors.pop("mask")
+        latents = {name: tensor.float() for name, tensor in tensors.items()}
+        winner, loser = latents["winner"], latents.get("loser")
+        if loser is None:
+            loser = winner.clone()
+            loser[mask.bool().expand_as(winner)] = latents["loser_inside"]
         return Pair(
             id=row["id"],
             source=row["source"],
             prompt=row["prompt"],
-            text=tensors["text"],
+            text=latents["text"],
             winner=winner,
             loser=loser,
             mask=mask,
@@ -180,37 +234,54 @@ class PairStore:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs side by side: latents fp32 [B, ...], mask uint8 [B, ...], a text each, ids int64 [B], strength fp64 [B]."""
+    """Pairs side by side: latents fp32 [B, ...], mask uint8 [B, ...], a text each, ids int64 [B], strength fp64 [B].
+
+    strength is None for pairs that have none.
+    """
 
     ids: Tensor
     winner: Tensor
     loser: Tensor
     mask: Tensor
     text: list[Tensor]
-    strength: Tensor
+    strength: Tensor | None
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def collate(pairs: list[Pair]) -> PairBatch:
+    strengths = [pair.strength for pair in pairs]
     return PairBatch(
         ids=torch.tensor([pair.id for pair in pairs]),
         winner=torch.stack([pair.winner for pair in pairs]),
         loser=torch.stack([pair.loser for pair in pairs]),
         mask=torch.stack([pair.mask for pair in pairs]),
         text=[pair.text for pair in pairs],
-        strength=torch.tensor([pair.strength for pair in pairs], dtype=torch.float64),
+        strength=None if None in strengths else torch.tensor(strengths, dtype=torch.float64),
     )
 
 
-def _read_info(folder: Path) -> dict:
+def _open_block(file: Path) -> datasets.Dataset:
     try:
-        info = json.loads((folder / "pairs.json").read_text())
+        return datasets.Dataset.from_file(str(file))
+    except (pyarrow.ArrowException, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise DataError(f"{file}: damaged ({problem}); delete it and run 'alignkit pairs' again") from None
+
+
+def read_info(folder: Path) -> StoreInfo:
+    """The terms of the store in `folder`. Raises DataError where there is none, a damaged one or another format."""
+    try:
+        info = json.loads((folder / INFO).read_text())
     except OSError:
         raise DataError(f"{folder}: no pairs here; run 'alignkit pairs' with this configuration first") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{folder / 'pairs.json'}: damaged ({error}); delete the folder and build again") from None
-    if info.get("format") != FORMAT:
-        raise DataError(f"{folder}: written in pair format {info.get('format')!r}, this version reads {FORMAT}")
-    return info
+    except ValueError as error:
+        raise DataError(f"{folder / INFO}: damaged ({error}); delete the folder and build again") from None
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        found = info.get("format") if isinstance(info, dict) else info
+        raise DataError(f"{folder}: written in pair format {found!r}, this version reads {FORMAT}")
+    try:
+        return StoreInfo(**info)
+    except TypeError as error:
+        raise DataError(f"{folder / INFO}: damaged ({error}); delete the folder and build again") from None

@@ -4,7 +4,7 @@ import hashlib
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,6 +44,29 @@ class VideoSpec:
     width: int
     num_frames: int
     fps: float | None = None
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What one pass over a video file has seen, and which of its frames a `VideoSpec` takes.
+
+    frames: how many the file holds; where `whole` is False it holds more, and no more were looked at.
+    height, width: pixels, upright; stretch: the shown width of a pixel over its height.
+    rate: frames a second by their timestamps. chosen: the number of the file's frame behind each frame used.
+    """
+
+    path: Path
+    frames: int
+    whole: bool
+    height: int
+    width: int
+    stretch: float
+    rate: float
+    chosen: tuple[int, ...]
+
+
+class TooShortError(DataError):
+    """A video that holds fewer frames than are needed."""
 
 
 @dataclass(frozen=True)
@@ -184,27 +207,6 @@ def _without_duplicates(clips: list[Clip]) -> tuple[list[Clip], list[Problem]]:
 # --- decoding -----------------------------------------------------------------------------------------------
 
 
-def usable_clips(clips: Iterable[Clip], spec: VideoSpec, problems: list[Problem]) -> Iterator[tuple[Clip, Tensor]]:
-    """Decode clip by clip: yields (clip, uint8 [F, H, W, 3]) for the good ones.
-
-    For each of the others a Problem is appended to `problems`: what `decode_clip` refuses, and clips that
-    decode to the very pictures of one before (the same video in another container).
-    """
-    seen: dict[bytes, str] = {}
-    for clip in clips:
-        try:
-            frames = decode_clip(clip.path, spec)
-        except DataError as error:
-            problems.append(Problem(clip.name, str(error).removeprefix(f"{clip.path}: ")))
-            continue
-        digest = hashlib.sha256(frames.numpy().tobytes()).digest()
-        if digest in seen:
-            problems.append(Problem(clip.name, f"the same pictures as {seen[digest]}"))
-            continue
-        seen[digest] = clip.name
-        yield clip, frames
-
-
 def decode_clip(path: str | Path, spec: VideoSpec) -> Tensor:
     """Decode one video to uint8 RGB [F, H, W, 3] as a player shows it, resized to cover and centre-cropped.
 
@@ -212,8 +214,13 @@ def decode_clip(path: str | Path, spec: VideoSpec) -> Tensor:
     (untagged: BT.601 limited, as ffmpeg does), and timestamps. The resize is bicubic with antialiasing.
 
     Raises DataError, in one line that starts with the path, if the file has no video, cannot be decoded to
-    its end (at most `CHECKED_FRAMES` beyond the frames used), or is too short.
+    its end (at most `CHECKED_FRAMES` beyond the frames used), or is too short (`TooShortError`).
     """
+    return decode_with_facts(path, spec)[0]
+
+
+def decode_with_facts(path: str | Path, spec: VideoSpec) -> tuple[Tensor, VideoFacts]:
+    """What `decode_clip` returns, and what the same pass over the file has seen; raises the same errors."""
     path = Path(path)
     if min(spec.height, spec.width, spec.num_frames) < 1 or (spec.fps is not None and not spec.fps > 0):
         raise DataError(f"impossible video shape {spec}: height, width, frames and fps must be above 0")
@@ -221,18 +228,28 @@ def decode_clip(path: str | Path, spec: VideoSpec) -> Tensor:
         return _pick(_timed_frames(stream, path), stream, spec, path)
 
 
+def picture_digest(frames: Tensor) -> str:
+    """SHA-256 of decoded pictures: equal for videos that show the very same, whatever file they are in."""
+    return hashlib.sha256(frames.numpy().tobytes()).hexdigest()
+
+
 def read_video(path: str | Path) -> Tensor:
     """Every frame of a video at its own size, uint8 RGB [F, H, W, 3]: what `write_video` wrote, for example.
 
     Upright and in the tagged colours as `decode_clip`, and refused with the same errors.
     """
-    path = Path(path)
+    return torch.from_numpy(np.stack(list(upright_frames(Path(path)))))
+
+
+def upright_frames(path: Path) -> Iterator[np.ndarray]:
+    """The frames of `read_video` one by one, uint8 RGB [H, W, 3]; raises the same errors, some at the last."""
+    frame = None
     with _opened(path) as stream:
         reformatter = VideoReformatter()
-        frames = [_upright(frame, reformatter)[0] for _, _, frame in _timed_frames(stream, path)]
-    if not frames:
+        for _, _, frame in _timed_frames(stream, path):
+            yield _upright(frame, reformatter)[0]
+    if frame is None:
         raise DataError(f"{path}: holds no frame that can be decoded")
-    return torch.from_numpy(np.stack(frames))
 
 
 @contextmanager
@@ -283,15 +300,23 @@ def _timed_frames(stream: VideoStream, path: Path) -> Iterator[TimedFrame]:
         raise DataError(f"{path}: damaged, decoding fails after {count} frames ({_reason(error)})") from error
 
 
-def _pick(frames: Iterator[TimedFrame], stream: VideoStream, spec: VideoSpec, path: Path) -> Tensor:
+def _pick(frames: Iterator[TimedFrame], stream: VideoStream, spec: VideoSpec, path: Path) -> tuple[Tensor, VideoFacts]:
     """The pictures that `spec` asks for, out of all frames of the file."""
     picture = _Pictures(spec, stream.sample_aspect_ratio)
-    chosen: list[np.ndarray] = []
+    pictures: list[np.ndarray] = []
+    chosen: list[int] = []
     count, beyond = 0, 0
     before: TimedFrame | None = None
-    first = end = Fraction(0)
+    first = start = end = Fraction(0)
     rate = Fraction(spec.fps).limit_denominator(100_000) if spec.fps is not None else None
+
+    def choose(number: int, frame: VideoFrame) -> None:
+        chosen.append(number)
+        pictures.append(picture(frame))
+
     for start, duration, frame in frames:
+        if count == 0:
+            first = start
         count += 1
         if len(chosen) == spec.num_frames:
             beyond += 1
@@ -299,28 +324,35 @@ def _pick(frames: Iterator[TimedFrame], stream: VideoStream, spec: VideoSpec, pa
                 break
             continue
         if rate is None:
-            chosen.append(picture(frame))
+            choose(count - 1, frame)
             continue
-        if before is None:
-            first = start
         while len(chosen) < spec.num_frames and (wanted := first + len(chosen) / rate) <= start:
             earlier = before is not None and wanted - before[0] <= start - wanted
-            chosen.append(picture(before[2] if earlier else frame))
+            choose(*((count - 2, before[2]) if earlier else (count - 1, frame)))
         before, end = (start, duration, frame), start + duration
     while rate is not None and len(chosen) < spec.num_frames and first + len(chosen) / rate < end:
-        chosen.append(picture(before[2]))  # the last frame is shown until its duration ends
+        choose(count - 1, before[2])  # the last frame is shown until its duration ends
     if count == 0:
         raise DataError(f"{path}: holds no frame that can be decoded")
     if len(chosen) < spec.num_frames:
         has = f"{count} frame{'s' * (count != 1)}"
         if rate is not None:
             has += f" over {float(end - first):.2f} s, {len(chosen)} at {spec.fps:g} frames a second"
-        raise DataError(f"{path}: too short: it has {has}, and {spec.num_frames} are needed")
-    return torch.from_numpy(np.stack(chosen))
+        raise TooShortError(f"{path}: too short: it has {has}, and {spec.num_frames} are needed")
+    measured = (count - 1) / (start - first) if start > first else stream.average_rate or 0
+    whole = beyond < CHECKED_FRAMES
+    facts = VideoFacts(path, count, whole, *picture.size, picture.stretch, float(measured), tuple(chosen))
+    return torch.from_numpy(np.stack(pictures)), facts
 
 
 class _Pictures:
-    """Turns decoded frames into upright uint8 RGB pictures [height, width, 3]; remembers the last one."""
+    """Turns decoded frames into upright uint8 RGB pictures [height, width, 3]; remembers the last one.
+
+    `size` and `stretch` are those of the upright frames, before they are brought to the spec's shape.
+    """
+
+    size: tuple[int, int]
+    stretch: float
 
     def __init__(self, spec: VideoSpec, pixel_shape: Fraction | None):
         self.spec = spec
@@ -332,8 +364,9 @@ class _Pictures:
         if self.last is not None and self.last[0] is frame:
             return self.last[1]
         rgb, transposed = _upright(frame, self.reformatter)
-        stretch = 1 / self.pixel_shape if transposed else self.pixel_shape  # width of a pixel over its height
-        picture = _cover_and_crop(rgb, self.spec.height, self.spec.width, float(stretch))
+        self.size = rgb.shape[:2]
+        self.stretch = float(1 / self.pixel_shape if transposed else self.pixel_shape)
+        picture = cover_and_crop(rgb, self.spec.height, self.spec.width, self.stretch)
         self.last = frame, picture
         return picture
 
@@ -362,12 +395,16 @@ def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     return False, a < 0, d < 0
 
 
-def _cover_and_crop(rgb: np.ndarray, height: int, width: int, stretch: float) -> np.ndarray:
-    rows, columns = rgb.shape[:2]
+def cover_and_crop(picture: np.ndarray, height: int, width: int, stretch: float) -> np.ndarray:
+    """Resize a uint8 picture [rows, columns, ...] to cover height x width and cut off evenly what sticks out.
+
+    `stretch` is the width of one of its pixels over the pixel's height.
+    """
+    rows, columns = picture.shape[:2]
     scale = max(height / rows, width / (columns * stretch))  # shown pixels for each stored row
     box_w, box_h = min(width / (scale * stretch), columns), min(height / scale, rows)
     left, top = (columns - box_w) / 2, (rows - box_h) / 2
-    image = Image.fromarray(np.ascontiguousarray(rgb))
+    image = Image.fromarray(np.ascontiguousarray(picture))
     box = (left, top, left + box_w, top + box_h)
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 

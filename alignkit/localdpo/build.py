@@ -1,149 +1,147 @@
-"""`alignkit pairs`: a folder of captioned videos in, LocalDPO pairs for training and evaluation out."""
+"""`alignkit pairs` from a folder of captioned videos: LocalDPO pairs for training and evaluation."""
 
-import json
 from collections import defaultdict
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from alignkit.config import Config
-from alignkit.data.pairs import Pair, StoreInfo, block_file, open_for_building, write_block, write_empty_text
-from alignkit.data.videos import Clip, VideoSpec, decode_clip, find_clips, usable_clips
+from alignkit.data.blocks import Made, build_blocks
+from alignkit.data.captions import Problem
+from alignkit.data.folders import (
+    SKIPPED,
+    SPLITS,
+    add_skipped_pairs,
+    check_membership,
+    pairs_folder,
+    stored_dtype,
+    video_spec,
+    write_skipped,
+)
+from alignkit.data.masks import mask_digest, mask_on_grid, read_mask
+from alignkit.data.pairs import LATENT_DTYPES, Pair, StoreInfo, fault_of, open_for_building, write_empty_text
+from alignkit.data.videos import Clip, VideoFacts, decode_with_facts
 from alignkit.errors import DataError
-from alignkit.files import write_json, write_lines
-from alignkit.localdpo.corruption import regenerate
+from alignkit.localdpo.corruption import Predict, regenerate
 from alignkit.localdpo.masks import region_mask
+from alignkit.localdpo.sources import Source, find_usable, split_clips
 from alignkit.models import family_module, load_model, working_dtype
-from alignkit.progress import progress, say
+from alignkit.progress import say
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
-SPLITS = ("train", "heldout")
+
+class Task(NamedTuple):
+    """A pair to be made: its id, its clip, the winner's latents and the mask, both in the family's layout."""
+
+    pair_id: int
+    clip: Clip
+    winner: Tensor
+    mask: Tensor
 
 
-def pairs_folder(config: Config, split: str) -> Path:
-    return config.output.dir / "pairs" / split
+def build_pairs(config: Config, device: torch.device, show: bool = True) -> dict[str, int]:
+    """Make every pair that is not stored yet; returns how many pairs are planned for each split.
 
-
-def video_spec(config: Config) -> VideoSpec:
-    data = config.data
-    return VideoSpec(data.height, data.width, data.num_frames, data.fps)
-
-
-def find_usable(config: Config) -> list[Clip]:
-    """The clips of `data.videos` that decode to the wanted size and length, in name order.
-
-    The others go to skipped.jsonl with the reason. Raises DataError when nothing is left.
+    Any number of processes may call this at once: they share the blocks between them. A pair's id is its clip's
+    number times `pairs.per_clip` plus a counter, so ids are unique over both splits and a pair's mask, strength and
+    noise depend on nothing but its id and the seed.
     """
-    if config.data.videos is None:
-        raise DataError("data.videos: not set; name the folder that holds the videos")
-    clips, problems = find_clips(config.data.videos, config.data.captions)
-    good, listed = [], len(clips) + len(problems)
-    with progress("checking videos", len(clips)) as bar:
-        watched = (bar.advance() or clip for clip in clips)
-        for clip, _ in usable_clips(watched, video_spec(config), problems):
-            good.append(clip)
-    config.output.dir.mkdir(parents=True, exist_ok=True)
-    write_lines(config.output.dir / "skipped.jsonl", [asdict(problem) for problem in problems])
-    for problem in problems:
-        say(f"skipped {problem.video}: {problem.reason}")
-    if problems:
-        say(f"{len(good)} of {listed} videos can be used")
-    if len(good) < 2:
+    sources, problems = find_usable(config, show)
+    if show:
+        write_skipped(config, problems)
+        if problems:
+            say(f"{len(sources)} videos can be used")
+    if len(sources) < 2:
         raise DataError(
-            f"data.videos: {len(good)} usable of {listed} in {config.data.videos}, but one to "
-            f"train on and one to hold out are needed; the reasons are in {config.output.dir / 'skipped.jsonl'}"
+            f"data.videos: {len(sources)} usable of {len(sources) + len(problems)} in {config.data.videos}, but one to "
+            f"train on and one to hold out are needed; the reasons are in {config.output.dir / SKIPPED}"
         )
-    return good
-
-
-def split_clips(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """(train, heldout) clip numbers, drawn by `seed`: at least one in each."""
-    assert count >= 2
-    heldout = min(max(1, round(count * share)), count - 1)
-    order = np.random.default_rng([seed, 0x5911]).permutation(count)
-    return sorted(order[heldout:].tolist()), sorted(order[:heldout].tolist())
-
-
-def build_pairs(config: Config, device: torch.device) -> dict[str, int]:
-    """Make every pair that is not stored yet; returns how many pairs each split holds.
-
-    A pair's id is its clip's number times `pairs.per_clip` plus a counter, so ids are unique over both splits
-    and a pair's mask, strength and noise depend on nothing but its id and the seed.
-    """
-    say(f"loading {config.model.family} from {config.model.path}")
+    if show:
+        say(f"loading {config.model.family} from {config.model.path}")
     model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
-    data = config.data
-    grid = model.latent_grid(data.num_frames, data.height, data.width)
-    clips = find_usable(config)
+    per_clip, shared = config.pairs.per_clip, _store_info(config, model)
     counts = {}
-    for split, numbers in zip(SPLITS, split_clips(len(clips), data.heldout, config.pairs.seed), strict=True):
+    for split, numbers in zip(SPLITS, split_clips(len(sources), config.data.heldout, config.pairs.seed), strict=True):
         folder = pairs_folder(config, split)
-        open_for_building(folder, _store_info(config, model))
+        tasks = [(sources[n], n * per_clip + j) for n in numbers for j in range(per_clip)]
+        rows = [(sources[n].clip.name, sources[n].digest, sources[n].clip.caption) for n in numbers]
+        masks = [mask_digest(sources[n].mask) for n in numbers]
+        check_membership(folder, [[*row, mask] for row, mask in zip(rows, masks, strict=True)])
+        info = replace(shared, pairs=len(tasks))
+        open_for_building(folder, info)
         write_empty_text(folder, model.encode_text([""])[0])
-        _check_membership(folder, [clips[n].name for n in numbers])
-        tasks = [(clips[n], n * config.pairs.per_clip + j) for n in numbers for j in range(config.pairs.per_clip)]
-        size = config.pairs.block_size
-        blocks = [tasks[i : i + size] for i in range(0, len(tasks), size)]
-        done = sum(len(block) for i, block in enumerate(blocks) if block_file(folder, i).exists())
-        with progress(f"making {split} pairs", len(tasks), done=done) as bar:
-            for number, block in enumerate(blocks):
-                if not block_file(folder, number).exists():
-                    write_block(folder, number, _make_block(config, model, grid, block, bar))
+        build_blocks(folder, info, partial(_make_rows, config, model, tasks), f"making {split} pairs", show=show)
         counts[split] = len(tasks)
+    if show:
+        add_skipped_pairs(config)
     return counts
-
-
-def _check_membership(folder: Path, names: list[str]) -> None:
-    """Blocks made from other clips than today's would carry the wrong ids: refuse them."""
-    file = folder / "clips.json"
-    if not file.exists():
-        write_json(file, names)
-    elif json.loads(file.read_text()) != names:
-        raise DataError(
-            f"{folder}: was built from other clips than data.videos holds now; choose another "
-            "output.dir or delete that folder"
-        )
 
 
 def _store_info(config: Config, model) -> StoreInfo:
     pairs = config.pairs
+    terms = pairs.model_dump(mode="json", exclude={"block_size", "batch_size", "dtype", "previews"})
     return StoreInfo(
+        kind="local_dpo",
         family=model.family,
         model=model.fingerprint(),
         vae=model.fingerprint("vae"),
         text_encoder=model.fingerprint("text_encoder"),
-        schedule=model.schedule(pairs.num_inference_steps).fingerprint,
-        num_inference_steps=pairs.num_inference_steps,
-        guidance_scale=pairs.guidance_scale,
-        prompt_prefix=pairs.prompt_prefix,
-        negative_prompt=pairs.negative_prompt,
-        strengths=list(pairs.strengths),
-        mask=pairs.mask.model_dump(mode="json"),
-        seed=pairs.seed,
-        per_clip=pairs.per_clip,
+        pairs=0,
         block_size=pairs.block_size,
-        videos=config.data.model_dump(mode="json", exclude={"videos", "captions"}),
+        dtype=stored_dtype(config, model.dtype),
+        made=terms
+        | {
+            "schedule": model.schedule(pairs.num_inference_steps).fingerprint,
+            "videos": config.data.model_dump(mode="json", include={"height", "width", "num_frames", "fps", "heldout"}),
+        },
     )
 
 
-def _make_block(config: Config, model, grid: tuple, block: list[tuple[Clip, int]], bar) -> list[Pair]:
+def _make_rows(
+    config: Config, model, tasks: list[tuple[Source, int]], rows: range, advance: Callable[[int], None]
+) -> Made:
     """The pairs of one block, in id order. Pairs of equal strength are regenerated together."""
     spec, pairs = video_spec(config), config.pairs
-    winners = {}
-    for clip in {clip.name: clip for clip, _ in block}.values():
-        winners[clip.name] = model.encode_video(decode_clip(clip.path, spec)[None])[0]
-    by_strength = defaultdict(list)
-    for clip, pair_id in block:
-        by_strength[_draw_strength(config, pair_id)].append((clip, pair_id))
+    stored = LATENT_DTYPES[stored_dtype(config, model.dtype)]
+    by_strength: dict[int, list[Task]] = defaultdict(list)
+    problems, decoded = [], {}
+    for source, pair_id in (tasks[row] for row in rows):
+        clip = source.clip
+        if clip.name not in decoded:
+            frames, facts = decode_with_facts(clip.path, spec)
+            latents = model.encode_video(frames[None])[0].to(stored).float()  # as the store gives it back
+            decoded = {clip.name: (latents, facts)}  # a clip's pairs are neighbours
+        latents, facts = decoded[clip.name]
+        try:
+            mask = _mask_of(config, model, source, facts, pair_id)
+        except DataError as error:
+            problems.append(Problem(f"{clip.name} (pair {pair_id})", str(error)))
+            continue
+        by_strength[_draw_strength(config, pair_id)].append(Task(pair_id, clip, latents, model.region_layout(mask)))
     made: list[Pair] = []
     for steps, group in sorted(by_strength.items()):
         for first in range(0, len(group), pairs.batch_size):
             batch = group[first : first + pairs.batch_size]
-            made += _make_batch(config, model, grid, steps, batch, winners)
-            bar.advance(len(batch))
-    return sorted(made, key=lambda pair: pair.id)
+            for pair in _make_batch(config, model, steps, batch):
+                fault = fault_of(pair)
+                if fault:
+                    problems.append(Problem(f"{pair.source} (pair {pair.id})", fault))
+                else:
+                    made.append(pair)
+            advance(len(batch))
+    return sorted(made, key=lambda pair: pair.id), problems
+
+
+def _mask_of(config: Config, model, source: Source, facts: VideoFacts, pair_id: int) -> Tensor:
+    options, spec = config.pairs.mask, video_spec(config)
+    grid = model.latent_grid(spec.num_frames, spec.height, spec.width)
+    if source.mask is not None:
+        return mask_on_grid(read_mask(source.mask, facts, spec), grid)
+    return region_mask(grid, (spec.height, spec.width), options, seed=config.pairs.seed, pair_id=pair_id)
 
 
 def _draw_strength(config: Config, pair_id: int) -> int:
@@ -153,40 +151,40 @@ def _draw_strength(config: Config, pair_id: int) -> int:
     return strengths[min(int(u * len(strengths)), len(strengths) - 1)]
 
 
-def _make_batch(config: Config, model, grid: tuple, steps: int, batch, winners) -> list[Pair]:
+def _make_batch(config: Config, model, steps: int, batch: list[Task]) -> list[Pair]:
     pairs = config.pairs
-    clean = torch.stack([winners[clip.name] for clip, _ in batch])
-    pixels = (config.data.height, config.data.width)
-    masks = torch.stack(
-        [
-            model.region_layout(region_mask(grid, pixels, pairs.mask, seed=pairs.seed, pair_id=pair_id))
-            for _, pair_id in batch
-        ]
-    )
-    prompts = model.encode_text([pairs.prompt_prefix + clip.caption for clip, _ in batch])
-    text = model.pad_text(prompts).to(clean.device, model.dtype)
-    negative = model.pad_text(model.encode_text([pairs.negative_prompt] * len(batch))).to(clean.device, model.dtype)
-    guided = family_module(model.family).guided
-
-    def predict(state, timesteps):
-        return guided(model.transformer, state, timesteps, text, negative, pairs.guidance_scale).float()
-
-    ids = torch.tensor([pair_id for _, pair_id in batch])
-    key = NoiseKey(pairs.seed, ids, 0, Stream.CORRUPTION)
-    schedule = model.schedule(pairs.num_inference_steps)
-    losers = regenerate(clean, masks, predict, schedule, key, steps)
-    captions = model.encode_text([clip.caption for clip, _ in batch])
+    clean, masks = (torch.stack(side) for side in zip(*((task.winner, task.mask) for task in batch), strict=True))
+    predict = guided_network(config, model, [task.clip.caption for task in batch], clean.device)
+    key = NoiseKey(pairs.seed, torch.tensor([task.pair_id for task in batch]), 0, Stream.CORRUPTION)
+    losers = regenerate(clean, masks, predict, model.schedule(pairs.num_inference_steps), key, steps)
+    captions = model.encode_text([task.clip.caption for task in batch])
     return [
         Pair(
-            id=pair_id,
-            source=clip.name,
-            prompt=clip.caption,
+            id=task.pair_id,
+            source=task.clip.name,
+            prompt=task.clip.caption,
             text=captions[i],
-            winner=clean[i].cpu(),
+            winner=task.winner.cpu(),
             loser=losers[i].cpu(),
-            mask=masks[i],
+            mask=task.mask,
             steps=steps,
             strength=steps / pairs.num_inference_steps,
         )
-        for i, (clip, pair_id) in enumerate(batch)
+        for i, task in enumerate(batch)
     ]
+
+
+def guided_network(config: Config, model, captions: list[str], device: torch.device) -> Predict:
+    """`model`'s guided prediction for these captions, with the prefix, negative prompt and scale of `pairs`."""
+    pairs, family = config.pairs, family_module(model.family)
+    prompts = model.encode_text([pairs.prompt_prefix + caption for caption in captions])
+    text = model.pad_text(prompts).to(device, model.dtype)
+    negative = model.pad_text(model.encode_text([pairs.negative_prompt] * len(captions))).to(device, model.dtype)
+
+    def predict(state: Tensor, timesteps: Tensor) -> Tensor:
+        scale = pairs.guidance_scale
+        if pairs.dynamic_guidance:
+            scale = family.dynamic_guidance(scale, timesteps[0].item(), pairs.num_inference_steps)
+        return family.guided(model.transformer, state, timesteps, text, negative, scale).float()
+
+    return predict

@@ -5,25 +5,29 @@ import dataclasses
 import pytest
 import torch
 
-from alignkit.data.pairs import Pair, PairStore, StoreInfo, collate, open_for_building, write_block
+from alignkit.data.captions import Problem
+from alignkit.data.pairs import (
+    LATENT_DTYPES,
+    Pair,
+    PairStore,
+    StoreInfo,
+    collate,
+    missing_blocks,
+    open_for_building,
+    skipped_pairs,
+    write_block,
+)
 from alignkit.errors import DataError
 
 INFO = StoreInfo(
+    kind="local_dpo",
     family="wan",
     model="m",
     vae="v",
     text_encoder="t",
-    schedule="s",
-    num_inference_steps=50,
-    guidance_scale=6.0,
-    prompt_prefix="",
-    negative_prompt="",
-    strengths=[38],
-    mask={"blobs": (1, 5)},
-    seed=0,
-    per_clip=1,
+    pairs=5,
     block_size=2,
-    videos={"height": 48},
+    made={"mask": {"blobs": (1, 5)}, "seed": 0},
 )
 
 
@@ -43,56 +47,103 @@ def same(a, b):
     )
 
 
+def write(folder, pairs, **terms):
+    """A store of these pairs alone."""
+    info = dataclasses.replace(INFO, pairs=len(pairs), **terms)
+    open_for_building(folder, info)
+    for block in range(info.blocks):
+        write_block(folder, block, pairs[2 * block : 2 * block + 2], dtype=LATENT_DTYPES[info.dtype])
+    return PairStore(folder)
+
+
 def test_pairs_come_back_bit_for_bit(tmp_path):
     pairs = [make_pair(i) for i in range(5)]
-    open_for_building(tmp_path, INFO)
-    for block in range(3):
-        write_block(tmp_path, block, pairs[2 * block : 2 * block + 2])
-    store = PairStore(tmp_path)
+    store = write(tmp_path, pairs)
     assert store.ids == [0, 1, 2, 3, 4]
     assert all(same(got, wanted) for got, wanted in zip(store, pairs, strict=True))
     batch = collate([store[1], store[4]])
     assert torch.equal(batch.loser[1], pairs[4].loser) and batch.strength.tolist() == [0.76, 0.76]
 
 
-def test_the_loser_is_stored_inside_its_mask_only(tmp_path):
-    open_for_building(tmp_path, INFO)
+def test_pairs_without_a_strength_that_differ_everywhere_come_back_too(tmp_path):
+    first = make_pair(0)
+    pair = dataclasses.replace(first, loser=first.winner + 1, steps=None, strength=None)
+    (got,) = write(tmp_path, [pair])
+    assert same(got, pair)
+    assert collate([got]).strength is None
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_stored_in_half_the_size_winner_and_loser_stay_equal_outside_the_mask(tmp_path, dtype):
     pair = make_pair(0)
-    write_block(tmp_path, 0, [pair])
-    stored = len(PairStore(tmp_path).rows[0]["tensors"])
-    needed = 4 * (pair.winner.numel() + int(pair.mask.sum()) * 4 + pair.text.numel()) + pair.mask.numel()
+    (got,) = write(tmp_path, [pair], dtype=dtype)
+    inside = pair.mask.bool().expand_as(pair.winner)
+    assert torch.equal(got.winner, pair.winner.to(LATENT_DTYPES[dtype]).float())
+    assert torch.equal(got.loser[~inside], got.winner[~inside]) and not torch.equal(got.loser, got.winner)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("fp16", 2)])
+def test_no_byte_is_stored_twice(tmp_path, dtype, size):
+    pair = make_pair(0)
+    stored = len(write(tmp_path, [pair], dtype=dtype).rows[0]["tensors"])
+    needed = size * (pair.winner.numel() + int(pair.mask.sum()) * 4 + pair.text.numel()) + pair.mask.numel()
     assert stored - needed < 500  # the header of the safetensors format
 
 
-def test_an_unfinished_block_is_not_seen(tmp_path, monkeypatch):
+def test_an_unfinished_block_is_not_seen_and_an_unfinished_store_not_read(tmp_path, monkeypatch):
     open_for_building(tmp_path, INFO)
-    write_block(tmp_path, 0, [make_pair(0)])
+    write_block(tmp_path, 0, [make_pair(0), make_pair(1)])
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        write_block(tmp_path, 1, [make_pair(1)])
+        write_block(tmp_path, 1, [make_pair(2), make_pair(3)])
     monkeypatch.undo()
-    assert PairStore(tmp_path).ids == [0]
+    assert missing_blocks(tmp_path, INFO) == [1, 2]
+    with pytest.raises(DataError, match=r"2 of 3 blocks of pairs are not made yet; run 'alignkit pairs'"):
+        PairStore(tmp_path)
 
 
-def test_other_terms_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        ({"model": "n"}, "model = 'm', now it is 'n'"),
+        ({"made": {"mask": {"blobs": (1, 5)}, "seed": 1}}, "seed = 0, now it is 1"),
+        ({"made": {"mask": {"blobs": (1, 5)}, "seed": 0, "new": 2}}, "new = None, now it is 2"),
+    ],
+)
+def test_other_terms_are_refused_by_name(tmp_path, terms, words):
     open_for_building(tmp_path, INFO)
     open_for_building(tmp_path, INFO)
-    with pytest.raises(DataError, match=r"guidance_scale = 6\.0, now it is 4\.0"):
-        open_for_building(tmp_path, dataclasses.replace(INFO, guidance_scale=4.0))
+    with pytest.raises(DataError, match=words):
+        open_for_building(tmp_path, dataclasses.replace(INFO, **terms))
 
 
 def test_a_repeated_id_is_refused(tmp_path):
-    open_for_building(tmp_path, INFO)
-    write_block(tmp_path, 0, [make_pair(0)])
-    write_block(tmp_path, 1, [make_pair(0)])
     with pytest.raises(DataError, match="occurs twice"):
-        PairStore(tmp_path)
+        write(tmp_path, [make_pair(0), make_pair(1), make_pair(0)])
 
 
 def test_a_folder_without_pairs_says_what_to_run(tmp_path):
     with pytest.raises(DataError, match="run 'alignkit pairs'"):
         PairStore(tmp_path)
-    open_for_building(tmp_path, INFO)
-    write_block(tmp_path, 0, [])
-    with pytest.raises(DataError, match="holds no pairs"):
+    problem = Problem("a.mp4", "useless")
+    open_for_building(tmp_path, dataclasses.replace(INFO, pairs=1))
+    write_block(tmp_path, 0, [], [problem])
+    assert skipped_pairs(tmp_path) == [problem]
+    with pytest.raises(DataError, match="holds no pairs; the reasons are in its block"):
+        PairStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("block-00001.arrow", b"cut off", "block-00001.arrow: damaged"),
+        ("pairs.json", b"[]", "written in pair format"),
+        ("pairs.json", b"{", "pairs.json: damaged"),
+        ("pairs.json", b'{"format": 3, "colour": 1}', "pairs.json: damaged"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, words):
+    write(tmp_path, [make_pair(i) for i in range(3)])
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
         PairStore(tmp_path)

@@ -1,0 +1,184 @@
+"""`alignkit pairs` from ranked videos: rows of prompt, chosen and rejected become pairs in latent space."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alignkit.config import Config
+from alignkit.data.blocks import Made, build_blocks
+from alignkit.data.captions import Problem
+from alignkit.data.folders import (
+    add_skipped_pairs,
+    check_membership,
+    pairs_folder,
+    stored_dtype,
+    video_spec,
+    write_skipped,
+)
+from alignkit.data.masks import mask_digest, mask_on_grid, read_mask
+from alignkit.data.pairs import Pair, StoreInfo, fault_of, open_for_building, write_empty_text
+from alignkit.data.preferences import Preference, read_preferences
+from alignkit.data.validation import NothingLeftError, split_preferences, validate_preferences
+from alignkit.data.videos import VideoFacts, VideoSpec, decode_clip, decode_with_facts
+from alignkit.errors import DataError
+from alignkit.files import write_json
+from alignkit.models import load_model, working_dtype
+from alignkit.progress import progress, say
+from alignkit.sharing import one_at_a_time
+
+
+@dataclass(frozen=True)
+class Given:
+    """A row that can be used: its pair's id, and digests of its two videos' pictures and of its mask."""
+
+    pair_id: int
+    row: Preference
+    digests: tuple[str, str]
+    mask: str | None
+
+
+def build_given_pairs(config: Config, device: torch.device, show: bool = True) -> dict[str, int]:
+    """Encode every pair that is not stored yet; returns how many pairs each split holds.
+
+    Any number of processes may call this at once. A pair's id is its row's number in `data.pairs`; those of
+    `data.heldout_pairs` are counted on behind it. A row without a mask is compared as a whole: its mask is all ones.
+    """
+    splits, problems = find_given(config, show)
+    if show:
+        write_skipped(config, problems)
+        say(f"{len(splits['train'])} pairs to train on, {len(splits['heldout'])} held out")
+        say(f"loading {config.model.family}'s VAE and text encoder from {config.model.path}")
+    model = load_model(config.model, with_transformer=False, device=device)
+    shared = StoreInfo(
+        kind="given",
+        family=model.family,
+        model=None,
+        vae=model.fingerprint("vae"),
+        text_encoder=model.fingerprint("text_encoder"),
+        pairs=0,
+        block_size=config.pairs.block_size,
+        dtype=stored_dtype(config, working_dtype(config.model, device)),
+        made={"videos": asdict(video_spec(config))},
+    )
+    for split, rows in splits.items():
+        folder, info = pairs_folder(config, split), replace(shared, pairs=len(rows))
+        check_membership(folder, [[given.pair_id, given.row.prompt, *given.digests, given.mask] for given in rows])
+        open_for_building(folder, info)
+        write_empty_text(folder, model.encode_text([""])[0])
+        build_blocks(folder, info, partial(_make_rows, config, model, rows), f"encoding {split} pairs", show=show)
+    if show:
+        add_skipped_pairs(config)
+    return {split: len(rows) for split, rows in splits.items()}
+
+
+def find_given(config: Config, show: bool = True) -> tuple[dict[str, list[Given]], list[Problem]]:
+    """The rows of each split, and what is wrong with the others.
+
+    The first process looks, and leaves what it found in output.dir/validated.json for the others and for a build that
+    is started again; it is looked at again when a file changed. Raises DataError, after listing the problems, when no
+    row is left.
+    """
+    assert config.data.pairs is not None
+    train, problems = read_preferences(config.data.pairs)
+    heldout = None
+    if config.data.heldout_pairs:
+        heldout, more = read_preferences(config.data.heldout_pairs)
+        problems += more
+    memory, key = config.output.dir / "validated.json", _key(config, [*train, *(heldout or [])])
+    with one_at_a_time(config.output.dir / ".validating.lock"):
+        found = _remembered(memory)
+        if found.get("key") != key:
+            found = {"key": key, **_validated(config, train, heldout, show)}
+            write_json(memory, found)
+    problems += [Problem(**problem) for problem in found["problems"]]
+    if found["error"]:
+        if show:
+            write_skipped(config, problems)
+        raise DataError(found["error"])
+    offset = max((row.number for row in train), default=-1) + 1 if heldout is not None else 0
+    places = {"train": (train, 0), "heldout": (train if heldout is None else heldout, offset)}
+    splits = {
+        split: [
+            Given(row.number + first, row, tuple(found[split][str(row.number)]), mask_digest(row.mask))
+            for row in rows
+            if str(row.number) in found[split]
+        ]
+        for split, (rows, first) in places.items()
+    }
+    return splits, problems
+
+
+def _remembered(memory: Path) -> dict:
+    try:
+        return json.loads(memory.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _validated(config: Config, train: list[Preference], heldout: list[Preference] | None, show: bool) -> dict:
+    """Both splits as {row number: digests of the two videos}, the problems, and why nothing is left, if so."""
+    result: dict = {"train": {}, "heldout": {}, "problems": [], "error": None}
+    try:
+        with progress("checking pairs", len(train) + len(heldout or []), show=show) as bar:
+            findings = validate_preferences(train, video_spec(config), heldout=heldout, watch=bar.advance)
+        kept, held = findings.train, findings.heldout
+        result["problems"] = [asdict(problem) for problem in findings.problems]
+        if heldout is None:
+            kept, held = split_preferences(kept, findings.keys, config.data.heldout, config.pairs.seed)
+    except DataError as error:
+        problems = error.problems if isinstance(error, NothingLeftError) else []
+        return result | {"error": str(error), "problems": result["problems"] or [asdict(p) for p in problems]}
+    for split, rows in (("train", kept), ("heldout", held)):
+        result[split] = {str(row.number): [findings.keys[row.chosen], findings.keys[row.rejected]] for row in rows}
+    return result
+
+
+def _key(config: Config, rows: list[Preference]) -> str:
+    """Changes with the rows, the files they name, and what is asked of them."""
+    terms = [_state(row) for row in rows], asdict(video_spec(config)), config.data.heldout, config.pairs.seed
+    return hashlib.sha256(json.dumps(terms).encode()).hexdigest()
+
+
+def _state(row: Preference) -> list:
+    """Of files their size and date; of masks, which are small and may be folders, the content."""
+    stats = []
+    for file in (row.chosen, row.rejected):
+        try:
+            stats.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+        except OSError as error:
+            stats.append((str(file), error.errno))
+    mask = mask_digest(row.mask) if row.mask is not None and row.mask.exists() else None
+    return [row.where, row.number, row.prompt, stats, str(row.mask), mask]
+
+
+def _make_rows(config: Config, model, tasks: list[Given], rows: range, advance: Callable[[int], None]) -> Made:
+    spec = video_spec(config)
+    made, problems = [], []
+    for given in (tasks[number] for number in rows):
+        row = given.row
+        chosen, facts = decode_with_facts(row.chosen, spec)
+        mask = model.region_layout(_mask_of(row, facts, spec, model))
+        # one by one: a video has the same latents, bit for bit, in every pair
+        winner, loser = (model.encode_video(v[None])[0].cpu() for v in (chosen, decode_clip(row.rejected, spec)))
+        (text,) = model.encode_text([row.prompt])
+        pair = Pair(given.pair_id, str(row.chosen.absolute()), row.prompt, text, winner, loser, mask)
+        fault = fault_of(pair)
+        if fault:
+            problems.append(Problem(row.where, fault))
+        else:
+            made.append(pair)
+        advance(1)
+    return made, problems
+
+
+def _mask_of(row: Preference, facts: VideoFacts, spec: VideoSpec, model) -> Tensor:
+    grid = model.latent_grid(spec.num_frames, spec.height, spec.width)
+    if row.mask is None:
+        return torch.ones(grid, dtype=torch.uint8)
+    return mask_on_grid(read_mask(row.mask, facts, spec), grid)

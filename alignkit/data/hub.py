@@ -1,0 +1,61 @@
+"""Pair stores on the Hugging Face hub: what `datasets` reads there, with what training needs beside it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+from huggingface_hub import HfApi, hf_hub_download
+
+from alignkit.data.pairs import (
+    EMPTY_TEXT,
+    INFO,
+    PairStore,
+    block_file,
+    open_for_building,
+    read_info,
+)
+from alignkit.errors import DataError
+from alignkit.files import write_atomically
+
+
+def push_to_hub(folder: Path, repo_id: str, split: str, *, private: bool = True) -> None:
+    """Upload the store in `folder` as split `split` of the dataset `repo_id`; `datasets.load_dataset` reads its rows.
+
+    Needs `hf auth login`. Raises DataError for a store that is not whole.
+    """
+    store = PairStore(folder)
+    store.rows.push_to_hub(repo_id, split=split, private=private)
+    for name in (INFO, EMPTY_TEXT):
+        HfApi().upload_file(
+            path_or_fileobj=Path(folder) / name,
+            path_in_repo=f"{split}/{name}",
+            repo_id=repo_id,
+            repo_type="dataset",
+        )
+
+
+def pull_from_hub(repo_id: str, split: str, folder: Path, *, revision: str | None = None) -> PairStore:
+    """Download split `split` of `repo_id` into `folder`, for training to read; returns the store.
+
+    Raises DataError if `folder` holds other pairs already.
+    """
+    folder = Path(folder)
+    if list(folder.glob("block-*")):
+        raise DataError(f"{folder}: holds pairs already; choose another folder or delete it")
+    parts = {
+        name: Path(hf_hub_download(repo_id, f"{split}/{name}", repo_type="dataset", revision=revision))
+        for name in (INFO, EMPTY_TEXT)
+    }
+    rows = datasets.load_dataset(repo_id, split=split, revision=revision)
+    info = replace(read_info(parts[INFO].parent), pairs=len(rows))
+    open_for_building(folder, info)
+    write_atomically(folder / EMPTY_TEXT, parts[EMPTY_TEXT].read_bytes())
+    for block in range(info.blocks):
+        chosen = range(block * info.block_size, min((block + 1) * info.block_size, len(rows)))
+        partial = block_file(folder, block).with_suffix(".partial")
+        with datasets.arrow_writer.ArrowWriter(path=str(partial), features=rows.features) as writer:
+            for row in rows.select(chosen):
+                writer.write(row)
+            writer.finalize()
+        partial.rename(block_file(folder, block))
+    return PairStore(folder)

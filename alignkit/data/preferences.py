@@ -1,0 +1,84 @@
+"""Preference pairs that users bring: a table with the columns prompt, chosen and rejected."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.data.captions import Problem
+from alignkit.data.rows import is_unicode, read_table
+from alignkit.errors import DataError
+
+COLUMNS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One row: for `prompt`, the video `chosen` is better than `rejected`; `mask` may say where they differ.
+
+    `number` is the row's number in its file, from 0, unreadable rows counted too; `where` is its place for
+    people ("pairs.jsonl:7").
+    """
+
+    number: int
+    where: str
+    prompt: str
+    chosen: Path
+    rejected: Path
+    mask: Path | None
+
+
+def read_preferences(file: Path) -> tuple[list[Preference], list[Problem]]:
+    """The rows of a .jsonl, .csv or .parquet file, and the lines that cannot be used, with the reason.
+
+    Columns: prompt (a text), chosen and rejected (paths of videos), and if wanted mask (a path that
+    `alignkit.data.masks.read_mask` can read). Paths are absolute, or relative to the file's own folder; whether
+    they exist is not looked at here. Other columns are ignored.
+
+    Raises DataError if the file cannot be read, lacks a column, or has no row that can be used.
+    """
+    file = Path(file)
+    table = read_table(file, "preference file", (".jsonl", ".csv", ".parquet"))
+    problems = [Problem(f"{file.name}:{line}", row) for line, row in table.rows if isinstance(row, str)]
+    if not set(COLUMNS) <= set(table.columns):
+        raise DataError(
+            f"preference file {file}: it has the columns {', '.join(table.columns) or '(none)'}; "
+            f"{', '.join(COLUMNS)} are needed, and mask may be there" + _first_of(problems)
+        )
+    preferences = []
+    for number, (line, row) in enumerate(table.rows):
+        if isinstance(row, str):
+            continue
+        where = f"{file.name}:{line}"
+        try:
+            preferences.append(_preference(number, where, row, file.parent))
+        except DataError as error:
+            problems.append(Problem(where, str(error)))
+    if not preferences:
+        raise DataError(f"preference file {file}: holds no row that can be used" + _first_of(problems))
+    return preferences, problems
+
+
+def _first_of(problems: list[Problem]) -> str:
+    if not problems:
+        return ""
+    more = f", and {len(problems) - 1} more such lines" if len(problems) > 1 else ""
+    return f" ({problems[0].video}: {problems[0].reason}{more})"
+
+
+def _preference(number: int, where: str, row: dict[str, Any], folder: Path) -> Preference:
+    prompt, chosen, rejected = (_text(row, column) for column in COLUMNS)
+    mask = folder / _text(row, "mask") if row.get("mask") not in (None, "") else None
+    return Preference(number, where, " ".join(prompt.split()), folder / chosen, folder / rejected, mask)
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        raise DataError(f"has no {column}")
+    if not isinstance(value, str):
+        raise DataError(f"its {column} is not a text but {value!r:.60}")
+    if not value.strip():
+        raise DataError(f"its {column} is empty")
+    if not is_unicode(value):
+        raise DataError(f"its {column} holds half a character: {value!r:.60}")
+    return value.strip()

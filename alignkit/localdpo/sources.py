@@ -1,0 +1,69 @@
+"""The videos that LocalDPO's pairs are made from: which can be used, their masks, and which are held out."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alignkit.config import Config
+from alignkit.data.captions import Problem
+from alignkit.data.folders import video_spec
+from alignkit.data.masks import find_mask, mask_on_grid, read_mask
+from alignkit.data.usable import usable_clips
+from alignkit.data.videos import Clip, find_clips
+from alignkit.errors import DataError
+from alignkit.models import load_model
+from alignkit.sharing import one_at_a_time
+
+
+@dataclass(frozen=True)
+class Source:
+    """A clip that can be used, a digest of its pictures, and its mask's file where the user brings masks."""
+
+    clip: Clip
+    digest: str
+    mask: Path | None = None
+
+
+def find_usable(config: Config, show: bool = True) -> tuple[list[Source], list[Problem]]:
+    """The clips of `data.videos` that decode to the wanted size and length, in name order, and what is wrong with
+    the others. What was decoded before is remembered in output.dir/checked.jsonl."""
+    if config.data.videos is None:
+        raise DataError("data.videos: not set; name the folder that holds the videos")
+    clips, problems = find_clips(config.data.videos, config.data.captions)
+    with one_at_a_time(config.output.dir / ".checking.lock"):
+        good, refused = usable_clips(clips, video_spec(config), config.output.dir / "checked.jsonl", show=show)
+    sources, masks = [], config.pairs.mask.files
+    for clip, digest in good:
+        mask = find_mask(masks, clip.name) if masks else None
+        if masks and mask is None:
+            refused.append(Problem(clip.name, f"pairs.mask.files: no mask for it in {masks}"))
+        else:
+            sources.append(Source(clip, digest, mask))
+    return sources, problems + refused
+
+
+def check_masks(config: Config, sources: list[Source]) -> list[Problem]:
+    """What is wrong with the users' masks of `sources`, each read as building will read it."""
+    spec, problems = video_spec(config), []
+    grid = load_model(config.model, with_transformer=False).latent_grid(spec.num_frames, spec.height, spec.width)
+
+    def look_at(source: Source) -> None:
+        try:
+            mask_on_grid(read_mask(source.mask, source.clip.path, spec), grid)
+        except DataError as error:
+            problems.append(Problem(source.clip.name, str(error)))
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        list(threads.map(look_at, [source for source in sources if source.mask]))
+    return sorted(problems, key=lambda problem: problem.video)
+
+
+def split_clips(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """(train, heldout) clip numbers, drawn by `seed`: at least one in each."""
+    assert count >= 2
+    heldout = min(max(1, round(count * share)), count - 1)
+    order = np.random.default_rng([seed, 0x5911]).permutation(count)
+    return sorted(order[heldout:].tolist()), sorted(order[:heldout].tolist())

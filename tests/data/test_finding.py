@@ -1,0 +1,132 @@
+"""Finding the clips of a folder and their captions: what is used, what is left out, and why."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alignkit.data.videos import find_clips
+from alignkit.errors import DataError
+
+
+def touch(folder: Path, *names: str) -> None:
+    """Stand-ins that differ in their bytes; finding does not decode."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+def captions(folder: Path, rows: dict[str, str]) -> None:
+    lines = [json.dumps({"video": video, "caption": text}) for video, text in rows.items()]
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_folder_is_searched_with_subfolders_in_order_of_names(tmp_path):
+    touch(tmp_path, "b.MP4", "a.webm", "sub/c.mov", ".hidden.mp4", ".git/d.mp4", "note.md")
+    captions(tmp_path, {"b.MP4": "bee", "a.webm": "ay", "sub/c.mov": "sea"})
+    clips, problems = find_clips(tmp_path)
+    assert [(clip.name, clip.caption) for clip in clips] == [("a.webm", "ay"), ("b.MP4", "bee"), ("sub/c.mov", "sea")]
+    assert clips[2].path == tmp_path / "sub" / "c.mov"
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("captions.jsonl", '{"video": "a.mp4", "caption": "a cat"}\n'),
+        ("metadata.jsonl", '\ufeff{"file_name": "a.mp4", "text": "a cat"}\r\n\r\n'),
+        ("captions.csv", "video,caption\na.mp4,a cat\n"),
+        ("metadata.csv", '\ufefffile_name,prompt\r\na.mp4,"a\ncat"\r\n'),
+        ("a.txt", "  a cat\n"),
+    ],
+)
+def test_captions_are_read_from_each_documented_place(tmp_path, file, text):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / file).write_text(text, encoding="utf-8")
+    clips, problems = find_clips(tmp_path)
+    assert [clip.caption for clip in clips] == ["a cat"] and problems == []
+
+
+def test_captions_file_elsewhere_and_bare_names_for_files_in_subfolders(tmp_path):
+    touch(tmp_path / "videos", "x/a.mp4", "y/b.mp4", "z/b.mp4")
+    rows = [{"video": "a.mp4", "caption": "one"}, {"video": "b.mp4", "caption": "which?"}]
+    (tmp_path / "elsewhere.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    clips, problems = find_clips(tmp_path / "videos", tmp_path / "elsewhere.jsonl")
+    assert [clip.name for clip in clips] == ["x/a.mp4"]
+    reasons = {problem.video: problem.reason for problem in problems}
+    assert reasons["b.mp4"] == "elsewhere.jsonl:2 could mean any of y/b.mp4, z/b.mp4"
+    assert reasons["y/b.mp4"] == reasons["z/b.mp4"] == "no caption"
+
+
+def test_every_kind_of_problem_is_told_apart_and_the_good_ones_are_kept(tmp_path):
+    touch(tmp_path, "good.mp4", "captionless.mp4", "empty.mp4", "number.mp4", "beside.mp4")
+    (tmp_path / "later.mp4").write_bytes((tmp_path / "good.mp4").read_bytes())
+    (tmp_path / "beside.txt").write_bytes(b"\xff\xfe\x00broken")
+    (tmp_path / "captions.jsonl").write_text(
+        "\n".join(
+            [
+                '{"video": "good.mp4", "caption": "fine"}',
+                '{"video": "empty.mp4", "caption": "  "}',
+                '{"video": "gone.mp4", "caption": "of nothing"}',
+                '{"video": "later.mp4", "caption": "the same bytes"}',
+                '{"video": "half',
+                '["a", "list"]',
+                '{"caption": "of what?"}',
+                '{"video": "number.mp4", "caption": 7}',
+                '{"video": "good.mp4", "caption": "again"}',
+            ]
+        )
+    )
+    clips, problems = find_clips(tmp_path)
+    assert [(clip.name, clip.caption) for clip in clips] == [("good.mp4", "fine")]
+    found = {(problem.video, problem.reason) for problem in problems}
+    for video, part in [
+        ("captionless.mp4", "no caption"),
+        ("empty.mp4", "its caption is empty (captions.jsonl:2)"),
+        ("gone.mp4", "captions.jsonl:3 has a caption for it, but there is no such video"),
+        ("later.mp4", "the same file as good.mp4, byte for byte"),
+        ("captions.jsonl:5", "line 5 is not JSON"),
+        ("captions.jsonl:6", "line 6 is not a JSON object"),
+        ("captions.jsonl:7", "line 7 names no video"),
+        ("captions.jsonl:8", "line 8: the caption is not a text but 7"),
+        ("good.mp4", "second caption at captions.jsonl:9; captions.jsonl:1 is kept"),
+        ("beside.mp4", "its caption file beside.txt cannot be read as UTF-8 text"),
+    ]:
+        assert [v for v, reason in found if v == video and part in reason], (video, part, found)
+
+
+@pytest.mark.parametrize(
+    "names, rows, message",
+    [
+        ([], None, "no videos in"),
+        (["a.mp4"], None, "no captions for the 1 videos in"),
+        (["a.mp4"], {"b.mp4": "other"}, "no captions for the 1 videos in"),
+        (["a.mp4"], {"a.mp4": ""}, "no usable video in"),
+    ],
+)
+def test_folder_without_anything_usable_is_one_clear_error(tmp_path, names, rows, message):
+    touch(tmp_path, *names)
+    if rows is not None:
+        captions(tmp_path, rows)
+    with pytest.raises(DataError, match=message) as error:
+        find_clips(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_folder_missing_captions_file_and_wrong_columns_are_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        find_clips(tmp_path / "nowhere")
+    touch(tmp_path, "a.mp4")
+    with pytest.raises(DataError, match=r"captions file mine\.jsonl does not exist"):
+        find_clips(tmp_path, "mine.jsonl")
+    (tmp_path / "captions.csv").write_text("clip,words\na.mp4,a cat\n")
+    with pytest.raises(DataError, match="clip, words; one of video, file_name"):
+        find_clips(tmp_path)
+
+
+def test_a_link_back_up_does_not_go_round_in_circles(tmp_path):
+    touch(tmp_path, "sub/a.mp4")
+    (tmp_path / "sub" / "up").symlink_to(tmp_path, target_is_directory=True)
+    captions(tmp_path, {"sub/a.mp4": "one"})
+    clips, problems = find_clips(tmp_path)
+    assert [clip.name for clip in clips] == ["sub/a.mp4"] and problems == []
