@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from alignkit.config import Config
 from alignkit.data.pairs import PairStore
 from alignkit.models import family_module
-from alignkit.objectives.local_dpo import accuracy, make_states
+from alignkit.objectives.preference import accuracy
+from alignkit.objectives.states import make_states
 from alignkit.progress import progress
 from alignkit.training.loop import load_rows
-from alignkit_kernels import NoiseKey, Stream, pair_region_errors
+from alignkit_kernels import NoiseKey, PairRegionErrors, Stream, losses, pair_region_errors
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,15 @@ def score_pairs(
     )
 
 
-def _per_pair(errors, beta: float) -> dict[str, Tensor]:
-    whole = errors.count.sum(dim=1)
-    gap_w, gap_l = errors.gap_w.sum(dim=1) / whole, errors.gap_l.sum(dim=1) / whole
-    region = (errors.gap_w[:, 1] - errors.gap_l[:, 1]) / errors.count[:, 1]
-    error_w, error_l = errors.error_w.sum(dim=1) / whole, errors.error_l.sum(dim=1) / whole
+def _per_pair(errors: PairRegionErrors, beta: float) -> dict[str, Tensor]:
+    means = losses.pair_means(errors.error_w, errors.error_l, errors.gap_w, errors.gap_l, errors.count)
     return {
-        "region_logit": -beta / 2 * region,
-        "global_logit": -beta / 2 * (gap_w - gap_l),
-        "error_w": error_w,
-        "error_l": error_l,
-        "reference_error_w": error_w - gap_w,
-        "reference_error_l": error_l - gap_l,
+        "region_logit": losses.logits_of(means.region_gap_w, means.region_gap_l, beta),
+        "global_logit": losses.logits_of(means.gap_w, means.gap_l, beta),
+        "error_w": means.error_w,
+        "error_l": means.error_l,
+        "reference_error_w": means.error_w - means.gap_w,
+        "reference_error_l": means.error_l - means.gap_l,
     }
 
 

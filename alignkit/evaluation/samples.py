@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from alignkit.config import Config
+from alignkit.data.folders import pairs_folder
 from alignkit.data.pairs import PairStore
 from alignkit.data.videos import VideoSpec, decode_clip, write_video
 from alignkit.errors import DataError
 from alignkit.files import write_lines
-from alignkit.localdpo.build import pairs_folder
 from alignkit.models import load_model, working_dtype
 from alignkit.progress import progress, say
 from alignkit.training.export import aligned_section
@@ -52,9 +52,8 @@ def sample(config: Config, device: torch.device) -> Path:
             for seed in config.sample.seeds:
                 for first in range(0, len(prompts), config.sample.batch_size):
                     numbers = range(first, min(first + config.sample.batch_size, len(prompts)))
-                    frames = sample_batch(
-                        config, model, [prompts[i] for i in numbers], list(numbers), seed, shape, device
-                    )
+                    chosen = [prompts[i] for i in numbers]
+                    frames = model.decode_video(sample_latents(config, model, chosen, list(numbers), seed, shape))
                     for i, video in zip(numbers, frames, strict=True):
                         write_video(folder / _file(name, seed, i), video, config.data.fps or PLAYBACK_FPS)
                     bar.advance(len(numbers))
@@ -67,16 +66,21 @@ def sample(config: Config, device: torch.device) -> Path:
     return folder / "samples.jsonl"
 
 
-def sample_batch(config: Config, model, prompts: list[str], ids: list[int], seed: int, shape, device) -> Tensor:
-    """uint8 frames [B, F, H, W, 3] of `prompts`, from the keyed noise of their ids."""
+def sample_latents(config: Config, model, prompts: list[str], ids: list[int], seed: int, shape) -> Tensor:
+    """Latents [B, *shape] of `prompts`, from the keyed noise of their ids: (seed, id, draw 0, stream "rollout")."""
+    device = model.vae.device
     key = NoiseKey(seed, torch.tensor(ids), 0, Stream.ROLLOUT)
     noise = keyed_randn((len(prompts), *shape), key, device=device)
     text = model.pad_text(model.encode_text(prompts)).to(device, model.dtype)
     negative = model.pad_text(model.encode_text([config.sample.negative_prompt] * len(prompts))).to(device, model.dtype)
-    latents = model.sample(
-        noise, text, negative, num_steps=config.sample.num_inference_steps, guidance=config.sample.guidance_scale
+    return model.sample(
+        noise,
+        text,
+        negative,
+        num_steps=config.sample.num_inference_steps,
+        guidance=config.sample.guidance_scale,
+        dynamic=config.sample.dynamic_guidance,
     )
-    return model.decode_video(latents)
 
 
 def read_samples(config: Config) -> tuple[list[dict], dict[tuple[str, int], Tensor]]:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from alignkit import __version__
 from alignkit.config import Config
+from alignkit.data.folders import pairs_folder, source_folder, video_spec
 from alignkit.data.pairs import PairStore
 from alignkit.data.videos import decode_clip
 from alignkit.evaluation.measures import edge_energy, frechet_distance, motion_amount, temporal_flicker
 from alignkit.evaluation.pairs import describe, score_pairs
 from alignkit.evaluation.samples import read_samples
 from alignkit.files import write_json
-from alignkit.localdpo.build import pairs_folder, video_spec
 from alignkit.models import load_model, working_dtype
 from alignkit.progress import progress, say
 from alignkit.tiny.classifier import NAMED, classify, features
@@ -65,8 +65,7 @@ def _real_clips(config: Config) -> Tensor:
     """Frames of the held-out clips, uint8 [count, F, H, W, 3]."""
     store = PairStore(pairs_folder(config, "heldout"))
     names = list(dict.fromkeys(store.rows["source"]))
-    assert config.data.videos is not None
-    return torch.stack([decode_clip(config.data.videos / name, video_spec(config)) for name in names])
+    return torch.stack([decode_clip(source_folder(config) / name, video_spec(config)) for name in names])
 
 
 def _through_vae(config: Config, clips: Tensor, device: torch.device) -> Tensor:
@@ -87,9 +86,9 @@ def _measure(rows: list[dict], frames: dict[tuple[str, int], Tensor], real: Tens
     together = {name: torch.cat([frames[name, seed] for seed in seeds]) for name in models}
     measured: dict = {"frechet": None}
     if min(len(real), len(rows) // len(seeds)) > 1:  # a covariance needs two
-        wanted = _features(real)
+        wanted = clip_features(real)
         measured["frechet"] = {
-            name: [frechet_distance(_features(frames[name, seed]), wanted) for seed in seeds] for name in models
+            name: [frechet_distance(clip_features(frames[name, seed]), wanted) for seed in seeds] for name in models
         }
     for label, measure in (("motion", motion_amount), ("flicker", temporal_flicker), ("edge_energy", edge_energy)):
         clips = {"real": real, "real_through_vae": rebuilt, **together}
@@ -105,17 +104,17 @@ def _named(prompts: list[str], frames: dict[str, Tensor]) -> dict | None:
         return None
     shares = {}
     for name, videos in frames.items():
-        seen = classify(_thumbnails(videos))
+        seen = classify(thumbnails(videos))
         right = [all(seen[key][i] == value for key, value in names.items()) for i, names in enumerate(wanted)]
         shares[name] = sum(right) / len(right)
     return {**shares, "samples": len(wanted)}
 
 
-def _features(frames: Tensor) -> Tensor:
-    return torch.from_numpy(features(_thumbnails(frames)))
+def clip_features(frames: Tensor) -> Tensor:
+    return torch.from_numpy(features(thumbnails(frames)))
 
 
-def _thumbnails(frames: Tensor) -> np.ndarray:
+def thumbnails(frames: Tensor) -> np.ndarray:
     """uint8 [B, F, H, W, 3] of any size to what the shipped classifier looks at."""
     if frames.shape[1:4] != (FRAMES, SIZE, SIZE):
         times = torch.linspace(0, frames.shape[1] - 1, FRAMES).round().long()

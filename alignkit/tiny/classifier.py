@@ -69,6 +69,16 @@ def features(frames: np.ndarray) -> np.ndarray:
     return _forward(load_classifier(), frames)[0].numpy()
 
 
+def log_probability(frames: np.ndarray, attributes: list[dict[str, str]]) -> np.ndarray:
+    """How likely uint8 clips [B, 17, 48, 48, 3] show the named shape, colour and motion: sum of logs, float64 [B]."""
+    _, logits = _forward(load_classifier(), frames)
+    total = torch.zeros(len(attributes), dtype=torch.float64)
+    for name in NAMED:
+        wanted = torch.tensor([ATTRIBUTES[name].index(entry[name]) for entry in attributes])
+        total += logits[name].double().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+    return total.numpy()
+
+
 @torch.no_grad()
 def _forward(
     model: ClipClassifier, frames: np.ndarray, batch: int = 32

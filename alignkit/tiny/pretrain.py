@@ -69,6 +69,7 @@ class TransformerSection:
     peak_rate: float
     hold: float
     ema_decay: float
+    autocast: bool
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,10 @@ def _checked(given: object, section: type, path: Path, prefix: str) -> dict:
     for key, kind in types.items():
         if key not in given:
             raise ConfigError(f"{path}: {prefix}{key} is missing")
+        value = given[key]
+        if kind is bool and not isinstance(value, bool):
+            raise ConfigError(f"{path}: {prefix}{key} must be true or false, not {value!r}")
         if kind in (int, float):
-            value = given[key]
             fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
             if not fits or value < 0:
                 raise ConfigError(f"{path}: {prefix}{key} must be a {kind.__name__} ≥ 0, not {value!r}")
@@ -150,9 +153,7 @@ def make_clips(config: PretrainConfig, work: Path) -> tuple[np.ndarray, list[dic
     return np.load(cache, mmap_mode="r"), read_clips(folder, decode=False).attributes
 
 
-def make_vae(
-    config: PretrainConfig, recipe: Recipe, work: Path, clips: np.ndarray
-) -> tuple[nn.Module, torch.Tensor]:
+def make_vae(config: PretrainConfig, recipe: Recipe, work: Path, clips: np.ndarray) -> tuple[nn.Module, torch.Tensor]:
     """The VAE with its latents' statistics, and the normalised latents of all clips."""
     folder, latents_file = work / "vae", work / "latents.safetensors"
     if not latents_file.exists():

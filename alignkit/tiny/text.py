@@ -23,9 +23,7 @@ WORDINGS = (
     "{colour} {shape}, moves {motion}, {background} background",
     "a {colour} {shape} moves {motion}",
 )
-ALL_ATTRIBUTES = [
-    dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values())
-]
+ALL_ATTRIBUTES = [dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values())]
 NOT_NAMED = -100
 
 
@@ -36,9 +34,7 @@ def new_tokenizer() -> ByT5Tokenizer:
 
 def word(attributes: dict[str, str], wording: int) -> str:
     """The caption of some attributes in one of the wordings."""
-    return WORDINGS[wording].format(
-        **(attributes | {"background": BACKGROUND_WORD[attributes["background"]]})
-    )
+    return WORDINGS[wording].format(**(attributes | {"background": BACKGROUND_WORD[attributes["background"]]}))
 
 
 def combination(attributes: dict[str, str]) -> int:

@@ -33,6 +33,7 @@ def train_transformer(
     peak_rate: float,
     hold: float,
     ema_decay: float,
+    autocast: bool,
     held_out: int,
     seed: int,
 ) -> nn.Module:
@@ -43,6 +44,7 @@ def train_transformer(
         combinations: int64 [N], each clip's row in ``bank``.
         bank: by text length, caption embeddings [wordings, combinations, length, D] and the empty prompt's
             [length, D].
+        autocast: forward and backward in bfloat16 where torch's autocast holds it safe.
     """
     torch.manual_seed(seed)
     model = recipe.new_transformer()
@@ -63,7 +65,9 @@ def train_transformer(
         text = torch.where(dropped[:, None, None], empty, captions[wordings, combinations[rows]])
         noise = torch.randn(latents[rows].shape, generator=generator)
         optimizer.scale_rates(schedule(step, steps, hold=hold))
-        loss = squared_error(recipe, model, latents[rows], noise, _path_points(recipe, batch, generator), text)
+        points = _path_points(recipe, batch, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = squared_error(recipe, model, latents[rows], noise, points, text)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -145,17 +145,13 @@ def channels_last(vae: nn.Module) -> None:
 @torch.no_grad()
 def encode_clips(vae: nn.Module, clips: np.ndarray, batch: int = 16) -> torch.Tensor:
     """uint8 [N, F, H, W, 3] to the latents' means, float32 [N, 8, F', H/4, W/4], not normalised."""
-    return torch.cat(
-        [vae.encode(to_unit(clips[i : i + batch])).latent_dist.mean for i in range(0, len(clips), batch)]
-    )
+    return torch.cat([vae.encode(to_unit(clips[i : i + batch])).latent_dist.mean for i in range(0, len(clips), batch)])
 
 
 @torch.no_grad()
 def decode_latents(vae: nn.Module, latents: torch.Tensor, batch: int = 16) -> np.ndarray:
     """Latents that are not normalised, [N, 8, F', h, w], to uint8 clips [N, F, H, W, 3]."""
-    return np.concatenate(
-        [to_uint8(vae.decode(latents[i : i + batch]).sample) for i in range(0, len(latents), batch)]
-    )
+    return np.concatenate([to_uint8(vae.decode(latents[i : i + batch]).sample) for i in range(0, len(latents), batch)])
 
 
 @torch.no_grad()

@@ -76,7 +76,5 @@ def test_clips_survive_being_written_and_read_as_mp4(tmp_path):
         assert read.captions[i] == clip.caption and read.attributes[i] == clip.attributes
         # yuv420p halves the colour's resolution, which costs most at the shape's edge.
         assert np.abs(read.frames[i].astype(float) - clip.frames).mean() < 4
-        drift = centres(read.frames[i], clip.attributes["colour"]) - centres(
-            clip.frames, clip.attributes["colour"]
-        )
+        drift = centres(read.frames[i], clip.attributes["colour"]) - centres(clip.frames, clip.attributes["colour"])
         assert np.abs(drift).max() < 1

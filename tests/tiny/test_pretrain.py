@@ -26,6 +26,7 @@ def config_text(request, family: str) -> str:
     [
         ("seed: 0", "seed: 0\ntypo: 1", "unknown key typo"),
         ("  hold: 0.4", "  hold: half", "transformer.hold must be a float"),
+        ("  autocast: ", "  autocast: 1 # ", "transformer.autocast must be true or false"),
         ("  batch: 16", "", "transformer.batch is missing"),
         ("family: ", "family: no-", "family must be one of wan, cogvideox"),
     ],

@@ -108,7 +108,7 @@ def test_most_of_eight_samples_show_what_was_prompted(family, pipeline):
     frames = sample(pipeline, [caption_of(entry) for entry in attributes], seed=0)
     # At a true rate of 0.9 a draw of 5 or fewer of 8 has a chance of 0.4 %, and the draw is fixed.
     shares = shares_right(frames, attributes)
-    # the tiny CogVideoX draws the right shape in about half of its samples alone: its card says so
+    # the tiny CogVideoX draws the right shape in six of ten samples alone: its card says so
     for name in ("all",) if family == "wan" else ("colour", "motion"):
         assert shares[name] >= 6 / 8, name
 

@@ -49,9 +49,7 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     for i in range(hidden.shape[2]):
         vae._conv_idx = [0]
         chunks.append(
-            vae.decoder(
-                hidden[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0
-            )
+            vae.decoder(hidden[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0)
         )
     vae.clear_cache()
     return torch.cat(chunks, dim=2)
