@@ -1,0 +1,1 @@
+"""Experiments that anyone can rerun: arms, learning rates and seeds compared on clips never trained on."""

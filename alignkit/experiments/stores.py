@@ -1,0 +1,101 @@
+"""The experiment's clips and pair stores: local pairs with either mask, ranked generated pairs, held-out pairs."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from alignkit.config import Config
+from alignkit.data.blocks import Made, build_blocks
+from alignkit.data.folders import pairs_folder
+from alignkit.data.pairs import Pair, PairStore, open_for_building, write_empty_text
+from alignkit.evaluation.samples import sample_latents
+from alignkit.evaluation.summary import attributes_in, thumbnails
+from alignkit.experiments.plan import Plan, run_config
+from alignkit.localdpo.build import build_pairs
+from alignkit.models import load_model, working_dtype
+from alignkit.sharing import one_at_a_time
+from alignkit.tiny.classifier import log_probability
+from alignkit.tiny.clips import write_clips
+
+CLIP_SEEDS = {"train": 31_000, "heldout": 32_000}
+"""Neither is a seed of the shipped weights' clips, nor of the demo's."""
+ROLLOUT_SEED = 33_000
+OTHER_SPLIT = 1  # `alignkit pairs` wants a clip on either side of its split
+
+
+def prepare(plan: Plan, out: Path, device: torch.device, show: bool) -> None:
+    """Draw the clips and make every store that the plan's arms need; processes share the work."""
+    for split, count in (("train", plan.train_clips), ("heldout", plan.heldout_clips)):
+        folder = out / "clips" / split
+        with one_at_a_time(folder.with_suffix(".lock")):
+            if not (folder / "captions.jsonl").exists():
+                write_clips(folder, count + OTHER_SPLIT, CLIP_SEEDS[split])
+    build_pairs(_store_config(plan, out, "heldout"), device, show)
+    for name in plan.stores:
+        if name == "generated":
+            _build_generated(plan, out, device, show)
+        else:
+            build_pairs(_store_config(plan, out, name), device, show)
+
+
+def store_folder(plan: Plan, out: Path, name: str) -> Path:
+    """Holds pairs/train for an arm, pairs/heldout for evaluation."""
+    return out / plan.family / "stores" / name
+
+
+def heldout_store(plan: Plan, out: Path, split: str) -> PairStore:
+    """The "validation" or the "test" part of the held-out pairs, of about the same size; they share no prompt."""
+    store = PairStore(pairs_folder(_store_config(plan, out, "heldout"), "heldout"))
+    prompts = sorted(set(store.rows["prompt"]))
+    wanted = set(prompts[0 if split == "validation" else 1 :: 2])
+    return store.select([row for row, prompt in enumerate(store.rows["prompt"]) if prompt in wanted])
+
+
+def _store_config(plan: Plan, out: Path, name: str) -> Config:
+    split = "heldout" if name == "heldout" else "train"
+    clips = plan.heldout_clips if name == "heldout" else plan.train_clips
+    share = clips / (clips + OTHER_SPLIT) if name == "heldout" else OTHER_SPLIT / (clips + OTHER_SPLIT)
+    return run_config(
+        plan,
+        out,
+        store_folder(plan, out, name),
+        f"data.videos={json.dumps(str(out / 'clips' / split))}",
+        f"data.heldout={share}",
+        f"pairs.mask.shape={'rectangle' if name == 'rectangle' else 'bezier'}",
+    )
+
+
+def _build_generated(plan: Plan, out: Path, device: torch.device, show: bool) -> None:
+    """Two videos from the base for each training prompt; the one whose prompt the classifier finds likelier wins."""
+    config = _store_config(plan, out, "generated")
+    local = PairStore(pairs_folder(_store_config(plan, out, "bezier"), "train"))
+    model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
+    folder = pairs_folder(config, "train")
+    made = {"ranked_by": "classifier", "seed": ROLLOUT_SEED, **config.sample.model_dump(mode="json")}
+    info = replace(local.info, kind="generated", pairs=len(local), made=made)
+    open_for_building(folder, info)
+    write_empty_text(folder, local.empty_text)
+    build_blocks(folder, info, partial(_rank_rows, config, model, local), "ranking generated pairs", show=show)
+
+
+def _rank_rows(config: Config, model, local: PairStore, rows: range, advance: Callable[[int], None]) -> Made:
+    data = config.data
+    prompts = [local.rows[row]["prompt"] for row in rows]
+    shape = model.latent_shape(data.num_frames, data.height, data.width)
+    sides = []
+    for side in range(2):
+        latents = sample_latents(config, model, prompts, [2 * row + side for row in rows], ROLLOUT_SEED, shape)
+        score = log_probability(thumbnails(model.decode_video(latents)), [attributes_in(prompt) for prompt in prompts])
+        sides.append((latents.cpu(), score))
+    (first, first_score), (second, second_score) = sides
+    pairs = []
+    for i, row in enumerate(rows):
+        winner, loser = (first[i], second[i]) if first_score[i] >= second_score[i] else (second[i], first[i])
+        mask = torch.ones_like(local[row].mask)
+        pairs.append(Pair(local.ids[row], "generated", prompts[i], local[row].text, winner, loser, mask))
+    advance(len(rows))
+    return pairs, []
