@@ -39,9 +39,11 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Real videos, which become the winners."""
+    """Real videos, which become the winners; or pairs of videos that are ranked already."""
 
     videos: Path | None = Field(None, description="folder of videos with captions")
+    pairs: Path | None = Field(None, description="instead: JSONL, CSV or parquet with prompt, chosen, rejected")
+    heldout_pairs: Path | None = Field(None, description="the same to evaluate on; null: a share of data.pairs")
     captions: Path | None = Field(None, description="captions file, if it does not lie in the folder")
     height: Positive = 480
     width: Positive = 832
@@ -49,10 +51,19 @@ class DataSection(Section):
     fps: Annotated[float, Field(gt=0)] | None = Field(None, description="resample to this rate; null: as filmed")
     heldout: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.1, description="share of the clips kept for evaluation")
 
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSection":
+        if self.videos and self.pairs:
+            raise ValueError("set data.videos or data.pairs, not both")
+        if self.heldout_pairs and not self.pairs:
+            raise ValueError("data.heldout_pairs: needs data.pairs beside it")
+        return self
+
 
 class MaskSection(Section):
     """Random closed regions (arXiv 2601.04068): see alignkit.localdpo.masks."""
 
+    files: Path | None = Field(None, description="folder of your own masks by video name, instead of random ones")
     shape: Literal["bezier", "rectangle"] = "bezier"
     blobs: tuple[Positive, Positive] = (1, 5)
     moving: Fraction = Field(0.5, description="probability that a blob moves; 0: the first frame's mask for all")
@@ -76,10 +87,15 @@ class PairsSection(Section):
     num_inference_steps: Positive = 50
     strengths: tuple[Positive, ...] = Field((38, 40, 42, 45), description="how many of the last steps are redone")
     guidance_scale: NonNegative = 6.0
+    dynamic_guidance: bool = Field(False, description="CogVideoX's use_dynamic_cfg")
     prompt_prefix: str = ""
     negative_prompt: str = ""
     block_size: Positive = Field(32, description="pairs in one file: the unit that is made, stored and resumed whole")
     batch_size: Positive = Field(1, description="videos corrupted at once")
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="of stored latents and text; auto: fp16, or fp32 where the network runs in it"
+    )
+    previews: Annotated[int, Field(ge=0)] = Field(4, description="pairs of each split shown as pictures")
     mask: MaskSection = MaskSection()
 
     @model_validator(mode="after")
@@ -96,16 +112,44 @@ class NoiseSection(Section):
     timesteps: Literal["logit_normal", "uniform", "schedule"] = "logit_normal"
 
 
-class ObjectiveSection(Section):
-    """The LocalDPO loss; see docs/losses.md for what each weight does and how betas convert."""
+OBJECTIVE_KEYS: dict[str, frozenset[str]] = {
+    "local_dpo": frozenset(
+        {"beta", "loser_safeguard", "strength_range"}
+        | {"weight_region", "weight_global", "weight_sft", "weight_region_sft"}
+    ),
+    "dpo": frozenset({"beta", "loser_safeguard", "label_smoothing"}),
+    "robust_dpo": frozenset({"beta", "loser_safeguard", "label_smoothing"}),
+    "ipo": frozenset({"beta", "loser_safeguard"}),
+    "hinge": frozenset({"beta", "loser_safeguard"}),
+    "region_dpo": frozenset({"beta", "loser_safeguard", "label_smoothing"}),
+    "sft": frozenset(),
+}
+"""Which keys of `objective` each objective reads."""
 
-    name: Literal["local_dpo"] = "local_dpo"
+
+class ObjectiveSection(Section):
+    """The loss; see docs/losses.md for the objectives, what each key does and how betas convert."""
+
+    name: Literal["local_dpo", "dpo", "robust_dpo", "ipo", "hinge", "region_dpo", "sft"] = "local_dpo"
     beta: Annotated[float, Field(gt=0)] = 5000.0
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(0.0, description="share of swapped labels")
+    loser_safeguard: Fraction | None = Field(
+        None, description="μ: holds the loser's gradient back where it would raise the winner's error; null: off"
+    )
     strength_range: tuple[float, float] = (0.75, 0.90)
     weight_region: NonNegative = 1.0
     weight_global: NonNegative = 1.0
     weight_sft: NonNegative = 0.1
     weight_region_sft: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _keys_are_read(self) -> "ObjectiveSection":
+        """Defaults pass, even written out: a dumped configuration holds every key."""
+        for key, field in type(self).model_fields.items():
+            if key != "name" and key not in OBJECTIVE_KEYS[self.name] and getattr(self, key) != field.default:
+                readers = ", ".join(name for name, keys in OBJECTIVE_KEYS.items() if key in keys)
+                raise ValueError(f"{key} is not read by the objective {self.name!r}, only by {readers}; leave it out")
+        return self
 
 
 class ReferenceSection(Section):
@@ -156,6 +200,7 @@ class DeepSpeedSection(Section):
 class SampleSection(Section):
     num_inference_steps: Positive = 50
     guidance_scale: NonNegative = 5.0
+    dynamic_guidance: bool = Field(False, description="CogVideoX's use_dynamic_cfg")
     negative_prompt: str = ""
     count: Positive = Field(64, description="videos sampled per seed and model, from held-out prompts")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
@@ -197,7 +242,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _masks_of_one_source(self) -> "Config":
+        if self.data.pairs and self.pairs.mask.files:
+            raise ValueError("pairs.mask.files: is for data.videos; with data.pairs give masks in its column 'mask'")
+        return self
+
+    @model_validator(mode="after")
     def _strengths_in_range(self) -> "Config":
+        if "strength_range" not in OBJECTIVE_KEYS[self.objective.name]:
+            return self
         low, high = self.objective.strength_range
         for k in self.pairs.strengths:
             alpha = k / self.pairs.num_inference_steps
@@ -279,7 +332,8 @@ def _describe(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not where:
         return message + more
-    return f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}{more}"
+    got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"  # else it names the keys itself
+    return f"{where}: {message[0].lower()}{message[1:]}{got}{more}"
 
 
 def _known_keys(location: tuple) -> list[str]:

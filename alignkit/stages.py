@@ -4,16 +4,20 @@ import json
 import resource
 import time
 
-import numpy as np
 import torch
 
 from alignkit.config import Config, dump_config
-from alignkit.data.pairs import PairStore
+from alignkit.data.folders import SPLITS, pairs_folder
+from alignkit.data.given import build_given_pairs, find_given
+from alignkit.data.pairs import Pair, PairStore
+from alignkit.errors import DataError
 from alignkit.files import write_atomically, write_json
-from alignkit.localdpo.build import build_pairs, pairs_folder
+from alignkit.localdpo.build import build_pairs
+from alignkit.localdpo.sources import check_masks, find_usable
 from alignkit.models import load_model
 from alignkit.progress import say
-from alignkit.training.distributed import set_threads, start_process
+from alignkit.report.pictures import StoredPair, write_pair, write_preview
+from alignkit.training.distributed import lone_worker, set_threads, start_process
 from alignkit.training.engine import accumulation_steps
 
 PAIRS_IN_REPORT = 6
@@ -24,13 +28,27 @@ def run_stage(name: str, config: Config) -> None:
     start = time.perf_counter()
     STAGES[name](config)
     seconds = time.perf_counter() - start
-    if name == "train" and not start_process().main:
+    if not lone_worker().main:
         return
     file = config.output.dir / "stages.json"
     stages = json.loads(file.read_text()) if file.exists() else {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     write_json(file, stages | {name: {"seconds": round(seconds, 2), "peak_memory_gb": round(peak, 3)}})
     say(f"{name} took {seconds:.0f} s")
+
+
+def validate(config: Config) -> None:
+    """Say what cannot be used of the data; nothing is made. Raises DataError when there is anything."""
+    if config.data.pairs:
+        _, problems = find_given(config)
+    else:
+        sources, problems = find_usable(config)
+        problems += check_masks(config, sources)
+    for problem in problems:
+        say(f"{problem.video}: {problem.reason}")
+    if problems:
+        raise DataError(f"{len(problems)} {'thing' if len(problems) == 1 else 'things'} cannot be used, see above")
+    say("everything can be used")
 
 
 def check_train(config: Config, processes: int) -> None:
@@ -40,11 +58,38 @@ def check_train(config: Config, processes: int) -> None:
 
 
 def _pairs(config: Config) -> None:
-    set_threads(1)
+    """One of any number of processes that build the pairs between them; the first one speaks for all."""
+    worker = lone_worker()
     config.output.dir.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
-    for split, count in build_pairs(config, _device()).items():
-        say(f"{count} {split} pairs in {pairs_folder(config, split)}")
+    build = build_given_pairs if config.data.pairs else build_pairs
+    for split in build(config, worker.device, show=worker.main):
+        if worker.main:
+            folder, count = pairs_folder(config, split), len(PairStore(pairs_folder(config, split)))
+            size = sum(file.stat().st_size for file in folder.glob("block-*.arrow")) / 1e6
+            say(f"{count} {split} pairs, {size:.3g} MB, in {folder}")
+    if worker.main and config.pairs.previews:
+        _preview_pairs(config, worker.device)
+
+
+def _preview_pairs(config: Config, device: torch.device) -> None:
+    """Some pairs of each split as pictures for people to check: pairs/SPLIT/previews/ID.png."""
+    model = load_model(config.model, with_transformer=False, device=device)
+    for split in SPLITS:
+        folder = pairs_folder(config, split)
+        (folder / "previews").mkdir(exist_ok=True)
+        store = PairStore(folder)
+        for i in range(min(config.pairs.previews, len(store))):
+            pair = store[i]
+            file = folder / "previews" / f"{pair.id:06d}.png"
+            if not file.exists():
+                write_preview(file, _decoded(model, pair, device))
+        say(f"previews: {folder / 'previews'}")
+
+
+def _decoded(model, pair: Pair, device: torch.device) -> StoredPair:
+    winner, loser = model.decode_video(torch.stack([pair.winner, pair.loser]).to(device)).numpy()
+    return StoredPair(winner, loser, model.frames_of_mask(pair.mask).numpy(), pair.prompt, pair.strength)
 
 
 def _train(config: Config) -> None:
@@ -86,16 +131,7 @@ def _decode_pairs(config: Config) -> None:
     model = load_model(config.model, with_transformer=False, device=_device())
     store = PairStore(pairs_folder(config, "heldout"))
     for i in range(min(PAIRS_IN_REPORT, len(store))):
-        pair = store[i]
-        winner, loser = model.decode_video(torch.stack([pair.winner, pair.loser]).to(_device())).numpy()
-        np.savez_compressed(
-            folder / f"{i:03d}.npz",
-            winner=winner,
-            loser=loser,
-            mask=model.frames_of_mask(pair.mask).numpy(),
-            prompt=pair.prompt,
-            strength=pair.strength,
-        )
+        write_pair(folder / f"{i:03d}.npz", _decoded(model, store[i], _device()))
 
 
 def _costs(config: Config) -> dict:

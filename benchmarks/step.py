@@ -27,7 +27,8 @@ from alignkit.config import load_config
 from alignkit.data.pairs import Pair, PairStore, StoreInfo, open_for_building, write_block, write_empty_text
 from alignkit.models import family_module, load_model, shipped_model, working_dtype
 from alignkit.models.attention import set_attention
-from alignkit.objectives.local_dpo import draw_path_points, local_dpo, training_states
+from alignkit.objectives.preference import training_loss
+from alignkit.objectives.states import draw_path_points, training_states
 from alignkit.training.distributed import start_process
 from alignkit.training.engine import load_network, start_policy, start_reference
 from alignkit.training.loop import load_rows
@@ -101,7 +102,7 @@ def write_pairs(config, model, network_config, folder: Path) -> PairStore:
         shape = (channels, frames, *size) if model.region_layout(torch.empty(1, 2, 2)).shape[0] == 1 else (
             frames, channels, *size)  # fmt: skip
     channel = shape.index(network_config["in_channels"])
-    open_for_building(folder, StoreInfo(*[""] * 5, 50, 1.0, "", "", [45], {}, 0, 1, PAIRS, {}))
+    open_for_building(folder, StoreInfo("local_dpo", model.family, None, "", "", pairs=PAIRS, block_size=PAIRS))
     generator = torch.Generator().manual_seed(0)
     width = network_config.get("text_dim") or network_config["text_embed_dim"]
     pairs = []
@@ -137,7 +138,7 @@ class Alignkit:
         inside = sum(clock.seconds[part] for part in ("forward", "reference"))
         networks = Timed(self.policy, clock, "forward"), Timed(self.reference, clock, "reference")
         start = clock._now()
-        result = local_dpo(self.config, self.model, *networks, batch, states)
+        result = training_loss(self.config, self.model, *networks, batch, states)
         inside = sum(clock.seconds[part] for part in ("forward", "reference")) - inside
         clock.seconds["loss"] += clock._now() - start - inside
         clock.timed("backward", self.policy.backward, result.loss)

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "alignkit"
 # A layer may import the ones below it, never those above.
 LAYERS = [
-    {"errors", "config", "files", "progress"},
+    {"errors", "config", "files", "progress", "sharing"},
     {"schedules", "models", "data", "tiny"},
     {"objectives", "localdpo"},
     {"training"},
     {"evaluation", "report"},
-    {"stages"},
+    {"experiments", "stages"},
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -110,6 +110,11 @@ def test_every_stage_in_turn_leaves_a_report(command, config_file, run_with_pair
     assert not re.search(r"(src|href)=.https?:", page)
 
 
+def test_a_folder_that_cannot_be_written_to_is_one_line(command, config_file, overrides):
+    result = command("pairs", config_file, *overrides("/dev/null/run"))
+    assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].startswith("alignkit: /dev/null")
+
+
 def test_without_the_extras_the_command_says_what_to_install(command):
     code = "import sys; sys.modules['typer'] = None\nimport runpy; runpy.run_module('alignkit', run_name='__main__')"
     result = command(python=("-c", code))

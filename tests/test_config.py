@@ -1,8 +1,10 @@
 """Configuration: one clear line for every mistake, before anything slow starts."""
 
+import json
+
 import pytest
 
-from alignkit.config import dump_config, load_config, shipped_config
+from alignkit.config import OBJECTIVE_KEYS, dump_config, load_config, shipped_config
 from alignkit.errors import ConfigError
 
 
@@ -29,6 +31,15 @@ GOOD = "output: {dir: out}\n"
         (GOOD + "pairs: {mask: {shap: x}}", [], ["pairs.mask.shap", "unknown key", "'shape'"]),
         (GOOD + "pairs: {strengths: [60]}", [], ["pairs", "strengths", "50"]),
         (GOOD + "pairs: {strengths: [10]}", [], ["pairs.strengths", "0.2", "[0.75, 0.9]"]),
+        (GOOD + "objective: {name: dpoo}", [], ["objective.name", "'region_dpo'", "'dpoo'"]),
+        (GOOD + "objective: {name: dpo, weight_region: 0.5}", [], ["weight_region", "'dpo'", "local_dpo"]),
+        (GOOD + "objective: {name: dpo, strength_range: [0.5, 0.9]}", [], ["strength_range", "'dpo'"]),
+        (GOOD + "objective: {name: ipo, label_smoothing: 0.1}", [], ["label_smoothing", "'ipo'", "robust_dpo"]),
+        (GOOD + "objective: {label_smoothing: 0.1}", [], ["label_smoothing", "'local_dpo'"]),
+        (GOOD + "objective: {name: sft, loser_safeguard: 0}", [], ["loser_safeguard", "'sft'"]),
+        (GOOD + "objective: {name: sft, beta: 2}", [], ["beta", "'sft'"]),
+        (GOOD + "objective: {name: dpo, label_smoothing: 0.5}", [], ["objective.label_smoothing", "less than 0.5"]),
+        (GOOD + "objective: {name: dpo, loser_safeguard: 2}", [], ["objective.loser_safeguard", "less than or equal"]),
         ("train: {}", [], ["output", "missing"]),
         ("- a\n- b", [], ["sections", "list"]),
         ("a: [", [], ["not valid YAML"]),
@@ -58,9 +69,25 @@ def test_overrides_win_over_the_file(tmp_path):
     assert (config.train.steps, config.train.learning_rate, config.pairs.strengths) == (7, 1e-6, (40,))
 
 
-def test_dumped_configuration_reads_back_equal(tmp_path):
-    config = load_config(shipped_config("wan-tiny-localdpo.yaml"), ["data.videos=some/where"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *({"name": name} for name in OBJECTIVE_KEYS),
+        {"loser_safeguard": 0.0, "weight_region": 0.5},
+        {"name": "region_dpo", "beta": 100, "label_smoothing": 0.1, "loser_safeguard": 0.3},
+    ],
+)
+def test_dumped_configuration_reads_back_equal(tmp_path, objective):
+    """A dump holds every key, those that the objective does not read too."""
+    config = load_config(
+        shipped_config("wan-tiny-localdpo.yaml"), ["data.videos=some/where", f"objective={json.dumps(objective)}"]
+    )
     assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_strengths_are_held_to_the_range_only_where_it_is_read(tmp_path):
+    config = load_config(write(tmp_path, GOOD), ["objective.name=dpo", "pairs.strengths=[10]"])
+    assert config.pairs.strengths == (10,)
 
 
 def test_every_configuration_in_the_folder_is_valid():

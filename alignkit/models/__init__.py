@@ -58,7 +58,16 @@ class VideoModel(Protocol):
     def training_path(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u in [0, 1], fp64 [B], to coefficients (a, s, c, d) fp64 [B, 4] and timesteps fp64 [B]; u = 1 is noise."""
 
-    def sample(self, noise: Tensor, text: Tensor, negative: Tensor, *, num_steps: int, guidance: float) -> Tensor:
+    def sample(
+        self,
+        noise: Tensor,
+        text: Tensor,
+        negative: Tensor,
+        *,
+        num_steps: int,
+        guidance: float,
+        dynamic: bool = False,
+    ) -> Tensor:
         """Latents from starting noise, bit for bit what the family's diffusers pipeline makes of it."""
 
     def merge_lora(self, folder: Path) -> None:
@@ -105,6 +114,9 @@ class Family(Protocol):
         guidance: float,
     ) -> Tensor:
         """Classifier-free guidance as the pipeline computes it; guidance ≤ 1 is the conditional branch alone."""
+
+    def dynamic_guidance(self, guidance: float, timestep: float, num_steps: int) -> float:
+        """The scale at one step for `dynamic_guidance: true`; ConfigError where the pipeline knows no such thing."""
 
 
 def shipped_model(family: str) -> Path:

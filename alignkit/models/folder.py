@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError, ConfigError, ModelError
 
+REMEMBERED_PROMPTS = 64  # an embedding of a full model takes megabytes
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 
 
@@ -50,11 +51,15 @@ class ModelFolder:
         return self.pipeline.vae
 
     def encode_text(self, prompts: list[str]) -> list[Tensor]:
-        """Text embeddings as `pad_text` takes them, fp32 [tokens, D] each on CPU; each prompt is encoded once."""
+        """Text embeddings as `pad_text` takes them, fp32 [tokens, D] each on CPU; the last prompts are remembered."""
+        found = []
         for prompt in prompts:
-            if prompt not in self._embeddings:
-                self._embeddings[prompt] = self._encode_prompt(prompt)
-        return [self._embeddings[prompt] for prompt in prompts]
+            embedding = self._embeddings.pop(prompt, None)
+            self._embeddings[prompt] = self._encode_prompt(prompt) if embedding is None else embedding
+            found.append(self._embeddings[prompt])
+        for prompt in list(self._embeddings)[:-REMEMBERED_PROMPTS]:
+            del self._embeddings[prompt]
+        return found
 
     def _encode_prompt(self, prompt: str) -> Tensor:
         raise NotImplementedError

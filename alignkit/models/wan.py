@@ -8,7 +8,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
-from alignkit.errors import ModelError
+from alignkit.errors import ConfigError, ModelError
 from alignkit.models.folder import ModelFolder, frozen, grid_of, loading, to_frames, to_unit
 from alignkit.schedules import Schedule, flow_coefficients, flow_shift
 
@@ -89,11 +89,23 @@ class WanModel(ModelFolder):
         return flow_coefficients(sigmas), sigmas * self.scheduler.config.num_train_timesteps
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, text: Tensor, negative: Tensor, *, num_steps: int, guidance: float) -> Tensor:
+    def sample(
+        self,
+        noise: Tensor,
+        text: Tensor,
+        negative: Tensor,
+        *,
+        num_steps: int,
+        guidance: float,
+        dynamic: bool = False,
+    ) -> Tensor:
         """Latents [B, C, F, H, W] from starting noise by the model's own solver, as `WanPipeline` does it.
 
-        text, negative: padded embeddings [B, L, D]; guidance ≤ 1 runs the conditional branch alone.
+        text, negative: padded embeddings [B, L, D]; guidance ≤ 1 runs the conditional branch alone. Raises
+        ConfigError for `dynamic`, which the pipeline does not know.
         """
+        if dynamic:
+            dynamic_guidance(guidance, 0, num_steps)
         scheduler = self.new_scheduler()
         scheduler.set_timesteps(num_steps, device=noise.device)
         scheduler.set_begin_index(0)
@@ -119,6 +131,11 @@ def guided(
         return conditional
     unconditional = predict(transformer, state, timesteps, negative)
     return unconditional + guidance * (conditional - unconditional)
+
+
+def dynamic_guidance(guidance: float, timestep: float, num_steps: int) -> float:
+    """Wan's pipeline guides all steps alike: raises ConfigError."""
+    raise ConfigError("dynamic_guidance: Wan2.1 has none; leave it off")
 
 
 def build_transformer(config: dict) -> nn.Module:

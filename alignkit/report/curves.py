@@ -86,19 +86,11 @@ def _training(title: str, how_to_read: str, series: list[Series], *, smooth: boo
 
 def _main_plots(run: Run, log: Log) -> list[str]:
     objective = run.config.get("objective")
-    weights = [number(objective, f"weight_{name}") for name in ("region", "global")]
-    total = sum(1.0 if weight is None else weight for weight in weights)
     beta = number(objective, "beta")
     logit = f" With β = {beta:g}, {short(2 / beta)} between the two gaps is one logit." if beta else ""
+    how_to_read, start = _start_of_loss(objective)
     return [
-        _training(
-            "Loss",
-            "While policy and reference agree, each preference term is ln 2 = 0.693, a coin toss; so the two of "
-            f"them start at {total:g} × 0.693 (dashed). Below it winners are preferred. The small rest on top is "
-            "the plain denoising loss of the winner.",
-            [log.series("loss", "loss", 1)],
-            rules=[Rule(total * LN2, f"no preference: {total * LN2:.3f}")],
-        ),
+        _training("Loss", how_to_read, [log.series("loss", "loss", 1)], rules=start),
         _training(
             "Implicit accuracy",
             "Share of pairs whose winner the policy favours over the loser, compared with the reference; a tie "
@@ -159,6 +151,7 @@ def _main_plots(run: Run, log: Log) -> list[str]:
                 log.series("saturated", "saturated", 3),
                 log.series("region/saturated", "saturated, region", 3),
                 log.series("global/saturated", "saturated, global", 4),
+                log.series("safeguard/factor", "loser's gradient kept", 5),
             ],
             y_limits=SHARES,
         ),
@@ -174,6 +167,28 @@ def _main_plots(run: Run, log: Log) -> list[str]:
             smooth=False,
         ),
     ]
+
+
+def _start_of_loss(objective: dict | None) -> tuple[str, list[Rule]]:
+    """How to read the loss, and a line at its value while policy and reference agree."""
+    name = str(objective.get("name", "local_dpo")) if isinstance(objective, dict) else "local_dpo"
+    if name == "local_dpo":
+        weights = [number(objective, f"weight_{part}") for part in ("region", "global")]
+        total = sum(1.0 if weight is None else weight for weight in weights)
+        return (
+            "While policy and reference agree, each preference term is ln 2 = 0.693, a coin toss; so the two of "
+            f"them start at {total:g} × 0.693 (dashed). Below it winners are preferred. The small rest on top is "
+            "the plain denoising loss of the winner.",
+            [Rule(total * LN2, f"no preference: {total * LN2:.3f}")],
+        )
+    start = {"ipo": 0.25, "hinge": 1.0, "sft": None}.get(name, LN2)
+    if start is None:
+        return "The plain denoising loss of the winners.", []
+    return (
+        f"While policy and reference agree, the loss of {name} is {short(start)} (dashed). Below it winners are "
+        "preferred.",
+        [Rule(start, f"no preference: {start:.3f}")],
+    )
 
 
 def _by_noise_level(run: Run) -> str:

@@ -59,14 +59,16 @@ def _pairs(run: Run, fps: float) -> str:
         strength = "" if pair.strength is None else f'<span class="fact">strength {pair.strength:.2f}</span>'
         return pair_picture(pair, fps), f"{escape(pair.prompt)} {strength}"
 
-    labels = ("winner", "redrawn region", "loser")
+    labels = ("winner", "where they are compared" if run.brought_pairs else "redrawn region", "loser")
     cards, _, problems = _cards(run.pairs[:MOST_PAIRS], make, labels, PAIR_BYTES)
-    return (
-        "<p>The winner is a real video. The loser is the same video after the base model has redrawn the marked "
+    how = (
+        "The winner is a real video. The loser is the same video after the base model has redrawn the marked "
         "region; outside of it, the two are the same latents, value for value. Strength is the share of the "
-        "denoising that was done anew: the higher, the freer the redrawing. These were held out from training."
-        f"{_not_shown(problems)}</p>{cards}"
+        "denoising that was done anew: the higher, the freer the redrawing."
     )
+    if run.brought_pairs:
+        how = "Winner and loser as they were ranked; a pair that came without a mask is compared as a whole."
+    return f"<p>{how} These were held out from training.{_not_shown(problems)}</p>{cards}"
 
 
 def _cards(

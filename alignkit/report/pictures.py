@@ -64,6 +64,21 @@ def read_pair(file: Path) -> StoredPair:
     return StoredPair(winner, loser, mask, prompt, strength)
 
 
+def write_pair(file: Path, pair: StoredPair) -> None:
+    """What `read_pair` reads."""
+    strength = {} if pair.strength is None else {"strength": pair.strength}
+    np.savez_compressed(file, winner=pair.winner, loser=pair.loser, mask=pair.mask, prompt=pair.prompt, **strength)
+
+
+def write_preview(file: Path, pair: StoredPair, columns: int = 6) -> None:
+    """A PNG for people to check a pair by: some frames of the winner, of the winner with the mask, of the loser."""
+    winner, loser = _shrunk(pair.winner), _shrunk(pair.loser)
+    chosen = np.linspace(0, len(winner) - 1, min(columns, len(winner))).round().astype(int)
+    rows = [video[chosen] for video in (winner, with_mask(winner, pair.mask), loser)]
+    framed = [np.concatenate([np.pad(frame, ((1, 1), (1, 1), (0, 0))) for frame in row], axis=1) for row in rows]
+    Image.fromarray(np.concatenate(framed)).save(file)
+
+
 def pair_picture(pair: StoredPair, fps: float) -> Picture:
     """Winner, winner with the mask over it, loser."""
     winner, loser = _shrunk(pair.winner), _shrunk(pair.loser)  # before the mask is drawn: its outline stays sharp

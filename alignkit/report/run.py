@@ -25,6 +25,12 @@ class Run:
     samples: list[dict]
     skipped: list[dict]
 
+    @property
+    def brought_pairs(self) -> bool:
+        """Whether its pairs were ranked videos, not made by LocalDPO."""
+        data = self.config.get("data")
+        return isinstance(data, dict) and data.get("pairs") is not None
+
 
 def read_run(folder: Path) -> Run:
     """Raises DataError if summary.json is missing or is no JSON object."""

@@ -7,6 +7,15 @@ from alignkit.report.run import Run, number, numbers
 
 SKIPPED_IN_SIGHT, MOST_SKIPPED = 8, 200
 FAMILIES = {"wan": "Wan2.1", "cogvideox": "CogVideoX"}
+OBJECTIVES = {
+    "local_dpo": "LocalDPO",
+    "dpo": "DPO",
+    "robust_dpo": "robust DPO",
+    "ipo": "IPO",
+    "hinge": "the hinge loss",
+    "region_dpo": "DPO by region",
+    "sft": "supervised fine-tuning",
+}
 MISSING = '<span class="missing">not available</span>'
 KINDS = {"real": "real", "real_through_vae": "real after VAE", "base": "base", "aligned": "aligned"}
 
@@ -18,14 +27,21 @@ def header(run: Run) -> str:
     length += f" of {size:g} pairs" if steps and size else ""
     return f"""<header>
 <p class="brand">alignkit</p>
-<h1>{escape(_model(run))}, aligned with LocalDPO</h1>
-<p class="lead">The model learned{length} to prefer real videos to copies of them in which it had redrawn random
-regions itself, without any labels from people. Then it was compared with the model it started from: on pairs held
-out from training, and on videos that both generate from the same noise.</p>
+<h1>{escape(_model(run))}, aligned with {escape(_objective(run))}</h1>
+<p class="lead">The model learned{length} {_lesson(run)}. Then it was compared with the model it started from: on pairs
+held out from training, and on videos that both generate from the same noise.</p>
 <nav><a href="#pictures">Pictures</a><a href="#curves">Curves</a><a href="#numbers">Numbers</a>
 <a href="#configuration">Configuration</a></nav>
 </header>
 """
+
+
+def _lesson(run: Run) -> str:
+    if _objective(run) == OBJECTIVES["sft"]:
+        return "from the winners of its pairs alone"
+    if run.brought_pairs:
+        return "to prefer the better one of two videos, as they were ranked"
+    return "to prefer real videos to copies of them in which it had redrawn random regions itself, without any labels"
 
 
 def _model(run: Run) -> str:
@@ -33,6 +49,12 @@ def _model(run: Run) -> str:
     name = FAMILIES.get(family, family) or "Text-to-video model"
     section = run.config.get("model")
     return f"Tiny {name}" if isinstance(section, dict) and section.get("path") == "tiny" else name
+
+
+def _objective(run: Run) -> str:
+    section = run.config.get("objective")
+    name = str(section.get("name", "local_dpo")) if isinstance(section, dict) else "local_dpo"
+    return OBJECTIVES.get(name, name)
 
 
 def verdict(run: Run) -> str:

@@ -9,17 +9,24 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
+
+from alignkit.errors import AlignkitError
 
 # Set before DeepSpeed is imported anywhere: its own choice needs a GPU or a hint.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 
+Result = TypeVar("Result")
+
 PARENT = "ALIGNKIT_LAUNCHER_PID"
+WORKER, WORKERS = "ALIGNKIT_WORKER", "ALIGNKIT_WORKERS"  # of processes that share work and form no group
 PR_SET_PDEATHSIG = 1
 
 
@@ -43,13 +50,14 @@ def start_process() -> Process:
     import deepspeed
 
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        local = str(lone_worker().local_rank)
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     _die_with_launcher()
     # DeepSpeed calls collectives by names that torch 2.13 deprecates; said at every step, by every process.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
+    set_threads(int(os.environ.get(WORKERS, os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -63,6 +71,43 @@ def start_process() -> Process:
             )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
+
+
+def on_main(process: Process, make: Callable[[], Result]) -> Result:
+    """What make() returns on the first process, for all of them; an AlignkitError that it raises is raised on all."""
+    if process.world_size == 1:
+        return make()
+    answer: list = [None]
+    if process.main:
+        try:
+            answer = [(make(), None)]
+        except AlignkitError as error:
+            answer = [(None, error)]
+    torch.distributed.broadcast_object_list(answer, src=0)
+    result, error = answer[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def lone_worker() -> Process:
+    """Who this process is among those of its launcher, without a process group: for work that needs no exchange.
+
+    torchrun's ranks and `--nproc`'s know their number from RANK, tasks of a Slurm job or array from SLURM_PROCID and
+    SLURM_ARRAY_TASK_ID. Sets the number of threads as `start_process` does.
+    """
+    environment = os.environ
+    task = int(environment.get("SLURM_ARRAY_TASK_ID", 0)) - int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+    # WORKER before RANK, which a training run that formed a group alone has set
+    rank = int(environment.get(WORKER, environment.get("RANK", task or environment.get("SLURM_PROCID", 0))))
+    local_rank = int(environment.get(WORKER, environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0))))
+    _die_with_launcher()
+    set_threads(int(environment.get("LOCAL_WORLD_SIZE", environment.get(WORKERS, 1))))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank %= torch.cuda.device_count()
+        device = torch.device("cuda", local_rank)
+    return Process(rank, int(environment.get("WORLD_SIZE", 1)), local_rank, device)
 
 
 def set_threads(processes: int) -> None:
@@ -80,8 +125,10 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def run_processes(arguments: list[str], count: int) -> int:
+def run_processes(arguments: list[str], count: int, *, together: bool = True) -> int:
     """Run `python -m alignkit ARGUMENTS` as `count` processes on this machine; returns the first bad exit code.
+
+    together: they know of each other, and can form a process group; else each believes to be alone.
 
     SIGTERM is passed on and a terminal's interrupt reaches all of them by itself, so that they save a checkpoint
     together; when one fails the others are killed, since they would wait for it for ever.
@@ -94,9 +141,12 @@ def run_processes(arguments: list[str], count: int) -> int:
         PARENT: str(os.getpid()),
     }
     command = [sys.executable, "-m", "alignkit", *arguments]
+    if not together:
+        shared = {PARENT: shared[PARENT], WORKERS: str(count)}
+    names = ("RANK", "LOCAL_RANK") if together else (WORKER,)
     children = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(count)
+        subprocess.Popen(command, env=os.environ | shared | dict.fromkeys(names, str(number)))
+        for number in range(count)
     ]
 
     signal.signal(signal.SIGTERM, lambda number, _frame: [child.send_signal(number) for child in children])

@@ -11,6 +11,7 @@ from alignkit.errors import ConfigError
 from alignkit.models import load_model, working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.models.blocks import compile_blocks
+from alignkit.objectives.preference import needs_reference
 from alignkit.training.distributed import Process
 from alignkit.training.lora import AdapterOff, add_lora
 from alignkit.training.partition import load_partitioned
@@ -90,13 +91,16 @@ def start_policy(config: Config, process: Process, transformer: nn.Module):
 
 
 def start_reference(config: Config, process: Process, policy, model):
-    """The frozen network: the policy with its adapters off, or a copy, partitioned and rounded as the policy is.
+    """The frozen network: the policy with its adapters off, or a copy, partitioned and rounded as the policy is;
+    None where the objective compares with nothing.
 
     It must go through the same wrapper: ZeRO-3 replaces `F.linear`, and a plain module differs from a wrapped
     one by up to 0.17 logits at β = 5000. Under ZeRO-2 the policy computes as a plain module, and so does this.
     """
     import deepspeed
 
+    if not needs_reference(config.objective):
+        return None
     strategy = config.reference.strategy
     if strategy == "adapter" or (strategy == "auto" and config.train.lora):
         return AdapterOff(policy)

@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 
 from alignkit.config import Config, dump_config
+from alignkit.data.folders import pairs_folder
 from alignkit.data.pairs import PairBatch, PairStore, collate
 from alignkit.data.sampler import global_batch, rank_share
 from alignkit.errors import AlignkitError, DataError
 from alignkit.files import write_atomically, write_json
-from alignkit.localdpo.build import pairs_folder
 from alignkit.models import load_model
-from alignkit.objectives.local_dpo import diagnostics, local_dpo, training_states
+from alignkit.objectives.preference import diagnostics, training_loss
+from alignkit.objectives.states import training_states
 from alignkit.progress import progress, say
 from alignkit.training import checkpoints
-from alignkit.training.distributed import Process
+from alignkit.training.distributed import Process, on_main
 from alignkit.training.engine import (
     accumulation_steps,
     full_precision_weights,
@@ -60,9 +61,9 @@ def train(config: Config, process: Process) -> None:
     accumulation = accumulation_steps(config, process.world_size)
     store = PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)
-    _check_store(store, model, config)
+    terms = on_main(process, lambda: _checked_terms(config, store, model))  # reads all weights: once is enough
     model.transformer, attention = load_network(config, process, model)
-    terms = run_terms(config, store, model) | {"attention": attention}
+    terms |= {"attention": attention}
     folder = train_folder(config)
     if process.main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ def train(config: Config, process: Process) -> None:
             bad_in_a_row = 0 if applied else bad_in_a_row + 1
             if log:
                 log.write(step + 1, _printable(metrics), _timings(start, len(rows)))
-                bar.advance(note=f"loss {metrics['loss']:.4f}  region accuracy {metrics['region/accuracy']:.2f}")
+                bar.advance(note=f"loss {metrics['loss']:.4f}  winner's error {metrics['error_w']:.4f}")
             if bad_in_a_row >= config.train.max_bad_steps:
                 _stop_diverged(config, folder, step, rows, store, process)
             stopping = _any_process(stop(), process)
@@ -136,11 +137,19 @@ def run_terms(config: Config, store: PairStore, model) -> dict:
     }
 
 
+def _checked_terms(config: Config, store: PairStore, model) -> dict:
+    _check_store(store, model, config)
+    return run_terms(config, store, model)
+
+
 def _check_store(store: PairStore, model, config: Config) -> None:
-    for name, ours in (("family", model.family), ("model", model.fingerprint())):
-        if store.info[name] != ours:
+    """Pairs must come from this family's VAE, and from this network where a network made them."""
+    for name in ("family", "model", "vae"):
+        theirs = getattr(store.info, name)
+        ours = model.family if name == "family" else model.fingerprint("transformer" if name == "model" else name)
+        if theirs not in (None, ours):
             raise DataError(
-                f"{store.folder}: its pairs were made with {name} {store.info[name]!r}, but model.path "
+                f"{store.folder}: its pairs were made with {name} {theirs!r}, but model.path "
                 f"{config.model.path!r} is {ours!r}; build the pairs again with this model"
             )
 
@@ -158,20 +167,21 @@ def _forward_backward(config, model, policy, reference, store, micro, process, s
     epochs = torch.tensor([epoch for _, epoch in micro])
     dtype = next(policy.module.parameters()).dtype
     states = training_states(config, model, batch, epochs, store.empty_text, dtype)
-    result = local_dpo(config, model, policy, reference, batch, states)
+    result = training_loss(config, model, policy, reference, batch, states)
     if step == 0:
-        check_first_logits(torch.cat([result.logits_region, result.logits_global]))
+        check_first_logits(result.logits)
     policy.backward(result.loss)
     policy.step()
     return diagnostics(config, result, states)
 
 
-def check_first_logits(logits: torch.Tensor) -> None:
+def check_first_logits(logits: dict[str, torch.Tensor]) -> None:
     """Policy and reference are the same weights before the first update: any logit but 0 is a fault of the set-up.
 
     A logit that is not finite comes from the pair itself, and its step is skipped like any other such step.
+    An objective without a reference has none.
     """
-    largest = logits[logits.isfinite()].abs().max().item() if logits.isfinite().any() else 0.0
+    largest = max((z.nan_to_num(0.0, 0.0, 0.0).abs().max().item() for z in logits.values()), default=0.0)
     if largest != 0.0:
         raise AlignkitError(
             f"step 0: policy and reference differ by {largest:g} logits where they must agree exactly; they do not run "

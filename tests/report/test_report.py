@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alignkit.config import OBJECTIVE_KEYS
 from alignkit.errors import DataError
 from alignkit.report import write_report
+from alignkit.report.tables import OBJECTIVES
 
 FRAMES, SIZE = 9, 32  # of the run that conftest.py makes
 LEFT_OPEN = {"meta", "link", "img", "source", "br", "path", "line", "circle"}
@@ -259,6 +261,52 @@ def test_metrics_under_trl_s_names_are_drawn_with_their_kind(run):
     page = page_of(run)
     assert page.text.count("global 0.7") == 1, "global accuracy belongs beside the region's"
     assert "rewards/" not in page.text, "drawn again among the rest"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("local_dpo", "them start at 2 × 0.693"),
+        ("dpo", "the loss of dpo is 0.6931"),
+        ("ipo", "the loss of ipo is 0.25"),
+        ("hinge", "the loss of hinge is 1"),
+        ("sft", "The plain denoising loss of the winners."),
+    ],
+)
+def test_the_loss_is_explained_for_its_objective(run, name, words):
+    (run / "config.yaml").write_text(f"objective: {{name: {name}, beta: 5000}}\n")
+    text = page_of(run).text
+    assert words in text and f"aligned with {OBJECTIVES[name]}" in text
+
+
+def test_every_objective_has_a_title():
+    assert OBJECTIVES.keys() == OBJECTIVE_KEYS.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "others"),
+    [
+        ("data: {videos: clips}", "redrawn random regions", "as they were ranked"),
+        ("data: {pairs: mine.jsonl}\nobjective: {name: dpo}", "as they were ranked", "redrawn"),
+        ("objective: {name: sft}", "from the winners of its pairs alone", "as they were ranked"),
+    ],
+)
+def test_the_page_says_what_the_pairs_were(run, config, words, others):
+    (run / "config.yaml").write_text(config + "\n")
+    text = page_of(run).text
+    assert words in text and others not in text
+
+
+def test_metrics_that_an_objective_does_not_have_are_left_out(run):
+    """Supervised training logs its loss and the winner's error: no empty plot is left of the rest."""
+    (run / "config.yaml").write_text("objective: {name: sft}\n")
+    file = run / "train" / "metrics.jsonl"
+    kept = ("step", "loss", "error_w", "error_by_timestep", "lr", "grad_norm")
+    rows = [{name: json.loads(line)[name] for name in kept} for line in file.read_text().splitlines()]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    text = page_of(run).text
+    assert "Denoising error" in text and "Learning rate" in text
+    assert not any(title in text for title in ("Implicit accuracy", "Gap of the", "Logits", "Rewards", "saturation"))
 
 
 def test_the_page_stays_small_with_many_large_pictures(make_run, tmp_path):

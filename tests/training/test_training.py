@@ -100,14 +100,14 @@ def test_a_reference_that_is_not_the_policy_is_noticed_at_step_0(run_with_pairs,
 def spoil(config, rows):
     """Rewrite the training pairs so that `rows` hold a NaN."""
     folder = config.output.dir / "pairs" / "train"
-    pairs = list(PairStore(folder))
-    for file in folder.glob("block-*.arrow"):
-        file.unlink()
+    store = PairStore(folder)
+    pairs, size = list(store), store.info.block_size
     for i in rows:
         winner = pairs[i].winner.clone()
         winner[0] = math.nan
         pairs[i] = Pair(**{**vars(pairs[i]), "winner": winner})
-    write_block(folder, 0, pairs)
+    for block in range(store.info.blocks):
+        write_block(folder, block, pairs[block * size : (block + 1) * size])
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(run_with_pairs, process):

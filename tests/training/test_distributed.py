@@ -1,0 +1,55 @@
+"""What the first process finds out, all of them know; a process learns its number from whoever started it."""
+
+import multiprocessing
+
+import pytest
+import torch
+
+from alignkit.errors import DataError
+from alignkit.training.distributed import Process, free_port, lone_worker, on_main
+
+SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "ALIGNKIT_WORKER")
+
+
+def ask(rank, port, answers):
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    process = Process(rank, 2, rank, torch.device("cpu"))
+    said = [on_main(process, lambda: {"rank": rank})]
+    try:
+        on_main(process, lambda: (_ for _ in ()).throw(DataError(f"no, says {rank}")))
+    except DataError as error:
+        said.append(str(error))
+    answers.put((rank, said))
+
+
+def test_the_answer_or_the_error_of_the_first_process_reaches_all():
+    context = multiprocessing.get_context("spawn")
+    answers, port = context.Queue(), free_port()
+    processes = [context.Process(target=ask, args=(rank, port, answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    assert found == {rank: [{"rank": 0}, "no, says 0"] for rank in range(2)}
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, 0),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, 3),
+        ({"SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, 2),
+        ({"SLURM_PROCID": "0", "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5"}, 2),
+        ({"SLURM_PROCID": "0", "SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "5"}, 0),
+        ({"ALIGNKIT_WORKER": "1"}, 1),
+    ],
+)
+def test_a_worker_knows_its_number(monkeypatch, environment, rank):
+    for name in SLURM:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    worker = lone_worker()
+    assert worker.rank == rank and worker.main == (rank == 0)
