@@ -1,5 +1,6 @@
 """Processes of a run: who I am, how many we are, how many threads I may use, and starting several of us."""
 
+import atexit
 import contextlib
 import ctypes
 import io
@@ -69,8 +70,17 @@ def start_process() -> Process:
                 verbose=False,
                 timeout=timedelta(minutes=30),
             )
+        atexit.register(_leave_group)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
+
+
+def _leave_group() -> None:
+    """Join the group's threads while Python is whole: one that drops its last tensor during Python's own end aborts the
+    process, after work well done. Not after an unhandled error: the others may never come to what a thread waits for.
+    """
+    if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
+        torch.distributed.destroy_process_group()
 
 
 def on_main(process: Process, make: Callable[[], Result]) -> Result:

@@ -1,6 +1,9 @@
 """What the first process finds out, all of them know; a process learns its number from whoever started it."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,6 +36,22 @@ def test_the_answer_or_the_error_of_the_first_process_reaches_all():
     for process in processes:
         process.join()
     assert found == {rank: [{"rank": 0}, "no, says 0"] for rank in range(2)}
+
+
+LEAVES_EARLY = """
+import torch
+from alignkit.training.distributed import start_process
+start_process()
+for _ in range(6000):
+    torch.distributed.all_reduce(torch.ones(8), async_op=True)
+"""
+
+
+def test_processes_that_leave_with_exchanges_under_way_end_well():
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environments = [os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    processes = [subprocess.Popen([sys.executable, "-c", LEAVES_EARLY], env=env) for env in environments]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
 
 
 @pytest.mark.parametrize(
