@@ -85,10 +85,14 @@ def random_attributes(seed: int, index: int) -> dict[str, str]:
     return draw_attributes(np.random.default_rng([seed, index]))
 
 
-def render_clip(seed: int, index: int) -> RenderedClip:
-    """Render clip ``index`` of the family ``seed``: the same two numbers always give the same clip."""
+def render_clip(seed: int, index: int, shape: str | None = None) -> RenderedClip:
+    """Render clip ``index`` of the family ``seed``: the same two numbers always give the same clip.
+
+    ``shape``: the same clip with another shape in its shape's place.
+    """
     rng = np.random.default_rng([seed, index])
     attributes = draw_attributes(rng)
+    attributes |= {"shape": shape} if shape else {}
     background = _background(rng, attributes["background"])
     colour = np.array(COLOUR_RGB[attributes["colour"]]) + rng.uniform(-12, 12, 3)
     cover = _shape_cover(rng, attributes["shape"], attributes["motion"])

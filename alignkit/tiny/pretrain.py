@@ -8,7 +8,9 @@ import argparse
 import logging
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch import nn
 
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.tiny.classifier_training import train_classifier
-from alignkit.tiny.clips import read_clips, write_clips
+from alignkit.tiny.clips import SHAPES, read_clips, render_clip, write_clips
 from alignkit.tiny.recipes import FAMILIES, Recipe, recipe_of
 from alignkit.tiny.stages import log
 from alignkit.tiny.text import caption_bank, combination, new_tokenizer, train_text_encoder
@@ -30,6 +32,7 @@ from alignkit.tiny.vae import (
     encode_clips,
     polish_decoder,
     posterior_variance,
+    shape_contrast,
     to_unit,
     train_vae,
 )
@@ -48,12 +51,14 @@ class VaeSection:
     peak_rate: float
     kl_weight: float
     late_kl_weight: float
+    autocast: bool
 
 
 @dataclass(frozen=True)
 class DecoderSection:
     steps: int
     peak_rate: float
+    autocast: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class TransformerSection:
     hold: float
     ema_decay: float
     autocast: bool
+    every_shape: bool
+    """Show each clip in every shape at once, drawn again without the mp4, with one noise."""
+    contrast_weight: float
+    blind: float
 
 
 @dataclass(frozen=True)
@@ -159,12 +168,38 @@ def make_vae(config: PretrainConfig, recipe: Recipe, work: Path, clips: np.ndarr
     if not latents_file.exists():
         trained = len(clips) - config.clips.held_out
         vae = train_vae(recipe, clips[:trained], work, **asdict(config.vae), seed=config.seed)
-        some = encode_clips(vae, clips[:1024])
-        recipe.store_statistics(vae, some, posterior_variance(vae, clips[:256]))
+        some, contrast = encode_clips(vae, clips[:1024]), shape_contrast(vae, config.clips.seed)
+        recipe.store_statistics(vae, some, posterior_variance(vae, clips[:256]), contrast)
         vae.save_pretrained(folder)
         log.info("vae: encoding %d clips", len(clips))
         save_file({"latents": recipe.normalise(vae, encode_clips(vae, clips)).contiguous()}, latents_file)
     return _load_vae(recipe, folder), load_file(latents_file)["latents"]
+
+
+def make_versions(
+    config: PretrainConfig,
+    recipe: Recipe,
+    work: Path,
+    vae: nn.Module,
+    latents: torch.Tensor,
+    attributes: list[dict[str, str]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the transformer learns from: latents [N, V, C, F, h, w] of each clip's versions, their combinations [N, V].
+
+    One version, the clip itself, or the clip drawn in every shape.
+    """
+    if not config.transformer.every_shape:
+        return latents[:, None], torch.tensor([[combination(entry)] for entry in attributes])
+    file = work / "versions.safetensors"
+    if not file.exists():
+        log.info("transformer: encoding %d clips in %d shapes", len(attributes), len(SHAPES))
+        parts = [
+            encode_clips(vae, np.stack([render_clip(config.clips.seed, index, shape).frames for shape in SHAPES]))
+            for index in range(len(attributes))
+        ]
+        save_file({"latents": recipe.normalise(vae, torch.cat(parts)).contiguous()}, file)
+    versions = load_file(file)["latents"].unflatten(0, (-1, len(SHAPES)))
+    return versions, torch.tensor([[combination(e | {"shape": shape}) for shape in SHAPES] for e in attributes])
 
 
 def make_polished_vae(
@@ -197,20 +232,20 @@ def make_transformer(
     config: PretrainConfig,
     recipe: Recipe,
     work: Path,
-    latents: torch.Tensor,
-    attributes: list[dict[str, str]],
+    versions: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     encoder: nn.Module,
 ) -> nn.Module:
-    """The transformer, trained or from the work folder."""
+    """The transformer, trained on `make_versions`' or from the work folder."""
     folder = work / "transformer"
     if not folder.exists():
+        settings = asdict(config.transformer)
+        del settings["every_shape"]
         train_transformer(
             recipe,
-            latents,
-            torch.tensor([combination(entry) for entry in attributes]),
+            *versions(),
             caption_bank(recipe, new_tokenizer(), encoder),
             work,
-            **asdict(config.transformer),
+            **settings,
             held_out=config.clips.held_out,
             seed=config.seed,
         ).save_pretrained(folder)
@@ -269,8 +304,9 @@ def main(arguments: list[str] | None = None) -> int:
     clips, attributes = make_clips(config, given.work)
     encoder = make_text_encoder(config, recipe, given.work)
     vae, latents = make_vae(config, recipe, given.work, clips)
+    versions = partial(make_versions, config, recipe, given.work, vae, latents, attributes)
+    transformer = make_transformer(config, recipe, given.work, versions, encoder)
     vae = make_polished_vae(config, recipe, given.work, clips, vae, latents)
-    transformer = make_transformer(config, recipe, given.work, latents, attributes, encoder)
     folder = given.out / config.family
     recipe.PIPELINE(
         tokenizer=new_tokenizer(),

@@ -34,14 +34,23 @@ def train_transformer(
     hold: float,
     ema_decay: float,
     autocast: bool,
+    contrast_weight: float,
+    blind: float,
     held_out: int,
     seed: int,
 ) -> nn.Module:
     """Train on path points drawn by the recipe's law, with one caption in ten left empty.
 
+    The tiny CogVideoX never read in 14000 steps of single clips whether its text said circle or square: the two
+    differ in their corners alone, of which the noisy clip tells enough. Versions of a clip, the same but for the
+    shape, mend that: first it sees their mean and only the text says which of them is asked for, then them.
+
     Args:
-        latents: normalised, float32 [N, C, F', h, w]; the last ``held_out`` are not trained on.
-        combinations: int64 [N], each clip's row in ``bank``.
+        latents: normalised, float32 [N, V, C, F', h, w]; the last ``held_out`` of N are not trained on.
+        combinations: int64 [N, V], each version's row in ``bank``.
+        batch: clips a step, all versions counted.
+        contrast_weight: of the part of the error in which versions differ; without effect at V = 1.
+        blind: share of the steps, the first ones, in which the network sees the mean of a clip's versions.
         bank: by text length, caption embeddings [wordings, combinations, length, D] and the empty prompt's
             [length, D].
         autocast: forward and backward in bfloat16 where torch's autocast holds it safe.
@@ -53,8 +62,9 @@ def train_transformer(
     optimizer = Muon(matrices, others, matrix_rate=peak_rate, other_rate=0.1 * peak_rate)
     ema = Ema(model, ema_decay)
     running = RunningLog("transformer", steps)
-    latents = recipe.to_network(latents)
-    trained = len(latents) - held_out
+    trained, versions = len(latents) - held_out, latents.shape[1]
+    latents = recipe.to_network(latents.flatten(0, 1)).unflatten(0, (-1, versions))
+    batch //= versions
     for step in train_steps("transformer", folder, model, optimizer, ema, steps):
         rng = step_rng(seed, STAGE, step)
         generator = torch_generator(rng)
@@ -62,12 +72,16 @@ def train_transformer(
         wordings = torch.from_numpy(rng.choice(len(WORDINGS), size=batch, p=WORDING_SHARES))
         dropped = torch.from_numpy(rng.random(batch) < EMPTY_SHARE)
         captions, empty = bank[int(rng.choice(recipe.TEXT_LENGTHS, p=recipe.TEXT_LENGTH_SHARES))]
-        text = torch.where(dropped[:, None, None], empty, captions[wordings, combinations[rows]])
-        noise = torch.randn(latents[rows].shape, generator=generator)
+        text = torch.where(dropped[:, None, None, None], empty, captions[wordings[:, None], combinations[rows]])
+        clean = latents[rows]
+        seen = clean.mean(dim=1, keepdim=True).expand_as(clean) if step < blind * steps else clean
+        noise = torch.randn(clean[:, :1].shape, generator=generator).expand_as(clean)
         optimizer.scale_rates(schedule(step, steps, hold=hold))
-        points = _path_points(recipe, batch, generator)
+        points = _path_points(recipe, batch, generator).repeat_interleave(versions)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = squared_error(recipe, model, latents[rows], noise, points, text)
+            flat = (part.flatten(0, 1) for part in (clean, noise, text, seen))
+            error = prediction_error(recipe, model, points, *flat).unflatten(0, (-1, versions))
+            loss = contrasted(error, contrast_weight)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -77,7 +91,8 @@ def train_transformer(
             probe = recipe.new_transformer()
             probe.load_state_dict(ema.values)
             captions, _ = bank[recipe.TEXT_LENGTHS[0]]
-            errors = held_out_errors(recipe, probe, latents[trained:], captions[0, combinations[trained:]])
+            shown = torch.arange(trained, len(latents)), torch.arange(held_out) % versions
+            errors = held_out_errors(recipe, probe, latents[shown], captions[0, combinations[shown]])
             listed = "  ".join(f"{u:.3f}: {e:.4f}" for u, e in zip(recipe.HELD_OUT_POINTS, errors, strict=True))
             log.info("transformer: held-out error, averaged weights: %s  mean %.4f", listed, np.mean(errors))
     model.load_state_dict(ema.values)
@@ -91,14 +106,25 @@ def _path_points(recipe: Recipe, count: int, generator: torch.Generator) -> Tens
     return torch.sigmoid(torch.randn(count, generator=generator))
 
 
-def squared_error(recipe: Recipe, model: nn.Module, clean: Tensor, noise: Tensor, u: Tensor, text: Tensor) -> Tensor:
-    """Mean of (prediction − y)² at path points u [B], for latents and noise in the network's layout [B, ...]."""
+def contrasted(error: Tensor, weight: float) -> Tensor:
+    """Mean square of errors [B, V, ...]: that of the mean over versions, plus ``weight`` times that of the rest."""
+    common = error.mean(dim=1, keepdim=True)
+    return common.square().mean() + weight * (error - common).square().mean()
+
+
+def prediction_error(
+    recipe: Recipe, model: nn.Module, u: Tensor, clean: Tensor, noise: Tensor, text: Tensor, seen: Tensor
+) -> Tensor:
+    """prediction − y at path points u [B], for latents and noise in the network's layout [B, ...]; of their shape.
+
+    y is that of ``clean``; what the network is shown under the noise is ``seen``.
+    """
     adapter = recipe.ADAPTER("", text.shape[1], recipe.new_scheduler(), None, None)
     coefficients, timesteps = adapter.training_path(u.double())
     a, s, c, d = coefficients.float().T.reshape(4, -1, 1, 1, 1, 1)
     predict = family_module(adapter.family).predict
-    out = predict(model, a * clean + s * noise, timesteps.float(), text)
-    return (out - (c * noise + d * clean)).square().mean()
+    out = predict(model, a * seen + s * noise, timesteps.float(), text)
+    return out - (c * noise + d * clean)
 
 
 @torch.no_grad()
@@ -108,5 +134,6 @@ def held_out_errors(recipe: Recipe, model: nn.Module, latents: Tensor, text: Ten
     errors = []
     for u in recipe.HELD_OUT_POINTS:
         noise = torch.randn(latents.shape, generator=generator)
-        errors.append(squared_error(recipe, model, latents, noise, torch.full((len(latents),), u), text).item())
+        points = torch.full((len(latents),), u)
+        errors.append(prediction_error(recipe, model, points, latents, noise, text, latents).square().mean().item())
     return errors

@@ -10,10 +10,10 @@ from alignkit.errors import ConfigError
 from alignkit.tiny.muon import Muon, orthogonalised
 from alignkit.tiny.pretrain import load_config, main
 from alignkit.tiny.recipes import FAMILIES, recipe_of
-from alignkit.tiny.recipes.cogvideox import rescale_channels
+from alignkit.tiny.recipes.cogvideox import mix_channels
 from alignkit.tiny.stages import Ema, schedule, train_steps
 from alignkit.tiny.text import ALL_ATTRIBUTES, combination, word
-from alignkit.tiny.transformer import squared_error
+from alignkit.tiny.transformer import contrasted, prediction_error
 
 
 def config_text(request, family: str) -> str:
@@ -26,7 +26,7 @@ def config_text(request, family: str) -> str:
     [
         ("seed: 0", "seed: 0\ntypo: 1", "unknown key typo"),
         ("  hold: 0.4", "  hold: half", "transformer.hold must be a float"),
-        ("  autocast: ", "  autocast: 1 # ", "transformer.autocast must be true or false"),
+        ("  autocast: ", "  autocast: 1 # ", "vae.autocast must be true or false"),
         ("  batch: 16", "", "transformer.batch is missing"),
         ("family: ", "family: no-", "family must be one of wan, cogvideox"),
     ],
@@ -107,9 +107,9 @@ def test_the_vae_takes_the_batches_it_trains_on(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_transformers_target_is_the_familys_own(family):
-    """A network that returns nothing has the mean square of c·ε + d·x0 as its error; the state is a·x0 + s·ε."""
+    """A network that returns nothing has the mean square of c·ε + d·x0 as its error; the state is a·seen + s·ε."""
     recipe = recipe_of(family)
-    clean, noise = torch.randn(2, 3, 5, 8, 12, 12, generator=torch.Generator().manual_seed(0))
+    clean, noise, seen = torch.randn(3, 3, 5, 8, 12, 12, generator=torch.Generator().manual_seed(0))
     states = []
 
     class Nothing(torch.nn.Module):
@@ -120,26 +120,45 @@ def test_the_transformers_target_is_the_familys_own(family):
             return (torch.zeros_like(hidden_states),)
 
     u, text = torch.tensor([0.0, 0.5, 1.0]), torch.zeros(3, 4, 64)
-    error = squared_error(recipe, Nothing(), clean, noise, u, text)
+    error = prediction_error(recipe, Nothing(), u, clean, noise, text, seen).square().mean()
     rows, timesteps = recipe.ADAPTER("", 4, recipe.new_scheduler(), None, None).training_path(u.double())
     a, s, c, d = rows.float().T.reshape(4, 3, 1, 1, 1, 1)
     assert error.item() == pytest.approx((c * noise + d * clean).square().mean().item(), rel=1e-5)
-    assert torch.equal(states[0][0], a * clean + s * noise) and torch.equal(states[0][1], timesteps.float())
+    assert torch.equal(states[0][0], a * seen + s * noise) and torch.equal(states[0][1], timesteps.float())
     assert torch.equal(states[0][0][2], noise[2])  # u = 1 is pure noise in both families
 
 
-def test_bringing_channels_to_one_scale_changes_no_rebuilt_video():
+def test_the_contrast_weighs_only_what_versions_of_a_clip_do_not_share():
+    error = torch.randn(4, 3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(contrasted(error, 1.0), error.square().mean())
+    shared = error[:, :1].expand_as(error)
+    torch.testing.assert_close(contrasted(shared, 20.0), shared.square().mean())
+    opposite = torch.cat([error, -error], dim=1)
+    torch.testing.assert_close(contrasted(opposite, 20.0), 20 * error.square().mean())
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_mixing_channels_inside_the_vae_changes_no_rebuilt_video(centred):
     torch.manual_seed(0)
     vae = recipe_of("cogvideox").new_vae().eval()
-    video = torch.rand(1, 3, 9, 24, 24) * 2 - 1
-    scale = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0, 0.3, 0.7, 1.9])
+    video = torch.rand(1, 3, 9, 48, 48) * 2 - 1
+    mix = torch.randn(8, 8, dtype=torch.float64) + 3 * torch.eye(8, dtype=torch.float64)
+    centre = torch.randn(8, dtype=torch.float64) * centred
+    first, norm = vae.decoder.conv_in, vae.decoder.norm_out
     with torch.no_grad():
         before = vae.encode(video).latent_dist
+        variance = before.var.mean(dim=(0, 2, 3, 4))
+        read = [first(before.mean)[0], norm.conv_y(before.mean)[0], norm.conv_b(before.mean)[0]]
         rebuilt = vae.decode(before.mean).sample
-        rescale_channels(vae, scale)
+        mix_channels(vae, mix, centre, variance)
         after = vae.encode(video).latent_dist
-        by_channel = scale.view(1, -1, 1, 1, 1)
-        torch.testing.assert_close(after.mean * by_channel, before.mean, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(after.std * by_channel, before.std, rtol=1e-5, atol=1e-6)
-        # some thirty layers of fp32; a forgotten reader is off by tenths
-        torch.testing.assert_close(vae.decode(after.mean).sample, rebuilt, rtol=0, atol=1e-4)
+        mixed = torch.einsum("dc,bcfhw->bdfhw", mix, before.mean - centre.view(-1, 1, 1, 1)).float()
+        # fp32 sums of some tens of terms near 10; a forgotten term is off by tenths
+        torch.testing.assert_close(after.mean, mixed, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(after.var.mean(dim=(0, 2, 3, 4)), mix.float().square() @ variance)
+        again = [first(after.mean)[0], norm.conv_y(after.mean)[0], norm.conv_b(after.mean)[0]]
+        for one, other in zip(read, again, strict=True):
+            inside = (..., slice(1, -1), slice(1, -1))  # the first layer pads with zeros
+            torch.testing.assert_close(other[inside], one[inside], rtol=1e-4, atol=1e-4)
+        if not centred:  # some thirty layers of fp32; a forgotten reader is off by tenths
+            torch.testing.assert_close(vae.decode(after.mean).sample, rebuilt, rtol=0, atol=1e-3)

@@ -42,10 +42,11 @@ class Recipe(Protocol):
     def decode_unclamped(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """What `vae.decode` gives, with a gradient for pixels beyond the range too."""
 
-    def store_statistics(self, vae: nn.Module, latents: Tensor, variance: Tensor) -> None:
+    def store_statistics(self, vae: nn.Module, latents: Tensor, variance: Tensor, contrast: Tensor) -> None:
         """Give the VAE the scale that the pipeline reads off its config, from latents [N, C, F, h, w] of some clips.
 
-        `variance`: the posterior's own by channel, [C]. The VAE's latents may change their scale by this.
+        `variance`: the posterior's own by channel, [C]. `contrast`: `shape_contrast`, [C, C]. The VAE's latents may
+        change by this; the videos that it makes of them may not.
         """
 
     def normalise(self, vae: nn.Module, latents: Tensor) -> Tensor:

@@ -50,35 +50,51 @@ def decode_unclamped(vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:
     return vae.decode(latents).sample
 
 
-def store_statistics(vae: AutoencoderKLCogVideoX, latents: Tensor, variance: Tensor) -> None:
-    """One number for all channels, as CogVideoX has it: 1 / deviation of posterior samples.
+def store_statistics(vae: AutoencoderKLCogVideoX, latents: Tensor, variance: Tensor, contrast: Tensor) -> None:
+    """One number for all channels, as CogVideoX has it: 1 / deviation, after the channels are mixed inside the VAE.
 
-    A channel with a small deviation would drown in noise before the others do, and one number cannot help it:
-    so the channels are first brought to one deviation inside the VAE, which computes the same as before.
+    One number cannot help what is faint beside the rest: it drowns in noise first, and the transformer learns it last.
+    As trained, that was what tells a circle from a square. So the latents are centred, each direction is brought to
+    one deviation, and then weighted by how much shapes differ along it.
     """
-    by_channel = (latents.double().var(dim=(0, 2, 3, 4)) + variance).sqrt()
-    deviation = by_channel.square().mean().sqrt().item()
-    rescale_channels(vae, (by_channel / deviation).float())
+    flat = latents.double().movedim(1, 0).flatten(1)
+    centre = flat.mean(dim=1)
+    root = torch.linalg.cholesky(flat.cov(correction=0) + variance.double().diag())
+    whiten = torch.linalg.inv(root)
+    shares, directions = torch.linalg.eigh(whiten @ contrast.double() @ whiten.T)
+    log.info("vae: share of the variance by which shapes differ, by direction: %s", shares.tolist())
+    mix = shares.sqrt()[:, None] * directions.T @ whiten
+    mix_channels(vae, mix, centre, variance)
+    deviation = (mix @ flat).var(dim=1, correction=0).mean().sqrt().item()
     vae.register_to_config(scaling_factor=round(1 / deviation, 5))
-    log.info("vae: latents' deviation by channel was %s", by_channel.tolist())
     log.info("vae: scaling factor %.5f", vae.config.scaling_factor)
 
 
 @torch.no_grad()
-def rescale_channels(vae: AutoencoderKLCogVideoX, scale: Tensor) -> None:
-    """Divide the latents' channels by ``scale`` [C] at the encoder's last layer and undo it where they are read:
-    the decoder's first layer and the spatial norms. Rebuilt videos stay the same up to rounding."""
-    channels = len(scale)
+def mix_channels(vae: AutoencoderKLCogVideoX, mix: Tensor, centre: Tensor, variance: Tensor) -> None:
+    """Make latents z ``mix`` [C, C] @ (z - ``centre`` [C]) at the encoder's last layer, and undo it where they are
+    read: the decoder's first layer and the spatial norms.
+
+    Rebuilt videos stay the same up to rounding, except at the borders where there is a centre: the decoder's first
+    layer pads with zeros. Of the posterior's variance, which no linear layer can mix, ``variance`` [C], its mean
+    before the mixing, is kept.
+    """
+    channels = len(mix)
     last = vae.encoder.conv_out.conv  # means, then logarithms of variances
-    last.weight[:channels] /= scale.view(-1, 1, 1, 1, 1)
-    last.bias[:channels] /= scale
-    last.bias[channels:] -= 2 * scale.log()
+    means = last.weight[:channels].double().flatten(1)
+    last.weight[:channels] = (mix @ means).view_as(last.weight[:channels]).to(last.weight)
+    last.bias[:channels] = (mix @ (last.bias[:channels].double() - centre)).to(last.bias)
+    last.weight[channels:] = 0
+    last.bias[channels:] = (mix.square() @ variance.double()).log().to(last.bias)
+    unmix = torch.linalg.inv(mix)
     readers = [vae.decoder.conv_in]
     for module in vae.decoder.modules():
         if isinstance(module, CogVideoXSpatialNorm3D):
             readers += [module.conv_y, module.conv_b]
     for reader in readers:
-        reader.conv.weight *= scale.view(1, -1, 1, 1, 1)
+        weight = reader.conv.weight.double()
+        reader.conv.bias += weight.sum(dim=(2, 3, 4)) @ centre
+        reader.conv.weight.copy_(torch.einsum("oc...,cd->od...", weight, unmix))
 
 
 def normalise(vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:

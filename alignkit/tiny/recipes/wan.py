@@ -55,7 +55,7 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return torch.cat(chunks, dim=2)
 
 
-def store_statistics(vae: AutoencoderKLWan, latents: Tensor, variance: Tensor) -> None:
+def store_statistics(vae: AutoencoderKLWan, latents: Tensor, variance: Tensor, contrast: Tensor) -> None:
     """Mean and deviation of each latent channel.
 
     The deviation is that of posterior samples: the latents' own variance plus ``variance``, the posterior's.
