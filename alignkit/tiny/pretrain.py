@@ -5,6 +5,7 @@ train go on from their last checkpoint. So a run that was stopped is started aga
 """
 
 import argparse
+import json
 import logging
 import shutil
 import sys
@@ -315,6 +316,10 @@ def main(arguments: list[str] | None = None) -> int:
         transformer=transformer,
         scheduler=recipe.new_scheduler(),
     ).save_pretrained(folder)
+    for file in folder.glob("*/config.json"):  # diffusers notes where a part was loaded from
+        settings = json.loads(file.read_text())
+        settings.pop("_name_or_path", None)
+        file.write_text(json.dumps(settings, indent=2) + "\n")
     if config.classifier:
         classifier = make_classifier(config, given.work, clips, attributes, vae)
         shutil.copyfile(classifier, given.out / "classifier.safetensors")
