@@ -5,9 +5,9 @@
     python benchmarks/step.py --models cogvideox-5b --methods alignkit     where both do not fit in memory together
 
 plain: diffusers' model in fp32 under autocast, a second full copy in bf16, noise by torch.randn, the loss in
-eager fp32, torch's AdamW. alignkit: DeepSpeed ZeRO-3 with bf16 weights and fp32 masters, a copy as reference,
-keyed noise and the fused loss. Both on the same attention backend with gradient checkpointing, on the same
-latents. On a CPU everything is fp32 and the loss takes its reference path. Rows go to a CSV.
+eager fp32, torch's AdamW. alignkit: DeepSpeed ZeRO-3 (or --preset zero2) with bf16 weights and fp32 masters, a
+copy as reference, keyed noise and the fused loss. Both on the same attention backend with gradient checkpointing,
+on the same latents. On a CPU everything is fp32 and the loss takes its reference path. Rows go to a CSV.
 """
 
 import argparse
@@ -233,11 +233,11 @@ def forward_flops(model, network, config, store, process) -> float:
     return counter.get_total_flops()
 
 
-def measure(name: str, methods: list[str], rounds: int, folder: Path, process) -> list[dict]:
+def measure(name: str, methods: list[str], preset: str, rounds: int, folder: Path, process) -> list[dict]:
     path = f"model.path={random_folder(name, folder, process.device)}" if name in REAL else "model.path=tiny"
     file = ROOT / "configs" / (TINY.get(name) or f"{name}-localdpo.yaml")
     config = load_config(file, [path, f"output.dir={folder / name}-run", "train.global_batch_size=1",
-                                "train.micro_batch_size=1", "deepspeed.preset=zero3"])  # fmt: skip
+                                "train.micro_batch_size=1", f"deepspeed.preset={preset}"])  # fmt: skip
     model = load_model(config.model, with_transformer=False, with_encoders=False)
     local = model.local_folder()
     network_config = json.loads((local / "transformer/config.json").read_text())
@@ -270,7 +270,8 @@ def measure(name: str, methods: list[str], rounds: int, folder: Path, process) -
         totals = [sum(clock.seconds.values()) for clock in clocks[method]]
         step = statistics.median(totals)
         rows.append({
-            "model": name, "method": method, "attention": built[method].attention,
+            "model": name, "method": method, "preset": preset * (method == "alignkit"),
+            "attention": built[method].attention,
             "tokens": store[0].winner.numel() // network_config["in_channels"] // 4, "steps": rounds,
             "step_s": f"{step:.4g}", "fastest_s": f"{min(totals):.4g}", "slowest_s": f"{max(totals):.4g}",
             **{f"{part}_s": f"{seconds:.4g}" for part, seconds in parts.items()},
@@ -290,6 +291,7 @@ def main() -> None:
     known = [name for name, file in TINY.items() if (ROOT / "configs" / file).exists()]
     parser.add_argument("--models", nargs="+", default=known, choices=[*known, *REAL], metavar="MODEL")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--preset", default="zero3", choices=("zero2", "zero3"), help="alignkit's, of DeepSpeed")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each method, after one to warm up")
     parser.add_argument("--csv", type=Path, default=ROOT / "out" / "benchmarks" / "steps.csv")
     given = parser.parse_args()
@@ -299,7 +301,7 @@ def main() -> None:
     with given.csv.open("w", newline="") as file:
         for name in given.models:
             with tempfile.TemporaryDirectory() as folder:
-                rows = measure(name, given.methods, given.rounds, Path(folder), process)
+                rows = measure(name, given.methods, given.preset, given.rounds, Path(folder), process)
             for row in rows:
                 writer = writer or csv.DictWriter(file, [*machine(), *row])
                 if not file.tell():
