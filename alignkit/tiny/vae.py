@@ -41,7 +41,7 @@ def train_vae(
     """Train on uint8 clips [N, F, H, W, 3]; returns the autoencoder with its averaged weights.
 
     ``late_kl_weight`` holds in the second half: the first half's weight empties a channel or two. ``autocast``: in
-    bfloat16, three times as fast on a processor that has it and ten times as slow on one that has not.
+    bfloat16, three times as fast on a processor that has it and some twenty times as slow on one that has not.
     """
     torch.manual_seed(seed)
     vae = recipe.new_vae()
