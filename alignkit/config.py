@@ -71,6 +71,14 @@ class MaskSection(Section):
     area: tuple[Fraction, Fraction] = Field((0.0, 1.0), description="masks of another share of the volume are redrawn")
 
     @model_validator(mode="after")
+    def _files_stand_alone(self) -> "MaskSection":
+        if self.files is not None:
+            for key, field in type(self).model_fields.items():
+                if key != "files" and getattr(self, key) != field.default:
+                    raise ValueError(f"mask.{key} is not read where mask.files brings the masks; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _ranges_rise(self) -> "MaskSection":
         for name in ("blobs", "area"):
             low, high = getattr(self, name)

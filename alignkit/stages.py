@@ -3,16 +3,17 @@
 import json
 import resource
 import time
+from functools import partial
 
 import torch
 
 from alignkit.config import Config, dump_config
-from alignkit.data.folders import SPLITS, pairs_folder
+from alignkit.data.folders import pairs_folder
 from alignkit.data.given import build_given_pairs, find_given
 from alignkit.data.pairs import Pair, PairStore
 from alignkit.errors import DataError
 from alignkit.files import write_atomically, write_json
-from alignkit.localdpo.build import build_pairs
+from alignkit.localdpo.build import build_pairs, check_settings
 from alignkit.localdpo.sources import check_masks, find_usable
 from alignkit.models import load_model
 from alignkit.progress import say
@@ -42,6 +43,7 @@ def validate(config: Config) -> None:
     if config.data.pairs:
         _, problems = find_given(config)
     else:
+        check_settings(config)
         sources, problems = find_usable(config)
         problems += check_masks(config, sources)
     for problem in problems:
@@ -60,35 +62,37 @@ def check_train(config: Config, processes: int) -> None:
 def _pairs(config: Config) -> None:
     """One of any number of processes that build the pairs between them; the first one speaks for all."""
     worker = lone_worker()
-    config.output.dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
+    if worker.device.type == "cpu":
+        torch.set_num_threads(1)  # on some processors the bits of a convolution depend on how many share it
     build = build_given_pairs if config.data.pairs else build_pairs
-    for split in build(config, worker.device, show=worker.main):
+    preview = partial(_preview_pairs, config) if worker.main else None
+    for split in build(config, worker.device, show=worker.main, preview=preview):
         if worker.main:
             folder, count = pairs_folder(config, split), len(PairStore(pairs_folder(config, split)))
             size = sum(file.stat().st_size for file in folder.glob("block-*.arrow")) / 1e6
             say(f"{count} {split} pairs, {size:.3g} MB, in {folder}")
-    if worker.main and config.pairs.previews:
-        _preview_pairs(config, worker.device)
+    if worker.main:
+        write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
 
 
-def _preview_pairs(config: Config, device: torch.device) -> None:
-    """Some pairs of each split as pictures for people to check: pairs/SPLIT/previews/ID.png."""
-    model = load_model(config.model, with_transformer=False, device=device)
-    for split in SPLITS:
-        folder = pairs_folder(config, split)
-        (folder / "previews").mkdir(exist_ok=True)
-        store = PairStore(folder)
-        for i in range(min(config.pairs.previews, len(store))):
-            pair = store[i]
-            file = folder / "previews" / f"{pair.id:06d}.png"
-            if not file.exists():
-                write_preview(file, _decoded(model, pair, device))
-        say(f"previews: {folder / 'previews'}")
+def _preview_pairs(config: Config, model, store: PairStore) -> None:
+    """Some pairs of a store as pictures for people to check: pairs/SPLIT/previews/ID.png."""
+    folder = store.folder / "previews"
+    folder.mkdir(exist_ok=True)
+    pairs = [store[i] for i in range(min(config.pairs.previews, len(store)))]
+    files = {folder / f"{pair.id:06d}.png": pair for pair in pairs}
+    missing = {file: pair for file, pair in files.items() if not file.exists()}
+    for file, pair in missing.items():
+        write_preview(file, _decoded(model, pair))
+    if missing:
+        say(f"previews: {folder}")
 
 
-def _decoded(model, pair: Pair, device: torch.device) -> StoredPair:
-    winner, loser = model.decode_video(torch.stack([pair.winner, pair.loser]).to(device)).numpy()
+def _decoded(model, pair: Pair) -> StoredPair:
+    # one after the other: two videos of full size may not fit beside the network
+    winner, loser = (
+        model.decode_video(side[None].to(model.vae.device))[0].numpy() for side in (pair.winner, pair.loser)
+    )
     return StoredPair(winner, loser, model.frames_of_mask(pair.mask).numpy(), pair.prompt, pair.strength)
 
 
@@ -131,7 +135,7 @@ def _decode_pairs(config: Config) -> None:
     model = load_model(config.model, with_transformer=False, device=_device())
     store = PairStore(pairs_folder(config, "heldout"))
     for i in range(min(PAIRS_IN_REPORT, len(store))):
-        write_pair(folder / f"{i:03d}.npz", _decoded(model, store[i], _device()))
+        write_pair(folder / f"{i:03d}.npz", _decoded(model, store[i]))
 
 
 def _costs(config: Config) -> dict:

@@ -10,6 +10,8 @@ from pathlib import Path
 # One thread each: bits do not depend on the machine's cores, and parallel workers do not get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Some virtual machines list AMX and do not grant it: attention in bf16 then dies of an illegal instruction.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import pytest
 import torch
@@ -40,6 +42,11 @@ SMALL = (
     "sample.batch_size=2",
     "evaluation.positions=[0.5]",
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Training runs first: its files take minutes each, and left to the end would keep one worker busy alone."""
+    items.sort(key=lambda item: "training" not in item.path.parts)
 
 
 @pytest.fixture(autouse=True)

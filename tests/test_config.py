@@ -29,6 +29,7 @@ GOOD = "output: {dir: out}\n"
         (GOOD + "train: {steps: many}", [], ["train.steps", "integer", "'many'"]),
         (GOOD + "train: {steps: 0}", [], ["train.steps", "greater than or equal to 1", "0"]),
         (GOOD + "pairs: {mask: {shap: x}}", [], ["pairs.mask.shap", "unknown key", "'shape'"]),
+        (GOOD + "pairs: {mask: {files: m, moving: 0.0}}", [], ["mask.moving is not read where mask.files"]),
         (GOOD + "pairs: {strengths: [60]}", [], ["pairs", "strengths", "50"]),
         (GOOD + "pairs: {strengths: [10]}", [], ["pairs.strengths", "0.2", "[0.75, 0.9]"]),
         (GOOD + "objective: {name: dpoo}", [], ["objective.name", "'region_dpo'", "'dpoo'"]),

@@ -41,7 +41,8 @@ def parts(name: str, *overrides: str):
     with init_empty_weights(include_buffers=False):
         network = family_module(config.model.family).build_transformer(architecture)
         pipeline = SimpleNamespace(vae=vae(**options))
-    return config, adapter("nowhere", config.model.max_sequence_length, None, network, pipeline), network
+    length = config.model.max_sequence_length
+    return config, adapter("nowhere", length, None, pipeline.vae.config, network, pipeline), network
 
 
 @pytest.mark.parametrize("name", SIZES)

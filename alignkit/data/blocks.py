@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alignkit.data.captions import Problem
 from alignkit.data.pairs import LATENT_DTYPES, Pair, StoreInfo, block_file, missing_blocks, write_block
-from alignkit.progress import progress
+from alignkit.progress import progress, say
 from alignkit.sharing import share_out
 
 Made = tuple[list[Pair], list[Problem]]
@@ -18,13 +18,16 @@ def build_blocks(
     make: Callable[[range, Callable[[int], None]], Made],
     title: str,
     *,
+    first: Callable[[], None] | None = None,
     show: bool = True,
 ) -> None:
     """Have every block of the store in `folder` made; returns when all are there, whichever process made them.
 
     make(rows, advance) returns the pairs of the planned rows `rows` and the problems of those left out, and calls
-    advance(count) as they get done. It must depend on nothing but the rows, so that any process makes the same
-    bytes. Raises what `make` raises, and DataError where the file system has no locks.
+    advance(count) as they get done. It must depend on nothing but the rows, so that any process makes the same bytes.
+    first() is called as soon as the first block is there, for people to look at.
+
+    Raises what `make` raises, and DataError where the file system has no locks.
     """
 
     def rows(block: int) -> range:
@@ -45,10 +48,16 @@ def build_blocks(
         def make_block(block: int) -> None:
             pairs, skipped = make(rows(block), advance)
             write_block(folder, block, pairs, skipped, LATENT_DTYPES[info.dtype])
+            for problem in skipped:
+                say(f"left out {problem.video}: {problem.reason}")
 
-        def count_those_of_others() -> None:
-            if done() > shown:
+        def look() -> None:
+            nonlocal first
+            if done() > shown:  # those that others made
                 advance(done() - shown)
+            if first and block_file(folder, 0).exists():
+                first()
+                first = None
 
         files = [block_file(folder, block) for block in range(info.blocks)]
-        share_out(files, make_block, count_those_of_others)
+        share_out(files, make_block, look)

@@ -1,17 +1,20 @@
 """Where a run keeps its pairs, what shape their videos have, and the list of what could not be used."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from alignkit.config import Config
 from alignkit.data.captions import Problem
-from alignkit.data.pairs import skipped_pairs
+from alignkit.data.pairs import PairStore, has_blocks, skipped_pairs
 from alignkit.data.videos import VideoSpec
 from alignkit.errors import DataError
 from alignkit.files import write_json, write_lines
+from alignkit.models import VideoModel, load_model
 from alignkit.progress import say
 
 SPLITS = ("train", "heldout")
@@ -42,10 +45,18 @@ def stored_dtype(config: Config, network: torch.dtype) -> str:
     return "fp32" if network == torch.float32 else "fp16"
 
 
+def latent_grid(config: Config) -> tuple[int, int, int]:
+    """(F, H, W) of the model's latents of one video, known before any weights are loaded. Raises ConfigError for
+    sizes that the model cannot take."""
+    spec = video_spec(config)
+    model = load_model(config.model, with_transformer=False, with_encoders=False)
+    return model.latent_grid(spec.num_frames, spec.height, spec.width)
+
+
 def check_membership(folder: Path, rows: list[list]) -> None:
     """Blocks made from other videos or texts than today's would carry the wrong ids: DataError."""
     file = folder / "rows.json"
-    if not file.exists():
+    if not file.exists() or not has_blocks(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, rows)
         return
@@ -53,11 +64,33 @@ def check_membership(folder: Path, rows: list[list]) -> None:
         stored = json.loads(file.read_text())
     except ValueError as error:
         raise DataError(f"{file}: damaged ({error}); delete {folder} and build again") from None
-    if stored != json.loads(json.dumps(rows)):
+    now = json.loads(json.dumps(rows))
+    if stored != now:
+        (old, new), *_ = [pair for pair in zip_longest(stored, now) if pair[0] != pair[1]]
         raise DataError(
-            f"{folder}: was built from other videos, captions or masks than there are now; choose another output.dir "
-            "or delete that folder"
+            f"{folder}: was built from other videos, captions or masks than there are now; put them back, choose "
+            f"another output.dir or delete that folder (the first that differs: {_shown(old)}, now {_shown(new)})"
         )
+
+
+def _shown(row: list | None) -> str:
+    return "none" if row is None else f"{json.dumps(row, ensure_ascii=False):.100}"
+
+
+def show_pairs(
+    preview: Callable[[VideoModel, PairStore], None] | None,
+    model: VideoModel,
+    folder: Path,
+    blocks: Sequence[int] | None = None,
+) -> None:
+    """Call `preview` with the store in `folder`, or with `blocks` of it; a block may hold nothing to look at."""
+    if preview is None:
+        return
+    try:
+        store = PairStore(folder, blocks)
+    except DataError:
+        return
+    preview(model, store)
 
 
 def write_skipped(config: Config, problems: list[Problem]) -> None:
@@ -74,5 +107,3 @@ def add_skipped_pairs(config: Config) -> None:
     file = config.output.dir / SKIPPED
     before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     write_lines(file, [row for row in before if Problem(**row) not in made] + [asdict(problem) for problem in made])
-    for problem in made:
-        say(f"left out {problem.video}: {problem.reason}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,19 +17,21 @@ from alignkit.data.captions import Problem
 from alignkit.data.folders import (
     add_skipped_pairs,
     check_membership,
+    latent_grid,
     pairs_folder,
+    show_pairs,
     stored_dtype,
     video_spec,
     write_skipped,
 )
 from alignkit.data.masks import mask_digest, mask_on_grid, read_mask
-from alignkit.data.pairs import Pair, StoreInfo, fault_of, open_for_building, write_empty_text
+from alignkit.data.pairs import Pair, PairStore, StoreInfo, fault_of, open_for_building, write_empty_text
 from alignkit.data.preferences import Preference, read_preferences
 from alignkit.data.validation import NothingLeftError, split_preferences, validate_preferences
 from alignkit.data.videos import VideoFacts, VideoSpec, decode_clip, decode_with_facts
 from alignkit.errors import DataError
 from alignkit.files import write_json
-from alignkit.models import load_model, working_dtype
+from alignkit.models import VideoModel, load_model, working_dtype
 from alignkit.progress import progress, say
 from alignkit.sharing import one_at_a_time
 
@@ -43,16 +46,25 @@ class Given:
     mask: str | None
 
 
-def build_given_pairs(config: Config, device: torch.device, show: bool = True) -> dict[str, int]:
+def build_given_pairs(
+    config: Config,
+    device: torch.device,
+    show: bool = True,
+    preview: Callable[[VideoModel, PairStore], None] | None = None,
+) -> dict[str, int]:
     """Encode every pair that is not stored yet; returns how many pairs each split holds.
 
     Any number of processes may call this at once. A pair's id is its row's number in `data.pairs`; those of
     `data.heldout_pairs` are counted on behind it. A row without a mask is compared as a whole: its mask is all ones.
+    preview(model, store) is called with the first block of each split when it is there, and with the whole store at
+    the end.
     """
     splits, problems = find_given(config, show)
     if show:
         write_skipped(config, problems)
         say(f"{len(splits['train'])} pairs to train on, {len(splits['heldout'])} held out")
+        if config.objective.name == "local_dpo" and not any(given.mask for given in splits["train"]):
+            say("no pair has a mask, so both terms of local_dpo are the same; objective.name=dpo is for such pairs")
         say(f"loading {config.model.family}'s VAE and text encoder from {config.model.path}")
     model = load_model(config.model, with_transformer=False, device=device)
     shared = StoreInfo(
@@ -64,14 +76,16 @@ def build_given_pairs(config: Config, device: torch.device, show: bool = True) -
         pairs=0,
         block_size=config.pairs.block_size,
         dtype=stored_dtype(config, working_dtype(config.model, device)),
-        made={"videos": asdict(video_spec(config))},
+        made={"videos": asdict(video_spec(config)), "max_sequence_length": config.model.max_sequence_length},
     )
     for split, rows in splits.items():
         folder, info = pairs_folder(config, split), replace(shared, pairs=len(rows))
-        check_membership(folder, [[given.pair_id, given.row.prompt, *given.digests, given.mask] for given in rows])
         open_for_building(folder, info)
+        check_membership(folder, [[given.pair_id, given.row.prompt, *given.digests, given.mask] for given in rows])
         write_empty_text(folder, model.encode_text([""])[0])
-        build_blocks(folder, info, partial(_make_rows, config, model, rows), f"encoding {split} pairs", show=show)
+        make, look = partial(_make_rows, config, model, rows), partial(show_pairs, preview, model, folder)
+        build_blocks(folder, info, make, f"encoding {split} pairs", first=partial(look, (0,)), show=show)
+        look()
     if show:
         add_skipped_pairs(config)
     return {split: len(rows) for split, rows in splits.items()}
@@ -85,16 +99,17 @@ def find_given(config: Config, show: bool = True) -> tuple[dict[str, list[Given]
     row is left.
     """
     assert config.data.pairs is not None
-    train, problems = read_preferences(config.data.pairs)
-    heldout = None
-    if config.data.heldout_pairs:
-        heldout, more = read_preferences(config.data.heldout_pairs)
-        problems += more
+    grid = latent_grid(config)  # refuses sizes that the model cannot take before a video is looked at
+    files = [file for file in (config.data.pairs, config.data.heldout_pairs) if file]
+    alike = len({file.name for file in files}) < len(files)
+    (train, problems), *other = (read_preferences(file, str(file) if alike else None) for file in files)
+    heldout, more = other[0] if other else (None, [])
+    problems += more
     memory, key = config.output.dir / "validated.json", _key(config, [*train, *(heldout or [])])
     with one_at_a_time(config.output.dir / ".validating.lock"):
         found = _remembered(memory)
         if found.get("key") != key:
-            found = {"key": key, **_validated(config, train, heldout, show)}
+            found = {"key": key, **_validated(config, grid, train, heldout, show)}
             write_json(memory, found)
     problems += [Problem(**problem) for problem in found["problems"]]
     if found["error"]:
@@ -121,12 +136,15 @@ def _remembered(memory: Path) -> dict:
         return {}
 
 
-def _validated(config: Config, train: list[Preference], heldout: list[Preference] | None, show: bool) -> dict:
+def _validated(
+    config: Config, grid: tuple[int, int, int], train: list[Preference], heldout: list[Preference] | None, show: bool
+) -> dict:
     """Both splits as {row number: digests of the two videos}, the problems, and why nothing is left, if so."""
     result: dict = {"train": {}, "heldout": {}, "problems": [], "error": None}
     try:
-        with progress("checking pairs", len(train) + len(heldout or []), show=show) as bar:
-            findings = validate_preferences(train, video_spec(config), heldout=heldout, watch=bar.advance)
+        rows = [*train, *(heldout or [])]
+        with progress("checking pairs", len(rows), show=show) as bar:
+            findings = validate_preferences(train, video_spec(config), grid=grid, heldout=heldout, watch=bar.advance)
         kept, held = findings.train, findings.heldout
         result["problems"] = [asdict(problem) for problem in findings.problems]
         if heldout is None:
@@ -141,7 +159,8 @@ def _validated(config: Config, train: list[Preference], heldout: list[Preference
 
 def _key(config: Config, rows: list[Preference]) -> str:
     """Changes with the rows, the files they name, and what is asked of them."""
-    terms = [_state(row) for row in rows], asdict(video_spec(config)), config.data.heldout, config.pairs.seed
+    asked = (asdict(video_spec(config)), config.data.heldout, config.pairs.seed, config.model.family, config.model.path)
+    terms = [_state(row) for row in rows], asked
     return hashlib.sha256(json.dumps(terms).encode()).hexdigest()
 
 
@@ -151,9 +170,9 @@ def _state(row: Preference) -> list:
     for file in (row.chosen, row.rejected):
         try:
             stats.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
-        except OSError as error:
-            stats.append((str(file), error.errno))
-    mask = mask_digest(row.mask) if row.mask is not None and row.mask.exists() else None
+        except (OSError, ValueError) as error:
+            stats.append((str(file), str(error)))
+    mask = mask_digest(row.mask) if row.mask is not None and os.path.exists(row.mask) else None
     return [row.where, row.number, row.prompt, stats, str(row.mask), mask]
 
 
@@ -162,10 +181,15 @@ def _make_rows(config: Config, model, tasks: list[Given], rows: range, advance: 
     made, problems = [], []
     for given in (tasks[number] for number in rows):
         row = given.row
-        chosen, facts = decode_with_facts(row.chosen, spec)
-        mask = model.region_layout(_mask_of(row, facts, spec, model))
-        # one by one: a video has the same latents, bit for bit, in every pair
-        winner, loser = (model.encode_video(v[None])[0].cpu() for v in (chosen, decode_clip(row.rejected, spec)))
+        try:
+            chosen, facts = decode_with_facts(row.chosen, spec)
+            mask = model.region_layout(_mask_of(row, facts, spec, model))
+            # one by one: a video has the same latents, bit for bit, in every pair
+            winner, loser = (model.encode_video(v[None])[0].cpu() for v in (chosen, decode_clip(row.rejected, spec)))
+        except DataError as error:  # the file changed since it was validated
+            problems.append(Problem(row.where, str(error)))
+            advance(1)
+            continue
         (text,) = model.encode_text([row.prompt])
         pair = Pair(given.pair_id, str(row.chosen.absolute()), row.prompt, text, winner, loser, mask)
         fault = fault_of(pair)

@@ -14,6 +14,7 @@ Boxes are in pixels of the upright video: x to the right and y down from its top
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,11 +51,11 @@ def find_mask(folder: str | Path, clip_name: str) -> Path | None:
 
 
 def mask_digest(path: Path | None) -> str | None:
-    """What tells a mask's file, or folder of files, from another; None without a mask."""
+    """What tells a mask's file, or folder of .png files, from another; None without a mask."""
     if path is None:
         return None
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir(), key=_natural) if path.is_dir() else [path]:
+    for file in _pngs(path) if path.is_dir() else [path]:
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -75,7 +76,7 @@ def read_mask(path: str | Path, video: str | Path | VideoFacts, spec: VideoSpec)
     """
     path = Path(path)
     facts = video if isinstance(video, VideoFacts) else decode_with_facts(video, spec)[1]
-    if not path.exists():
+    if not os.path.exists(path):  # False, where Path.exists raises, for names that no file can have
         raise DataError(f"{path}: no such mask")
     if path.samefile(facts.path):
         raise DataError(f"{path}: is the video itself, not a mask of it")
@@ -151,19 +152,24 @@ def mask_on_grid(mask: Tensor, latent_grid: tuple[int, int, int]) -> Tensor:
 def _frames(path: Path, facts: VideoFacts) -> Iterator[np.ndarray]:
     suffix = path.suffix.lower()
     if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith(".")]
+        files = _pngs(path)
         if not files:
             raise DataError(f"{path}: holds no .png file")
-        return (_png(file) for file in sorted(files, key=_natural))
+        return _png_frames(files)
     if suffix in VIDEO_MASKS:
         return (_bright(picture) for picture in upright_frames(path))
     if suffix == ".png":
-        return iter([_png(path)])
+        return _png_frames([path])
     if suffix == ".npy":
         return _npy(path)
     if suffix == ".json":
         return _boxes(path, facts.height, facts.width)
     raise DataError(f"{path}: a mask is a folder of .png files or one of {', '.join(MASK_SUFFIXES)}")
+
+
+def _pngs(folder: Path) -> list[Path]:
+    files = [file for file in folder.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith(".")]
+    return sorted(files, key=_natural)
 
 
 def _natural(file: Path) -> list:
@@ -175,19 +181,33 @@ def _bright(rgb: np.ndarray) -> np.ndarray:
     return rgb.sum(axis=-1, dtype=np.uint16) >= 3 * 128
 
 
+def _png_frames(files: list[Path]) -> Iterator[np.ndarray]:
+    """Whether 1 or 255 means inside is read off the whole sequence: some of its frames may be empty."""
+    top = max((values for file in files if (values := _png(file)).dtype != bool), key=np.max, default=None)
+    half = 0 if top is None else _half(top, files[0])
+    for file in files:
+        values = _png(file)
+        yield values if values.dtype == bool else values >= half
+
+
 def _png(file: Path) -> np.ndarray:
+    """[H, W]: grey values to 255, or already True inside for pictures in colour."""
     try:
         with Image.open(file) as image:
+            if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+                raise DataError(f"{file}: is transparent in places; save the mask as black and white, without alpha")
             if image.mode == "P":
                 return np.asarray(image.convert("RGB")).any(axis=-1)
             values = np.asarray(image if image.mode in ("1", "L", "I;16", "I") else image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{file}: cannot be read as a picture ({error})") from error
     if values.ndim == 3:
         return _bright(values)
-    if values.max() > 255:  # 16 bits a pixel
-        values = values >> 8
-    return values >= _half(values, file)
+    if values.dtype == bool:  # 1 bit a pixel
+        return values
+    return values >> 8 if values.max() > 255 else values  # 16 bits a pixel
 
 
 def _npy(path: Path) -> Iterator[np.ndarray]:
@@ -207,8 +227,10 @@ def _half(values: np.ndarray, path: Path) -> float:
     kind, low, high = values.dtype.kind, values.min(), values.max()
     if kind in "bui" and low >= 0 and high <= 1:
         return 1
-    if kind in "ui" and low >= 0 and high <= 255:
+    if kind in "ui" and low >= 0 and 128 <= high <= 255:
         return 128
+    if kind in "ui" and low >= 0 and high < 128:
+        raise DataError(f"{path}: holds values up to {high}, as labels would; a mask holds 0 and 1, or 0 to 255")
     if kind == "f" and low >= 0 and high <= 1:
         return 0.5
     raise DataError(

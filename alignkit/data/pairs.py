@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,14 @@ class StoreInfo:
 
 
 def open_for_building(folder: Path, info: StoreInfo) -> None:
-    """Create `folder`, or check that what it holds was made under the same terms (DataError names the difference)."""
+    """Create `folder`, or check that what it holds was made under the same terms (DataError names the difference).
+
+    Terms that no block was made under yet are replaced.
+    """
     file = folder / INFO
-    if file.exists():
+    if file.exists() and has_blocks(folder):
         stored, wanted = asdict(read_info(folder)), json.loads(json.dumps(asdict(info)))
-        for name in {**wanted["made"], **wanted}:
+        for name in {**stored["made"], **wanted["made"], **wanted}:
             old, new = ((terms["made"] | terms).get(name) for terms in (stored, wanted))
             if name != "made" and old != new:
                 raise DataError(
@@ -113,6 +116,11 @@ def write_empty_text(folder: Path, text: Tensor) -> None:
     write_atomically(folder / EMPTY_TEXT, save_tensors({"text": text.contiguous()}))
 
 
+def has_blocks(folder: Path) -> bool:
+    """Whether a block is there or being made."""
+    return any(folder.glob("block-*"))
+
+
 def block_file(folder: Path, block: int) -> Path:
     return folder / f"block-{block:05d}.arrow"
 
@@ -126,9 +134,12 @@ def write_block(
 ) -> None:
     """Store `pairs` as block number `block`, whole or not at all, latents and text in `dtype`.
 
-    An empty block is stored too: it is done. `skipped` lists what should have been in it and why it is not.
+    An empty block is stored too: it is done. `skipped` lists what should have been in it and why it is not. What
+    processes that were killed left of this block is deleted: only the holder of its lock may call this.
     """
     target = block_file(folder, block)
+    for left in folder.glob(f"{target.stem}.partial-*"):
+        left.unlink()
     partial = target.with_suffix(f".partial-{uuid.uuid4().hex}")
     features = datasets.Features(
         id=datasets.Value("int64"),
@@ -138,13 +149,18 @@ def write_block(
         strength=datasets.Value("float64"),
         tensors=datasets.Value("binary"),
     )
+    listed = target.with_suffix(".skipped.jsonl")
     if skipped:
-        write_lines(target.with_suffix(".skipped.jsonl"), [asdict(problem) for problem in skipped])
+        write_lines(listed, [asdict(problem) for problem in skipped])
+    else:
+        listed.unlink(missing_ok=True)
     with datasets.arrow_writer.ArrowWriter(path=str(partial), features=features) as writer:
         for pair in pairs:
             row = {name: getattr(pair, name) for name in ("id", "source", "prompt", "steps", "strength")}
             writer.write(row | {"tensors": save_tensors(_tensors(pair, dtype))})
         writer.finalize()
+    with partial.open("rb") as stream:
+        os.fsync(stream.fileno())
     os.replace(partial, target)
 
 
@@ -168,22 +184,26 @@ def skipped_pairs(folder: Path) -> list[Problem]:
 
 
 class PairStore:
-    """Read access to a folder of pairs: `store[i]` is a Pair, `store.ids` their ids, `store.info` the terms."""
+    """Read access to a folder of pairs: `store[i]` is a Pair, `store.ids` their ids, `store.info` the terms.
 
-    def __init__(self, folder: Path):
+    blocks: the blocks to read of a store that is still being built; all of them, and a whole store, unless told.
+    """
+
+    def __init__(self, folder: Path, blocks: Sequence[int] | None = None):
         self.folder = Path(folder)
         self.info = read_info(self.folder)
-        missing = missing_blocks(self.folder, self.info)
+        missing = missing_blocks(self.folder, self.info) if blocks is None else []
         if missing:
             raise DataError(
                 f"{self.folder}: {len(missing)} of {self.info.blocks} blocks of pairs are not made yet; "
                 "run 'alignkit pairs' with this configuration again"
             )
-        blocks = [_open_block(block_file(self.folder, number)) for number in range(self.info.blocks)]
-        blocks = [block for block in blocks if len(block)]
-        if not blocks:
+        numbers = range(self.info.blocks) if blocks is None else blocks
+        opened = [_open_block(block_file(self.folder, number)) for number in numbers]
+        opened = [block for block in opened if len(block)]
+        if not opened:
             raise DataError(f"{self.folder}: holds no pairs; the reasons are in its block-*.skipped.jsonl")
-        self.rows = datasets.concatenate_datasets(blocks)
+        self.rows = datasets.concatenate_datasets(opened)
         self.ids: list[int] = list(self.rows["id"])
         if len(set(self.ids)) != len(self.ids):
             raise DataError(f"{self.folder}: a pair id occurs twice; delete the folder and build the pairs again")
@@ -265,7 +285,7 @@ def collate(pairs: list[Pair]) -> PairBatch:
 def _open_block(file: Path) -> datasets.Dataset:
     try:
         return datasets.Dataset.from_file(str(file))
-    except (pyarrow.ArrowException, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         problem = " ".join(str(error).split())
         raise DataError(f"{file}: damaged ({problem}); delete it and run 'alignkit pairs' again") from None
 

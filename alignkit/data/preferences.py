@@ -27,8 +27,10 @@ class Preference:
     mask: Path | None
 
 
-def read_preferences(file: Path) -> tuple[list[Preference], list[Problem]]:
+def read_preferences(file: Path, shown: str | None = None) -> tuple[list[Preference], list[Problem]]:
     """The rows of a .jsonl, .csv or .parquet file, and the lines that cannot be used, with the reason.
+
+    shown: what to call the file in a row's `where`; its name unless told.
 
     Columns: prompt (a text), chosen and rejected (paths of videos), and if wanted mask (a path that
     `alignkit.data.masks.read_mask` can read). Paths are absolute, or relative to the file's own folder; whether
@@ -37,8 +39,9 @@ def read_preferences(file: Path) -> tuple[list[Preference], list[Problem]]:
     Raises DataError if the file cannot be read, lacks a column, or has no row that can be used.
     """
     file = Path(file)
-    table = read_table(file, "preference file", (".jsonl", ".csv", ".parquet"))
-    problems = [Problem(f"{file.name}:{line}", row) for line, row in table.rows if isinstance(row, str)]
+    shown = shown or file.name
+    table = read_table(file, "preference file", (".jsonl", ".csv", ".parquet"), (*COLUMNS, "mask"))
+    problems = [Problem(f"{shown}:{line}", row) for line, row in table.rows if isinstance(row, str)]
     if not set(COLUMNS) <= set(table.columns):
         raise DataError(
             f"preference file {file}: it has the columns {', '.join(table.columns) or '(none)'}; "
@@ -48,7 +51,7 @@ def read_preferences(file: Path) -> tuple[list[Preference], list[Problem]]:
     for number, (line, row) in enumerate(table.rows):
         if isinstance(row, str):
             continue
-        where = f"{file.name}:{line}"
+        where = f"{shown}:{line}"
         try:
             preferences.append(_preference(number, where, row, file.parent))
         except DataError as error:
@@ -67,7 +70,7 @@ def _first_of(problems: list[Problem]) -> str:
 
 def _preference(number: int, where: str, row: dict[str, Any], folder: Path) -> Preference:
     prompt, chosen, rejected = (_text(row, column) for column in COLUMNS)
-    mask = folder / _text(row, "mask") if row.get("mask") not in (None, "") else None
+    mask = folder / _text(row, "mask") if str(row.get("mask") or "").strip() else None
     return Preference(number, where, " ".join(prompt.split()), folder / chosen, folder / rejected, mask)
 
 

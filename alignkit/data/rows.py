@@ -1,6 +1,7 @@
 """Tables that users write: JSON Lines, CSV and Parquet files as numbered rows."""
 
 import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ class Table:
     rows: list[tuple[int, dict[str, Any] | str]]
 
 
-def read_table(file: Path, what: str, suffixes: tuple[str, ...]) -> Table:
-    """Read a file that is one of `suffixes` (".jsonl", ".csv", ".parquet").
+def read_table(file: Path, what: str, suffixes: tuple[str, ...], columns: tuple[str, ...] = ()) -> Table:
+    """Read a file that is one of `suffixes` (".jsonl", ".csv", ".parquet"); of a Parquet file, which may hold columns
+    that Python cannot, the rows hold `columns` alone.
 
     Raises DataError, in one line that starts with `what` ("captions file") and the file, if it cannot be read.
     """
@@ -33,7 +35,7 @@ def read_table(file: Path, what: str, suffixes: tuple[str, ...]) -> Table:
     if suffix not in suffixes:
         raise DataError(f"{what} {file}: expected {', '.join(suffixes[:-1])} or {suffixes[-1]}, not '{file.suffix}'")
     if suffix == ".parquet":
-        return _parquet(file, what)
+        return _parquet(file, what, columns)
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -49,7 +51,7 @@ def _json_lines(text: str) -> Table:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             row = f"is not JSON ({error})"
         else:
             if isinstance(row, dict):
@@ -70,21 +72,30 @@ def is_unicode(text: str) -> bool:
 
 
 def _csv(file: Path, what: str, text: str) -> Table:
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    rows: list[tuple[int, dict[str, Any] | str]] = []
+    # Not text.splitlines(), which divides a line at characters that a prompt may hold.
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:
-        for row in reader:
-            if any(row.pop(None, ())):
-                row = "has more values than there are columns (put a text that holds commas in double quotes)"
-            rows.append((reader.line_num, row))
-        return Table(list(reader.fieldnames or []), rows)
+        lines = [(reader.line_num, cells) for cells in reader if cells]
     except csv.Error as error:
         raise DataError(f"{what} {file}, line {reader.line_num}: {error}") from error
+    columns = [name.strip() for name in lines[0][1]] if lines else []
+    twice = [name for name in columns if columns.count(name) > 1]
+    if twice:
+        raise DataError(f"{what} {file}: has two columns with the name {twice[0]!r}")
+    rows: list[tuple[int, dict[str, Any] | str]] = []
+    for number, cells in lines[1:]:
+        if any(cells[len(columns) :]):
+            row = "has more values than there are columns (put a text that holds commas in double quotes)"
+        else:
+            row = dict(zip(columns, cells, strict=False))
+        rows.append((number, row))
+    return Table(columns, rows)
 
 
-def _parquet(file: Path, what: str) -> Table:
+def _parquet(file: Path, what: str, columns: tuple[str, ...]) -> Table:
     try:
-        table = pyarrow.parquet.read_table(file)
-        return Table(table.column_names, list(enumerate(table.to_pylist(), start=1)))
-    except (OSError, pyarrow.ArrowException) as error:
+        names = pyarrow.parquet.read_schema(file).names
+        table = pyarrow.parquet.read_table(file, columns=[name for name in names if name in columns])
+        return Table(names, list(enumerate(table.to_pylist(), start=1)))
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise DataError(f"{what} {file} cannot be read as Parquet ({' '.join(str(error).split())})") from error

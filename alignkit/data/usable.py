@@ -1,5 +1,6 @@
 """Which of the found videos can be used: each is decoded once, on all cores, and the result remembered."""
 
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,9 @@ from alignkit.data.captions import Problem
 from alignkit.data.videos import Clip, VideoSpec, decode_clip, picture_digest
 from alignkit.errors import DataError
 from alignkit.progress import progress
+
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+"""What a machine or a network disk may say today and not tomorrow."""
 
 
 def usable_clips(
@@ -30,9 +34,11 @@ def usable_clips(
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
         progress("checking videos", len(clips), done=len(clips) - len(unknown), show=show) as bar,
     ):
-        for (_, key), found in zip(unknown, threads.map(lambda task: _look_at(task[0], spec), unknown), strict=True):
+        looked_at = threads.map(lambda task: _look_at(task[0], spec), unknown)
+        for (_, key), (found, lasting) in zip(unknown, looked_at, strict=True):
             memory[key] = found
-            stream.write(json.dumps([key, found]) + "\n")
+            if lasting:
+                stream.write(json.dumps([key, found]) + "\n")
             bar.advance()
     good: list[tuple[Clip, str]] = []
     problems: list[Problem] = []
@@ -49,13 +55,15 @@ def usable_clips(
     return good, problems
 
 
-def _look_at(clip: Clip, spec: VideoSpec) -> tuple[str | None, str | None]:
-    """(digest of the pictures, None) or (None, what is wrong)."""
+def _look_at(clip: Clip, spec: VideoSpec) -> tuple[tuple[str | None, str | None], bool]:
+    """(digest of the pictures, None) or (None, what is wrong), and whether that is the file's and not the moment's."""
     try:
         frames = decode_clip(clip.path, spec)
     except DataError as error:
-        return None, str(error).removeprefix(f"{clip.path}: ")
-    return picture_digest(frames), None
+        cause = error.__cause__
+        passing = isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in PASSING)
+        return (None, str(error).removeprefix(f"{clip.path}: ")), not passing
+    return (picture_digest(frames), None), True
 
 
 def _key(clip: Clip, spec: VideoSpec) -> str:

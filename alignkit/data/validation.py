@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from alignkit.data.captions import Problem
-from alignkit.data.masks import read_mask
+from alignkit.data.masks import mask_on_grid, read_mask
 from alignkit.data.preferences import Preference
 from alignkit.data.videos import TooShortError, VideoFacts, VideoSpec, decode_with_facts, picture_digest
 from alignkit.errors import DataError
@@ -55,20 +55,22 @@ def validate_preferences(
     preferences: list[Preference],
     spec: VideoSpec,
     *,
+    grid: tuple[int, int, int] | None = None,
     heldout: list[Preference] | None = None,
     watch: Callable[[], None] = lambda: None,
 ) -> Findings:
     """Decode every video once and drop the rows that cannot be trained on, or held out, as `spec` asks.
 
     Dropped: rows with a video that is missing, damaged or too short; whose videos differ in their number of frames,
-    their size as shown or their frame rate, or do not differ at all; whose mask `read_mask` refuses; that repeat an
-    earlier row; that contradict another (the same videos the other way round: both go); and held-out rows with a video
-    or a prompt that is trained on. Prompts are compared without regard to case. `watch` is called once a row.
+    their size as shown or their frame rate, or do not differ at all; whose mask `read_mask` refuses, or `mask_on_grid`
+    for the latent `grid` (F, H, W) where that is given; that repeat an earlier row; that contradict another (the same
+    videos the other way round: both go); and held-out rows with a video or a prompt that is trained on. Prompts are
+    compared without regard to case. `watch` is called once a row.
 
     Raises NothingLeftError, a DataError, if no row is left, or none of `heldout` where that is given.
     """
     videos: dict[Path, _Video | _Fault] = {}
-    wrong, wrong_heldout = _unsound(preferences, spec, videos, watch), _unsound(heldout or [], spec, videos, watch)
+    wrong, wrong_heldout = (_unsound(rows, spec, grid, videos, watch) for rows in (preferences, heldout or []))
     keys = {path: video.key for path, video in videos.items() if isinstance(video, _Video)}
     train, held = _without(preferences, wrong), _without(heldout or [], wrong_heldout)
     wrong += _repeated(train, keys)
@@ -164,7 +166,11 @@ class _Fault:
 
 
 def _unsound(
-    rows: list[Preference], spec: VideoSpec, videos: dict[Path, _Video | _Fault], watch: Callable[[], None]
+    rows: list[Preference],
+    spec: VideoSpec,
+    grid: tuple[int, int, int] | None,
+    videos: dict[Path, _Video | _Fault],
+    watch: Callable[[], None],
 ) -> list[Problem]:
     """What is wrong with single rows. Adds to `videos` those that are not there yet."""
     unknown = [path for path in dict.fromkeys(p for row in rows for p in _videos(row)) if path not in videos]
@@ -177,7 +183,7 @@ def _unsound(
                 path, found = next(looked_at)
                 videos[path] = found
             watch()
-        for row, faults in zip(rows, threads.map(lambda row: _faults(row, videos, spec), rows), strict=True):
+        for row, faults in zip(rows, threads.map(lambda row: _faults(row, videos, spec, grid), rows), strict=True):
             problems += [Problem(row.where, fault.reason, fault.kind) for fault in faults]
     finally:
         threads.shutdown(cancel_futures=True)
@@ -190,16 +196,20 @@ def _look_at(path: Path, spec: VideoSpec) -> _Video | _Fault:
     except TooShortError as error:
         return _Fault("too_short", str(error))
     except DataError as error:
-        return _Fault("damaged" if path.exists() else "missing", str(error))
+        return _Fault("damaged" if os.path.exists(path) else "missing", str(error))
     return _Video(facts, picture_digest(frames))
 
 
-def _faults(row: Preference, videos: dict[Path, _Video | _Fault], spec: VideoSpec) -> list[_Fault]:
+def _faults(
+    row: Preference, videos: dict[Path, _Video | _Fault], spec: VideoSpec, grid: tuple[int, int, int] | None
+) -> list[_Fault]:
     sides = [videos[path] for path in dict.fromkeys(_videos(row))]
-    return [side for side in sides if isinstance(side, _Fault)] or list(_differences(row, videos, spec))
+    return [side for side in sides if isinstance(side, _Fault)] or list(_differences(row, videos, spec, grid))
 
 
-def _differences(row: Preference, videos: dict[Path, _Video | _Fault], spec: VideoSpec) -> Iterator[_Fault]:
+def _differences(
+    row: Preference, videos: dict[Path, _Video | _Fault], spec: VideoSpec, grid: tuple[int, int, int] | None
+) -> Iterator[_Fault]:
     """What is wrong with a pair of videos each of which is good."""
     chosen, rejected = videos[row.chosen], videos[row.rejected]
     a, b = chosen.facts, rejected.facts
@@ -215,9 +225,12 @@ def _differences(row: Preference, videos: dict[Path, _Video | _Fault], spec: Vid
         yield _Fault("identical", f"{row.chosen} and {row.rejected} show the same")
     if row.mask is not None:
         try:
-            read_mask(row.mask, a, spec)
-        except DataError as error:
-            yield _Fault("mask", str(error))
+            mask = read_mask(row.mask, a, spec)
+            if grid is not None:
+                mask_on_grid(mask, grid)
+        except (DataError, OSError) as error:
+            reason = str(error)
+            yield _Fault("mask", reason if reason.startswith(str(row.mask)) else f"{row.mask}: {reason}")
 
 
 # --- rows beside one another --------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from alignkit.data.captions import CAPTION_FILES, Caption, Problem, caption_beside, read_captions
+from alignkit.data.rows import is_unicode
 from alignkit.errors import DataError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
@@ -106,6 +107,11 @@ def find_clips(folder: str | Path, captions: str | Path | None = None) -> tuple[
 
     clips: list[Clip] = []
     for name, path in videos.items():
+        if not is_unicode(name):
+            problems.append(
+                Problem(name.encode(errors="backslashreplace").decode(), "rename it: its name is no Unicode")
+            )
+            continue
         try:
             caption = by_video.get(name) or caption_beside(path)
         except DataError as error:
@@ -255,9 +261,11 @@ def upright_frames(path: Path) -> Iterator[np.ndarray]:
 @contextmanager
 def _opened(path: Path) -> Iterator[VideoStream]:
     """The file's main video stream. What goes wrong in here becomes a DataError that names the file."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
     try:
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder, not a video")
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
         with av.open(str(path)) as container:
             stream = container.streams.best("video")
             if stream is None:

@@ -8,6 +8,7 @@ pairs and prompts. Neither clip was ever trained on.
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch
 
 from alignkit.config import Config
 from alignkit.data.folders import pairs_folder
+from alignkit.data.pairs import PairStore
 from alignkit.errors import DataError
-from alignkit.experiments.measure import measure, measure_real
+from alignkit.experiments.measure import measure, measure_ranking, measure_real
 from alignkit.experiments.plan import Arm, Plan, make_plan, run_config
 from alignkit.experiments.stores import heldout_store, prepare, store_folder
 from alignkit.experiments.write_up import write_up
@@ -40,13 +42,14 @@ def run(family: str, out: Path, *, smoke: bool) -> Path:
     plan = make_plan(family, smoke=smoke)
     _check_plan(plan, out)
     prepare(plan, out, worker.device, show=worker.main)
-    searched = [(arm, rate, plan.seeds[0]) for arm in plan.trained for rate in plan.rates]
+    searched = [(arm, rate, plan.seeds[0]) for arm in plan.arms for rate in (plan.rates if arm.pairs else (None,))]
     _share(plan, out, searched, "validation", worker.device)
     chosen = {arm.name: choose_rate(plan, out, arm) for arm in plan.trained}
     final = [(arm, chosen.get(arm.name), seed) for seed in plan.seeds for arm in plan.arms]
-    collapsed = [run for run in searched if run[1] == max(plan.rates) and run not in final]
-    _share(plan, out, [*final, *collapsed], "test", worker.device)
-    _share_real(plan, out, worker.device)
+    gentle = [(arm, min(plan.rates), seed) for seed in plan.seeds for arm in plan.trained]
+    collapsed = [run for run in searched if run[1] == max(plan.rates)]
+    _share(plan, out, list(dict.fromkeys([*final, *gentle, *collapsed])), "test", worker.device)
+    _share_data(plan, out, worker.device)
     with one_at_a_time(out / plan.family / "page.lock"):
         return write_up(plan, out, chosen)
 
@@ -54,8 +57,10 @@ def run(family: str, out: Path, *, smoke: bool) -> Path:
 def _check_plan(plan: Plan, out: Path) -> None:
     """Results of another plan or another base are refused, never mixed."""
     file = out / plan.family / "plan.json"
-    base = load_model(run_config(plan, out, out).model, with_transformer=False, with_encoders=False)
-    now = json.loads(json.dumps(asdict(plan) | {"base": base.fingerprint()}))
+    config = run_config(plan, out, out)
+    base = load_model(config.model, with_transformer=False, with_encoders=False)
+    settings = config.model_dump(mode="json", exclude={"output": True, "data": {"videos"}})
+    now = json.loads(json.dumps(asdict(plan) | {"base": base.fingerprint(), "settings": settings}))
     with one_at_a_time(file.with_suffix(".lock")):
         if not file.exists():
             write_json(file, now)
@@ -65,11 +70,16 @@ def _check_plan(plan: Plan, out: Path) -> None:
             raise DataError(f"{out / plan.family}: holds results of another {name}; choose another --out or delete it")
 
 
-def _share_real(plan: Plan, out: Path, device: torch.device) -> None:
-    file = out / plan.family / "real.json"
+def _share_data(plan: Plan, out: Path, device: torch.device) -> None:
+    """What no training changes: the real clips' numbers, and what the ranked generated pairs are worth."""
     heldout = json.dumps(str(out / "clips" / "heldout"))
     config = run_config(plan, out, out, f"data.videos={heldout}")
-    share_out([file], lambda _: write_json(file, measure_real(config, heldout_store(plan, out, "test"), device)))
+    measures = {"real": lambda: measure_real(config, heldout_store(plan, out, "test"), device)}
+    if "generated" in plan.stores:
+        pairs = PairStore(store_folder(plan, out, "generated") / "pairs" / "train")
+        measures["ranking"] = lambda: measure_ranking(config, pairs, device)
+    files = [out / plan.family / f"{name}.json" for name in measures]
+    share_out(files, lambda number: write_json(files[number], list(measures.values())[number]()))
 
 
 def _share(plan: Plan, out: Path, runs: list[tuple[Arm, float | None, int]], split: str, device: torch.device) -> None:
@@ -79,8 +89,9 @@ def _share(plan: Plan, out: Path, runs: list[tuple[Arm, float | None, int]], spl
         arm, rate, seed = runs[number]
         how = f", learning rate {rate:g}, seed {seed}" if rate else f", seed {seed}"
         say(f"[{number + 1}/{len(runs)}] {split}: {arm.title}{how}")
+        start = time.monotonic()
         numbers = _train_and_measure(plan, out, arm, rate, seed, split, device)
-        write_json(files[number], numbers)
+        write_json(files[number], numbers | {"minutes": round((time.monotonic() - start) / 60, 2)})
 
     share_out(files, make)
 
@@ -103,7 +114,9 @@ def _train_and_measure(
         except TrainingDiverged as error:
             return {"diverged": str(error)}
         section = aligned_section(config)
-    numbers, frames = measure(config, section, heldout_store(plan, out, split), seed, device)
+    local = heldout_store(plan, out, split)
+    generated = heldout_store(plan, out, split, kind="generated") if "generated" in plan.stores else None
+    numbers, frames = measure(config, section, local, generated, seed, device)
     np.savez_compressed(folder / f"{split}-samples.npz", frames=frames[:SHOWN_SAMPLES].numpy())
     return numbers
 

@@ -23,7 +23,7 @@ from alignkit.tiny.clips import write_clips
 
 CLIP_SEEDS = {"train": 31_000, "heldout": 32_000}
 """Neither is a seed of the shipped weights' clips, nor of the demo's."""
-ROLLOUT_SEED = 33_000
+ROLLOUT_SEEDS = {"train": 33_000, "heldout": 34_000}
 OTHER_SPLIT = 1  # `alignkit pairs` wants a clip on either side of its split
 
 
@@ -37,7 +37,8 @@ def prepare(plan: Plan, out: Path, device: torch.device, show: bool) -> None:
     build_pairs(_store_config(plan, out, "heldout"), device, show)
     for name in plan.stores:
         if name == "generated":
-            _build_generated(plan, out, device, show)
+            for split in CLIP_SEEDS:
+                _build_generated(plan, out, split, device, show)
         else:
             build_pairs(_store_config(plan, out, name), device, show)
 
@@ -47,9 +48,12 @@ def store_folder(plan: Plan, out: Path, name: str) -> Path:
     return out / plan.family / "stores" / name
 
 
-def heldout_store(plan: Plan, out: Path, split: str) -> PairStore:
-    """The "validation" or the "test" part of the held-out pairs, of about the same size; they share no prompt."""
-    store = PairStore(pairs_folder(_store_config(plan, out, "heldout"), "heldout"))
+def heldout_store(plan: Plan, out: Path, split: str, *, kind: str = "heldout") -> PairStore:
+    """The "validation" or the "test" part of the held-out pairs, of about the same size; they share no prompt.
+
+    kind: "heldout", the local pairs of every arm's measures, or "generated", two samples for each of their prompts.
+    """
+    store = PairStore(pairs_folder(_store_config(plan, out, kind), "heldout"))
     prompts = sorted(set(store.rows["prompt"]))
     wanted = set(prompts[0 if split == "validation" else 1 :: 2])
     return store.select([row for row, prompt in enumerate(store.rows["prompt"]) if prompt in wanted])
@@ -69,26 +73,26 @@ def _store_config(plan: Plan, out: Path, name: str) -> Config:
     )
 
 
-def _build_generated(plan: Plan, out: Path, device: torch.device, show: bool) -> None:
-    """Two videos from the base for each training prompt; the one whose prompt the classifier finds likelier wins."""
+def _build_generated(plan: Plan, out: Path, split: str, device: torch.device, show: bool) -> None:
+    """Two videos from the base for each prompt; the one whose prompt the classifier finds likelier wins."""
     config = _store_config(plan, out, "generated")
-    local = PairStore(pairs_folder(_store_config(plan, out, "bezier"), "train"))
+    local = PairStore(pairs_folder(_store_config(plan, out, "bezier" if split == "train" else split), split))
     model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
-    folder = pairs_folder(config, "train")
-    made = {"ranked_by": "classifier", "seed": ROLLOUT_SEED, **config.sample.model_dump(mode="json")}
+    folder, seed = pairs_folder(config, split), ROLLOUT_SEEDS[split]
+    made = {"ranked_by": "classifier", **config.sample.model_dump(mode="json"), "seed": seed}
     info = replace(local.info, kind="generated", pairs=len(local), made=made)
     open_for_building(folder, info)
     write_empty_text(folder, local.empty_text)
-    build_blocks(folder, info, partial(_rank_rows, config, model, local), "ranking generated pairs", show=show)
+    build_blocks(folder, info, partial(_rank_rows, config, model, local, seed), "ranking generated pairs", show=show)
 
 
-def _rank_rows(config: Config, model, local: PairStore, rows: range, advance: Callable[[int], None]) -> Made:
+def _rank_rows(config: Config, model, local: PairStore, seed: int, rows: range, advance: Callable[[int], None]) -> Made:
     data = config.data
     prompts = [local.rows[row]["prompt"] for row in rows]
     shape = model.latent_shape(data.num_frames, data.height, data.width)
     sides = []
     for side in range(2):
-        latents = sample_latents(config, model, prompts, [2 * row + side for row in rows], ROLLOUT_SEED, shape)
+        latents = sample_latents(config, model, prompts, [2 * row + side for row in rows], seed, shape)
         score = log_probability(thumbnails(model.decode_video(latents)), [attributes_in(prompt) for prompt in prompts])
         sides.append((latents.cpu(), score))
     (first, first_score), (second, second_score) = sides

@@ -13,6 +13,7 @@ from alignkit.progress import say
 COLUMNS = {
     "region_accuracy": ("region accuracy", "{:.3f}", 1),
     "global_accuracy": ("global accuracy", "{:.3f}", 1),
+    "generated_accuracy": ("accuracy on generated pairs", "{:.3f}", 1),
     "winner_error_change": ("error on real clips, change in %", "{:+.2f}", 100),
     "region_error": ("error of regenerated regions", "{:.3f}", 1),
     "frechet": ("Fréchet distance", "{:.1f}", 1),
@@ -38,6 +39,8 @@ def write_up(plan: Plan, out: Path, chosen: dict[str, float]) -> Path:
         writer.writeheader()
         writer.writerows(row | {"chosen": int(chosen.get(row["arm"]) == row["rate"])} for row in rows)
     pictures = _plots(plan, out, folder, rows, chosen)
+    smallest = min(plan.rates)
+    minutes = [row["minutes"] for row in rows if "minutes" in row]
     lines = [
         f"# LocalDPO on the small {plan.family}: what the experiment printed",
         "",
@@ -47,14 +50,22 @@ def write_up(plan: Plan, out: Path, chosen: dict[str, float]) -> Path:
         "",
         "## Test clips and prompts, at the learning rate chosen on validation",
         "",
-        *_table(plan, out, rows, chosen),
+        *_table(plan, rows, chosen),
+        *_real_rows(plan, out),
         "",
         "Means over seeds ± half the range. Accuracy counts (pair, noise level) where the real clip is preferred,",
         "against the base; the error of regenerated regions is the mean squared difference to the real clip's latents.",
         "",
-        "## Every learning rate, seed " + str(plan.seeds[0]) + ", validation",
+        f"## Test clips and prompts, at {smallest:g} for all",
+        "",
+        *_table(plan, rows, {arm.name: smallest for arm in plan.trained}),
+        "",
+        f"## Every learning rate, seed {plan.seeds[0]}, validation",
         "",
         *_search_table(plan, rows, chosen),
+        "",
+        *_ranking(plan, out),
+        f"{len(minutes)} of these {len(rows)} results took {sum(minutes):.0f} minutes of one process, with training.",
         "",
         *(f"![{name}]({name})" for name in pictures),
     ]
@@ -88,39 +99,60 @@ def _of(rows: list[dict], arm: Arm, rate: float | None, split: str) -> list[dict
     return [row for row in found if "diverged" not in row]
 
 
-def _table(plan: Plan, out: Path, rows: list[dict], chosen: dict[str, float]) -> list[str]:
+def _table(plan: Plan, rows: list[dict], rates: dict[str, float]) -> list[str]:
     lines = ["| arm | learning rate | " + " | ".join(heading for heading, *_ in COLUMNS.values()) + " |"]
     lines.append("| --- " * (len(COLUMNS) + 2) + "|")
     for arm in plan.arms:
-        rate = chosen.get(arm.name)
+        rate = rates.get(arm.name)
         found = _of(rows, arm, rate, "test")
-        cells = [_cell([row[name] for row in found if name in row], *rest) for name, (_, *rest) in COLUMNS.items()]
+        cells = [_cell(found, name) for name in COLUMNS]
         some = f" ({len(found)} of {len(plan.seeds)} seeds)" * (0 < len(found) < len(plan.seeds))
         lines.append(f"| {arm.title}{some} | {f'{rate:g}' if rate else ''} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _real_rows(plan: Plan, out: Path) -> list[str]:
+    lines = []
     for title, numbers in json.loads((out / plan.family / "real.json").read_text()).items():
         cells = [form.format(numbers[name]) if name in numbers else "" for name, (_, form, _) in COLUMNS.items()]
         lines.append(f"| {title} | | " + " | ".join(cells) + " |")
     return lines
 
 
-def _cell(values: list[float], form: str, factor: float) -> str:
-    if not values:
+def _ranking(plan: Plan, out: Path) -> list[str]:
+    file = out / plan.family / "ranking.json"
+    if not file.exists():
+        return []
+    numbers = json.loads(file.read_text())
+    return [
+        f"Of the generated training pairs, {100 * numbers['losers_that_follow']:.0f} % have a loser that follows its",
+        f"prompt too; half of them were ranked by less than {numbers['median_margin']:.2f} nats of its probability.",
+        "",
+    ]
+
+
+def _cell(found: list[dict], name: str) -> str:
+    """Mean over the runs `found` ± half the range; empty where the experiment has no such measure."""
+    _, form, factor = COLUMNS[name]
+    if not found:
         return "diverged"
-    values = [value * factor for value in values]
+    values = [row[name] * factor for row in found if name in row]
+    if not values:
+        return ""
     middle = form.format(np.mean(values))
     return middle if len(values) == 1 else f"{middle} ± {form.format((max(values) - min(values)) / 2).lstrip('+')}"
 
 
 def _search_table(plan: Plan, rows: list[dict], chosen: dict[str, float]) -> list[str]:
-    names = ("region_accuracy", "winner_error_change", "frechet", "named")
+    names = ("region_accuracy", "winner_error_change", "region_error", "frechet", "named")
     lines = ["| arm | learning rate | " + " | ".join(COLUMNS[name][0] for name in names) + " | chosen |"]
     lines.append("| --- " * (len(names) + 3) + "|")
-    for arm in plan.trained:
-        for rate in plan.rates:
+    for arm in plan.arms:
+        for rate in plan.rates if arm.pairs else (None,):
             found = _of(rows, arm, rate, "validation")
-            cells = [_cell([row[name] for row in found], *COLUMNS[name][1:]) for name in names]
-            mark = "yes" if chosen[arm.name] == rate else ""
-            lines.append(f"| {arm.title} | {rate:g} | " + " | ".join(cells) + f" | {mark} |")
+            cells = [_cell(found, name) for name in names]
+            mark = "yes" if rate and chosen[arm.name] == rate else ""
+            lines.append(f"| {arm.title} | {f'{rate:g}' if rate else ''} | " + " | ".join(cells) + f" | {mark} |")
     return lines
 
 

@@ -17,19 +17,21 @@ from alignkit.data.folders import (
     SPLITS,
     add_skipped_pairs,
     check_membership,
+    latent_grid,
     pairs_folder,
+    show_pairs,
     stored_dtype,
     video_spec,
     write_skipped,
 )
 from alignkit.data.masks import mask_digest, mask_on_grid, read_mask
-from alignkit.data.pairs import LATENT_DTYPES, Pair, StoreInfo, fault_of, open_for_building, write_empty_text
+from alignkit.data.pairs import LATENT_DTYPES, Pair, PairStore, StoreInfo, fault_of, open_for_building, write_empty_text
 from alignkit.data.videos import Clip, VideoFacts, decode_with_facts
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
 from alignkit.localdpo.corruption import Predict, regenerate
 from alignkit.localdpo.masks import region_mask
 from alignkit.localdpo.sources import Source, find_usable, split_clips
-from alignkit.models import family_module, load_model, working_dtype
+from alignkit.models import VideoModel, family_module, load_model, working_dtype
 from alignkit.progress import say
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
@@ -43,13 +45,29 @@ class Task(NamedTuple):
     mask: Tensor
 
 
-def build_pairs(config: Config, device: torch.device, show: bool = True) -> dict[str, int]:
+def check_settings(config: Config) -> None:
+    """What can be wrong with the settings, before a video is looked at or weights are loaded: raises ConfigError."""
+    grid, data, pairs = latent_grid(config), config.data, config.pairs
+    if pairs.dynamic_guidance:
+        family_module(config.model.family).dynamic_guidance(pairs.guidance_scale, 0, pairs.num_inference_steps)
+    if pairs.mask.files is None:
+        region_mask(grid, (data.height, data.width), pairs.mask, seed=pairs.seed, pair_id=0)
+
+
+def build_pairs(
+    config: Config,
+    device: torch.device,
+    show: bool = True,
+    preview: Callable[[VideoModel, PairStore], None] | None = None,
+) -> dict[str, int]:
     """Make every pair that is not stored yet; returns how many pairs are planned for each split.
 
     Any number of processes may call this at once: they share the blocks between them. A pair's id is its clip's
     number times `pairs.per_clip` plus a counter, so ids are unique over both splits and a pair's mask, strength and
-    noise depend on nothing but its id and the seed.
+    noise depend on nothing but its id and the seed. preview(model, store) is called with the first block of each split
+    when it is there, and with the whole store at the end.
     """
+    check_settings(config)
     sources, problems = find_usable(config, show)
     if show:
         write_skipped(config, problems)
@@ -70,11 +88,13 @@ def build_pairs(config: Config, device: torch.device, show: bool = True) -> dict
         tasks = [(sources[n], n * per_clip + j) for n in numbers for j in range(per_clip)]
         rows = [(sources[n].clip.name, sources[n].digest, sources[n].clip.caption) for n in numbers]
         masks = [mask_digest(sources[n].mask) for n in numbers]
-        check_membership(folder, [[*row, mask] for row, mask in zip(rows, masks, strict=True)])
         info = replace(shared, pairs=len(tasks))
         open_for_building(folder, info)
+        check_membership(folder, [[*row, mask] for row, mask in zip(rows, masks, strict=True)])
         write_empty_text(folder, model.encode_text([""])[0])
-        build_blocks(folder, info, partial(_make_rows, config, model, tasks), f"making {split} pairs", show=show)
+        make, look = partial(_make_rows, config, model, tasks), partial(show_pairs, preview, model, folder)
+        build_blocks(folder, info, make, f"making {split} pairs", first=partial(look, (0,)), show=show)
+        look()
         counts[split] = len(tasks)
     if show:
         add_skipped_pairs(config)
@@ -83,7 +103,8 @@ def build_pairs(config: Config, device: torch.device, show: bool = True) -> dict
 
 def _store_info(config: Config, model) -> StoreInfo:
     pairs = config.pairs
-    terms = pairs.model_dump(mode="json", exclude={"block_size", "batch_size", "dtype", "previews"})
+    unlike = {"block_size": True, "dtype": True, "previews": True, "mask": {"files"}}
+    terms = pairs.model_dump(mode="json", exclude=unlike)
     return StoreInfo(
         kind="local_dpo",
         family=model.family,
@@ -95,6 +116,8 @@ def _store_info(config: Config, model) -> StoreInfo:
         dtype=stored_dtype(config, model.dtype),
         made=terms
         | {
+            "network_dtype": str(model.dtype).removeprefix("torch."),
+            "max_sequence_length": config.model.max_sequence_length,
             "schedule": model.schedule(pairs.num_inference_steps).fingerprint,
             "videos": config.data.model_dump(mode="json", include={"height", "width", "num_frames", "fps", "heldout"}),
         },
@@ -111,14 +134,14 @@ def _make_rows(
     problems, decoded = [], {}
     for source, pair_id in (tasks[row] for row in rows):
         clip = source.clip
-        if clip.name not in decoded:
-            frames, facts = decode_with_facts(clip.path, spec)
-            latents = model.encode_video(frames[None])[0].to(stored).float()  # as the store gives it back
-            decoded = {clip.name: (latents, facts)}  # a clip's pairs are neighbours
-        latents, facts = decoded[clip.name]
         try:
+            if clip.name not in decoded:
+                frames, facts = decode_with_facts(clip.path, spec)
+                latents = model.encode_video(frames[None])[0].to(stored).float()  # as the store gives it back
+                decoded = {clip.name: (latents, facts)}  # a clip's pairs are neighbours
+            latents, facts = decoded[clip.name]
             mask = _mask_of(config, model, source, facts, pair_id)
-        except DataError as error:
+        except (DataError, ConfigError) as error:  # the file changed, or no mask of this pair has pairs.mask.area
             problems.append(Problem(f"{clip.name} (pair {pair_id})", str(error)))
             continue
         by_strength[_draw_strength(config, pair_id)].append(Task(pair_id, clip, latents, model.region_layout(mask)))

@@ -15,7 +15,8 @@ from alignkit.errors import ConfigError
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
 CURVE_POINTS = 8  # straight pieces per Bézier curve: far below a latent cell at any size in use
-MAX_REDRAWS = 64
+MAX_REDRAWS = 64  # of a mask that comes out empty or full
+MAX_REDRAWS_FOR_AREA = 2048  # of 63K pairs one fails where a share is met by one mask in 190
 # Chosen so that masks at 480×720 cover what the published ones do: 9.4 % of the latent volume on average.
 SIZE = 0.70
 
@@ -24,11 +25,14 @@ class _Draws:
     """Uniform numbers in [0, 1) of one mask, taken in order from its keyed stream."""
 
     def __init__(self, seed: int, pair_id: int, draw: int):
-        key = NoiseKey(seed, torch.tensor([pair_id]), draw, Stream.MASK)
-        self._values = keyed_rand((1, 1024), key, device="cpu", dtype=torch.float64)[0].tolist()
+        self._key = NoiseKey(seed, torch.tensor([pair_id]), draw, Stream.MASK)
+        self._values: list[float] = []
         self._next = 0
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        if self._next == len(self._values):  # a keyed stream is the same however much of it is drawn
+            count = max(1024, 2 * len(self._values))
+            self._values = keyed_rand((1, count), self._key, device="cpu", dtype=torch.float64)[0].tolist()
         value = self._values[self._next]
         self._next += 1
         return low + (high - low) * value
@@ -52,17 +56,18 @@ def region_mask(
 
     latent_shape: (F, H, W) of the latents; pixel_shape: (height, width) of the frames, in which sizes and
     speeds are drawn. Attempts that come out empty or full on the latent grid, or with a share of the volume outside
-    `options.area`, are redrawn. Raises ConfigError when none of 64 has such a share.
+    `options.area`, are redrawn. Raises ConfigError when none of 2048 has such a share.
     """
     low, high = options.area
-    for draw in range(MAX_REDRAWS):
+    limited = (low, high) != (0.0, 1.0)
+    for draw in range(MAX_REDRAWS_FOR_AREA if limited else MAX_REDRAWS):
         mask = _draw_mask(latent_shape, pixel_shape, options, _Draws(seed, pair_id, draw))
         if mask.any() and not mask.all() and low <= mask.mean() <= high:
             return torch.from_numpy(mask)
-    if (low, high) != (0.0, 1.0):
+    if limited:
         raise ConfigError(
-            f"pairs.mask.area: none of {MAX_REDRAWS} masks of pair {pair_id} covers {low:g} to {high:g} of the "
-            f"video; widen it, or change pairs.mask.blobs"
+            f"pairs.mask.area: none of {MAX_REDRAWS_FOR_AREA} masks of pair {pair_id} covers {low:g} to {high:g} "
+            f"of the video; widen it, or change pairs.mask.blobs"
         )
     # A grid too coarse for the shapes (a few cells in all): regenerate its middle cell.
     mask = np.zeros(latent_shape, dtype=np.uint8)
@@ -105,7 +110,8 @@ def _draw_mask(latent_shape, pixel_shape, options: MaskSection, draws: _Draws) -
     return mask
 
 
-_RECTANGLE = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+# As large as a blob is on average, π·0.7², so that an ablation compares shapes and not areas.
+_RECTANGLE = math.sqrt(math.pi * 0.7**2) / 2 * np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
 
 
 def _bezier_outline(draws: _Draws) -> np.ndarray:

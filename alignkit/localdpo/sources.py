@@ -9,12 +9,11 @@ import numpy as np
 
 from alignkit.config import Config
 from alignkit.data.captions import Problem
-from alignkit.data.folders import video_spec
+from alignkit.data.folders import latent_grid, video_spec
 from alignkit.data.masks import find_mask, mask_on_grid, read_mask
 from alignkit.data.usable import usable_clips
 from alignkit.data.videos import Clip, find_clips
 from alignkit.errors import DataError
-from alignkit.models import load_model
 from alignkit.sharing import one_at_a_time
 
 
@@ -48,7 +47,7 @@ def find_usable(config: Config, show: bool = True) -> tuple[list[Source], list[P
 def check_masks(config: Config, sources: list[Source]) -> list[Problem]:
     """What is wrong with the users' masks of `sources`, each read as building will read it."""
     spec, problems = video_spec(config), []
-    grid = load_model(config.model, with_transformer=False).latent_grid(spec.num_frames, spec.height, spec.width)
+    grid = latent_grid(config)
 
     def look_at(source: Source) -> None:
         try:

@@ -9,14 +9,14 @@ import math
 from functools import lru_cache
 
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
 from alignkit.errors import ConfigError, ModelError
-from alignkit.models.folder import ModelFolder, frozen, grid_of, loading, to_frames, to_unit
+from alignkit.models.folder import ModelFolder, frozen, grid_of, loading, settings_of, to_frames, to_unit
 from alignkit.progress import say
 from alignkit.schedules import Schedule, v_coefficients
 
@@ -28,17 +28,17 @@ class CogVideoXModel(ModelFolder):
 
     def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(F, H, W) of one video's latents. Raises ConfigError for sizes the model cannot take."""
-        vae = self.vae.config
-        spatial = 2 ** (len(vae.block_out_channels) - 1)
+        vae = self.vae_config
+        spatial = 2 ** (len(vae["block_out_channels"]) - 1)
         # The decoder gives every frame of an even number of latent frames back fourfold, the first one too.
-        chunk = 2 * vae.temporal_compression_ratio
+        chunk = 2 * int(vae["temporal_compression_ratio"])
         frames, rows, columns = grid_of(num_frames, height, width, temporal=chunk, spatial=spatial, patch=2)
         return 2 * frames - 1, rows, columns
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(F, C, H, W) of one video's latents. Raises ConfigError for sizes the model cannot take."""
         frames, rows, columns = self.latent_grid(num_frames, height, width)
-        return (frames, self.vae.config.latent_channels, rows, columns)
+        return (frames, self.vae_config["latent_channels"], rows, columns)
 
     @staticmethod
     def region_layout(mask: Tensor) -> Tensor:
@@ -258,6 +258,7 @@ def load(
             # and throws it away, and a video to train on has none.
             raise ModelError(f"model.path: {path}/transformer: patch_size_t is set: CogVideoX 1.5 is not supported")
         _check_text_length(config, max_sequence_length)
+        vae_config = settings_of(AutoencoderKLCogVideoX, path, "vae", revision)
         transformer = None
         if with_transformer:
             transformer = CogVideoXTransformer3DModel.from_pretrained(
@@ -269,7 +270,7 @@ def load(
         if with_encoders:
             pipeline = CogVideoXPipeline.from_pretrained(path, revision=revision, transformer=None, scheduler=scheduler)
             frozen(pipeline.vae.float()), frozen(pipeline.text_encoder.float())
-        return CogVideoXModel(path, max_sequence_length, scheduler, transformer, pipeline, dtype, revision)
+        return CogVideoXModel(path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision)
 
 
 def _load_scheduler(path: str, revision: str | None) -> CogVideoXDDIMScheduler:

@@ -29,6 +29,7 @@ class ModelFolder:
     path: str
     max_sequence_length: int
     scheduler: object
+    vae_config: dict
     transformer: nn.Module | None
     pipeline: DiffusionPipeline | None
     dtype: torch.dtype = torch.float32
@@ -71,11 +72,11 @@ class ModelFolder:
         return Path(snapshot_download(self.path, revision=self.revision, local_files_only=True))
 
     def fingerprint(self, part: str = "transformer") -> str:
-        """Identifies the weights of a part: its files' bytes for a folder, id and revision for a hub model."""
+        """Identifies the weights of a part: its files' bytes for a folder, id and commit for a hub model."""
         digest = hashlib.sha256()
         folder = Path(self.path)
         if not folder.is_dir():
-            digest.update(json.dumps([self.path, self.revision]).encode())
+            digest.update(json.dumps([self.path, self.local_folder().name]).encode())  # …/snapshots/COMMIT
         files = sorted(folder.glob(f"{part}/*")) if folder.is_dir() else []
         adapters = [adapter / LORA_FILE for adapter in self.lora] if part == "transformer" else []
         for file in [*files, *adapters]:
@@ -129,6 +130,12 @@ def to_frames(video: Tensor) -> Tensor:
 def frozen(module: nn.Module) -> nn.Module:
     """Without gradients, in eval mode."""
     return module.requires_grad_(False).eval()
+
+
+def settings_of(part: type[nn.Module], path: str, subfolder: str, revision: str | None) -> dict:
+    """A part's settings, the class's defaults for those that its config.json leaves out, without its weights."""
+    with torch.device("meta"):
+        return part.from_config(part.load_config(path, subfolder=subfolder, revision=revision)).config
 
 
 @contextmanager

@@ -5,11 +5,11 @@ is the oracle in the tests.
 """
 
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
 from alignkit.errors import ConfigError, ModelError
-from alignkit.models.folder import ModelFolder, frozen, grid_of, loading, to_frames, to_unit
+from alignkit.models.folder import ModelFolder, frozen, grid_of, loading, settings_of, to_frames, to_unit
 from alignkit.schedules import Schedule, flow_coefficients, flow_shift
 
 
@@ -20,13 +20,13 @@ class WanModel(ModelFolder):
 
     def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(F, H, W) of one video's latents. Raises ConfigError for sizes the model cannot take."""
-        config = self.vae.config  # the transformer's patches are 2×2 latents
-        temporal, spatial = config.scale_factor_temporal, config.scale_factor_spatial
+        config = self.vae_config  # the transformer's patches are 2×2 latents
+        temporal, spatial = config["scale_factor_temporal"], config["scale_factor_spatial"]
         return grid_of(num_frames, height, width, temporal=temporal, spatial=spatial, patch=2)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, F, H, W) of one video's latents. Raises ConfigError for sizes the model cannot take."""
-        return (self.vae.config.z_dim, *self.latent_grid(num_frames, height, width))
+        return (self.vae_config["z_dim"], *self.latent_grid(num_frames, height, width))
 
     @staticmethod
     def region_layout(mask: Tensor) -> Tensor:
@@ -160,6 +160,7 @@ def load(
         scheduler = UniPCMultistepScheduler.from_pretrained(path, subfolder="scheduler", revision=revision)
         if not scheduler.config.use_flow_sigmas:
             raise ModelError(f"model.path: {path}/scheduler: use_flow_sigmas is off, so its states are not Wan's")
+        vae_config = settings_of(AutoencoderKLWan, path, "vae", revision)
         transformer = None
         if with_transformer:
             transformer = WanTransformer3DModel.from_pretrained(
@@ -170,4 +171,4 @@ def load(
         if with_encoders:
             pipeline = WanPipeline.from_pretrained(path, revision=revision, transformer=None)
             frozen(pipeline.vae.float()), frozen(pipeline.text_encoder.float())
-        return WanModel(path, max_sequence_length, scheduler, transformer, pipeline, dtype, revision)
+        return WanModel(path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision)

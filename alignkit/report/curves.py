@@ -145,10 +145,8 @@ def _main_plots(run: Run, log: Log) -> list[str]:
             "The factor σ(−logit) scales a pair's gradient: 0.5 at the start, towards 0 for pairs already "
             "learned. Saturated is the share of pairs that no longer teach anything.",
             [
-                log.series("gradient_factor", "factor", 1),
                 log.series("region/gradient_factor", "factor, region", 1),
                 log.series("global/gradient_factor", "factor, global", 2),
-                log.series("saturated", "saturated", 3),
                 log.series("region/saturated", "saturated, region", 3),
                 log.series("global/saturated", "saturated, global", 4),
                 log.series("safeguard/factor", "loser's gradient kept", 5),

@@ -9,6 +9,7 @@ reference. Heads return one loss a pair; the caller takes the mean. `docs/kernel
 beta. Logits are differences taken in fp64, never of rounded means.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from .checks import InputError
 
 
 def logits_of(gap_w: Tensor, gap_l: Tensor, beta: float) -> Tensor:
-    """Diffusion-DPO's logit (arXiv:2311.12908) from mean gaps of any shape."""
+    """Diffusion-DPO's logit (arXiv:2311.12908) from mean gaps of any shape; beta is finite and above 0."""
+    if not 0 < beta < math.inf:
+        raise InputError(f"beta is {beta}, expected a finite number above 0")
     return -0.5 * beta * (gap_w - gap_l)
 
 
@@ -65,11 +68,17 @@ def segment_dpo(gap_w: Tensor, gap_l: Tensor, count: Tensor, preference: Tensor,
     gap_w, gap_l, count: sums [B, R] of the two videos, R segments. preference [B, R]: +1 where the first
     video is better, -1 where the second is, 0 for a tie or no label. A pair with no label contributes 0.
     """
+    if preference.shape != gap_w.shape or preference.dtype == torch.bool:
+        raise InputError(
+            f"preference must be numbers {list(gap_w.shape)}, one of -1, 0 and 1 a segment, got {preference.dtype} "
+            f"{list(preference.shape)}"
+        )
+    _require(((preference == 0) | (preference.abs() == 1)).all(), "preference must hold -1, 0 and 1 alone", preference)
     sign = preference.to(gap_w.dtype)
     elements = (sign.abs() * count).sum(1)
     labelled = elements > 0
     gap = (sign * (gap_w - gap_l)).sum(1) / torch.where(labelled, elements, 1.0)
-    return torch.where(labelled, dpo(-0.5 * beta * gap), 0.0)
+    return torch.where(labelled, dpo(logits_of(gap, torch.zeros_like(gap), beta)), 0.0)
 
 
 def loser_safeguard(error_w: Tensor, cross: Tensor, mu: float = 0.0) -> Tensor:
@@ -80,6 +89,8 @@ def loser_safeguard(error_w: Tensor, cross: Tensor, mu: float = 0.0) -> Tensor:
     loser share their Jacobian. It is a constant of the step: no gradient flows through it. Apply it with
     `scale_gradient`.
     """
+    if not 0 <= mu <= 1:
+        raise InputError(f"mu is {mu}, expected 0 <= mu <= 1")
     own, shared = error_w.detach().sum(1), cross.detach().sum(1)
     ratio = (1 - mu) * own / torch.where(shared > 0, shared, 1.0)
     return torch.where(shared > 0, ratio.clamp(0.0, 1.0), 1.0)
@@ -117,6 +128,8 @@ def pair_means(error_w: Tensor, error_l: Tensor, gap_w: Tensor, gap_l: Tensor, c
 
     The mask's mean is taken per sample, so that a pair's numbers do not depend on its batch.
     """
+    if count.shape[1] > 2:
+        raise InputError(f"the sums are of {count.shape[1]} regions, expected outside and inside a mask, or one")
     elements = count.sum(1).clamp(min=1)
     inside = slice(1, 2)  # empty without a mask, and then the sums below are 0
     held = count[:, inside].sum(1)
@@ -198,17 +211,20 @@ def strength_eta(strength: Tensor | None, strength_range: tuple[float, float], l
         got = list(strength.shape) if isinstance(strength, Tensor) else type(strength).__name__
         raise InputError(f"strength must be a tensor {list(like.shape)}, one number a pair, got {got}")
     # an fp32 strength of k / N may lie one rounding outside a range given in fp64
-    refused = (strength < low - 1e-6) | (strength > high + 1e-6) | strength.isnan()
-    message = f"strength must lie in strength_range = [{low}, {high}]"
-    if strength.device.type == "cpu" and not torch.compiler.is_compiling():
-        if refused.any():
-            raise InputError(f"{message}, got {strength[refused].tolist()}")
-    else:
-        torch._assert_async(~refused.any(), message)
+    fits = (strength >= low - 1e-6) & (strength <= high + 1e-6)
+    _require(fits.all(), f"strength must lie in strength_range = [{low}, {high}]", strength)
     if low == high:
         return torch.zeros_like(like)
     alpha = strength.to(like.device, like.dtype, non_blocking=True)
     return ((alpha - low) / (high - low)).clamp(0.0, 1.0)
+
+
+def _require(fulfilled: Tensor, message: str, given: Tensor) -> None:
+    if fulfilled.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not fulfilled:
+            raise InputError(f"{message}, got {given.tolist()}")
+    else:
+        torch._assert_async(fulfilled, message)
 
 
 def _check_smoothing(label_smoothing: float) -> None:

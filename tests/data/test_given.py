@@ -99,6 +99,34 @@ def test_a_line_that_was_mended_is_no_longer_reported(config, table):
     assert "pairs.jsonl:6" not in skipped.read_text()
 
 
+def test_a_mask_too_small_for_the_latents_is_found_before_anything_is_encoded(config, table):
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    (table.parent / "speck.json").write_text(json.dumps({"static": [[0, 0, 2, 1]]}))
+    rows[1]["mask"] = "speck.json"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = config()
+    assert sum(build_given_pairs(settings, CPU).values()) == 3
+    listed = [json.loads(line) for line in (settings.output.dir / "skipped.jsonl").read_text().splitlines()]
+    found = [(row["video"], row["kind"]) for row in listed]
+    assert found == [("pairs.jsonl:2", "mask"), ("pairs.jsonl:5", "identical")]
+
+
+def test_files_of_one_name_are_told_apart_and_pairs_without_any_mask_are_remarked_on(config, table, tmp_path, capsys):
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    del rows[0]["mask"]
+    for row in rows:
+        row["rejected"] = str(tmp_path / row["rejected"])
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    other = tmp_path / "other" / table.name
+    other.parent.mkdir()
+    other.write_text("".join(json.dumps(row) + "\n" for row in (rows[2], rows[0])))
+    settings = config(f"data.heldout_pairs={other}")
+    build_given_pairs(settings, CPU)
+    shown = capsys.readouterr().err
+    assert f"{other}:2" in shown and f"is trained on too ({table}:1)" in shown
+    assert "no pair has a mask, so both terms of local_dpo are the same" in shown
+
+
 def test_why_no_row_is_left_is_listed_in_full(config, table):
     rows = [json.loads(line) for line in table.read_text().splitlines()[:2]]
     table.write_text("".join(json.dumps({**row, "rejected": row["chosen"]}) + "\n" for row in rows))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alignkit.data.masks import read_mask
+from alignkit.data.masks import mask_digest, read_mask
 from alignkit.data.videos import VideoSpec, decode_clip, decode_with_facts, read_video, write_video
 from alignkit.errors import DataError
 
@@ -232,6 +232,39 @@ def test_mask_that_cannot_be_used_is_refused_in_one_line(tmp_path, video, name, 
     with pytest.raises(DataError, match=message) as error:
         read_mask(file, video, SPEC)
     assert str(error.value).startswith(str(file)) and "\n" not in str(error.value)
+
+
+def labels(frame: np.ndarray) -> Image.Image:
+    return Image.fromarray(frame.astype(np.uint8) * np.uint8(3))
+
+
+def alpha(frame: np.ndarray) -> Image.Image:
+    image = Image.new("RGBA", frame.shape[::-1], "white")
+    image.putalpha(Image.fromarray(frame * np.uint8(255)))
+    return image
+
+
+@pytest.mark.parametrize("picture, words", [(labels, "values up to 3, as labels would"), (alpha, "is transparent")])
+def test_pictures_that_could_be_read_two_ways_are_refused(tmp_path, video, picture, words):
+    with pytest.raises(DataError, match=words):
+        read_mask(pngs(tmp_path / "m", box(), picture), video, SPEC)
+
+
+def test_an_empty_frame_of_black_and_white_pictures_does_not_change_what_white_means(tmp_path, video):
+    """Some segmenters leave a stray 1 where they found nothing; alone in a frame it is no 0-and-1 mask."""
+    inside = box()
+    inside[12:] = False
+    grey = inside * np.uint8(255)
+    grey[12:, 0, 0] = 1
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for i, frame in enumerate(grey):
+        Image.fromarray(frame).save(folder / f"frame{i}.png")
+    (folder / "thumbnails").mkdir()
+    assert not read_mask(folder, video, SPEC)[12:].any()
+    before = mask_digest(folder)
+    (folder / "notes.txt").write_text("no picture")
+    assert mask_digest(folder) == before, "what is not read does not count"
 
 
 def test_folder_without_pictures_damaged_video_and_the_video_itself_are_refused(tmp_path, video):

@@ -11,9 +11,11 @@ from alignkit.data.pairs import (
     Pair,
     PairStore,
     StoreInfo,
+    block_file,
     collate,
     missing_blocks,
     open_for_building,
+    read_info,
     skipped_pairs,
     write_block,
 )
@@ -112,9 +114,28 @@ def test_an_unfinished_block_is_not_seen_and_an_unfinished_store_not_read(tmp_pa
 )
 def test_other_terms_are_refused_by_name(tmp_path, terms, words):
     open_for_building(tmp_path, INFO)
+    block_file(tmp_path, 0).touch()
     open_for_building(tmp_path, INFO)
     with pytest.raises(DataError, match=words):
         open_for_building(tmp_path, dataclasses.replace(INFO, **terms))
+
+
+def test_terms_that_no_block_was_made_under_are_replaced(tmp_path):
+    open_for_building(tmp_path, INFO)
+    other = dataclasses.replace(INFO, model="n")
+    open_for_building(tmp_path, other)
+    assert read_info(tmp_path).model == "n"
+
+
+def test_a_block_made_anew_leaves_nothing_of_its_first_try(tmp_path):
+    info = dataclasses.replace(INFO, pairs=2)
+    open_for_building(tmp_path, info)
+    write_block(tmp_path, 0, [make_pair(0)], [Problem("1.mp4", "useless")])
+    (tmp_path / "block-00000.partial-of-a-killed-process").write_bytes(b"half")
+    block_file(tmp_path, 0).unlink()
+    write_block(tmp_path, 0, [make_pair(0), make_pair(1)])
+    assert skipped_pairs(tmp_path) == []
+    assert {file.name for file in tmp_path.iterdir()} == {"pairs.json", "block-00000.arrow"}
 
 
 def test_a_repeated_id_is_refused(tmp_path):

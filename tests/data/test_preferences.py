@@ -2,6 +2,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -30,6 +31,16 @@ def write(path: Path, rows: list[dict]) -> Path:
     else:
         jsonl(path, *rows)
     return path
+
+
+def bad_text() -> bytes:
+    """A Parquet file whose prompts are no UTF-8."""
+    prompt = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(np.array([0, 2], dtype="int32")), pyarrow.py_buffer(b"\xff\xfe")]
+    )
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": prompt, "chosen": ["x"], "rejected": ["y"]}), sink)
+    return sink.getvalue().to_pybytes()
 
 
 @pytest.mark.parametrize("name, first", [("pairs.jsonl", 1), ("pairs.csv", 3), ("pairs.parquet", 1)])
@@ -82,6 +93,36 @@ def test_csv_line_with_an_unquoted_comma_is_reported_not_shifted(tmp_path):
     assert reasons["pairs.csv:4"] == "has no rejected"
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u0085", "\x0b", "\x0c"])
+def test_csv_lines_end_only_where_csv_lines_end(tmp_path, character):
+    """Python's own writer leaves these unquoted, and str.splitlines divides at them."""
+    file = tmp_path / "pairs.csv"
+    file.write_text(f"prompt,chosen,rejected\na cat{character}running,x.mp4,y.mp4\n", encoding="utf-8")
+    preferences, problems = read_preferences(file)
+    assert [row.prompt for row in preferences] == ["a cat running"] and problems == []
+
+
+def test_csv_as_people_write_it(tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_text(
+        '\n\nprompt, chosen, rejected, mask\r\n"a cat, running", x.mp4, y.mp4, \r\na 2" nail,x.mp4,y.mp4\r\n'
+    )
+    preferences, problems = read_preferences(file)
+    assert [(row.prompt, row.chosen.name, row.mask) for row in preferences] == [
+        ("a cat, running", "x.mp4", None),
+        ('a 2" nail', "x.mp4", None),
+    ]
+    assert problems == []
+
+
+def test_parquet_columns_that_are_not_asked_for_may_hold_anything(tmp_path):
+    far = pyarrow.array([2**52], pyarrow.timestamp("ms"))  # no Python date
+    columns = {"prompt": ["a"], "chosen": ["x.mp4"], "rejected": ["y.mp4"], "filmed": far}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "pairs.parquet")
+    preferences, problems = read_preferences(tmp_path / "pairs.parquet")
+    assert len(preferences) == 1 and problems == []
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_missing_column_names_what_was_found_and_what_is_needed(tmp_path, suffix):
     file = write(tmp_path / f"pairs.{suffix}", [{"prompt": "a", "winner": "x.mp4", "rejected": "y.mp4"}])
@@ -102,6 +143,10 @@ def test_missing_column_names_what_was_found_and_what_is_needed(tmp_path, suffix
         ("pairs.jsonl", b"", r"columns \(none\); prompt, chosen, rejected are needed"),
         ("pairs.jsonl", b"hello\nthere", r"columns \(none\).*pairs\.jsonl:1: is not JSON.* and 1 more such lines"),
         ("pairs.csv", b"prompt,chosen,rejected\n", "holds no row that can be used"),
+        ("pairs.csv", b'prompt,chosen,rejected\n"a,x,y\nb,x,y\n', "line 3: unexpected end of data"),
+        ("pairs.csv", b"prompt,chosen,chosen,rejected\n", "two columns with the name 'chosen'"),
+        ("pairs.jsonl", b"[" * 100_000, r"pairs\.jsonl:1: is not JSON"),
+        ("pairs.parquet", bad_text(), "cannot be read as Parquet"),
         (
             "pairs.csv",
             b"prompt,chosen,rejected\n,x,y\n",

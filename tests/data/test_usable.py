@@ -1,11 +1,14 @@
 """Which videos are used: bad and repeated ones are passed over, and each file is decoded once."""
 
+import errno
+
 import pytest
 import torch
 
 from alignkit.data import usable
 from alignkit.data.usable import usable_clips
 from alignkit.data.videos import Clip, VideoSpec, write_video
+from alignkit.errors import DataError
 
 SPEC = VideoSpec(48, 48, 5)
 
@@ -52,3 +55,13 @@ def test_what_was_found_is_remembered_until_the_file_changes(folder, monkeypatch
     good, problems = look(folder)
     assert [clip.name for clip, _ in good] == ["a.mp4"]
     assert "e.mp4" in {problem.video for problem in problems}
+
+
+def test_what_the_machine_could_not_do_for_a_moment_is_not_remembered(folder, monkeypatch):
+    def exhausted(path, spec):
+        raise DataError(f"{path}: cannot be read as a video") from OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(usable, "decode_clip", exhausted)
+    assert look(folder)[0] == []
+    monkeypatch.undo()
+    assert [clip.name for clip, _ in look(folder)[0]] == ["a.mp4", "e.mp4"]

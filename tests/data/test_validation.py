@@ -36,6 +36,8 @@ def shelf(tmp_path_factory) -> Path:
     write(folder / "longer.mp4", 10, frames=18)
     write(folder / "larger.mp4", 10, height=64)
     write(folder / "faster.mp4", 10, fps=10)
+    write(folder / "tv.mp4", 30, fps=25)
+    write(folder / "film.mp4", 10, fps=24)
     write(folder / "hardly_faster.mp4", 10, fps=8.01)
     shutil.copy(folder / "0.mp4", folder / "copy_of_0.mp4")
     write(folder / "0_slightly_other_file.mp4", 0, fps=8.01)
@@ -53,6 +55,9 @@ def shelf(tmp_path_factory) -> Path:
     np.save(folder / "none.npy", mask)
     mask[:, 8:24, 8:24] = True
     np.save(folder / "good.npy", mask)
+    speck = np.zeros_like(mask)
+    speck[:, 8:10, 8:12] = True
+    np.save(folder / "speck.npy", speck)
     np.save(folder / "long.npy", np.concatenate((mask, mask)))
     np.save(folder / "wide.npy", np.concatenate((mask, mask), axis=2))
     (folder / "broken.npy").write_bytes(b"no array")
@@ -90,6 +95,11 @@ BAD_ROWS = [
     ("mask", dict(mask="long.npy"), r"long\.npy: has 34 frames, but 2\.mp4 has 17"),
     ("mask", dict(mask="wide.npy"), r"wide\.npy: is 48x96 \(height x width\), but 2\.mp4 is 48x48"),
     ("mask", dict(mask="none.npy"), r"none\.npy: is empty"),
+    ("mask", dict(mask="speck.npy"), r"speck\.npy: .*too small: it covers half of no cell"),
+    ("missing", dict(chosen="a" * 300), r"File name too long"),
+    ("missing", dict(chosen="nul\0.mp4"), r"no such file"),
+    ("mask", dict(mask="a" * 300), r"no such mask"),
+    ("rate", dict(rejected="film.mp4", chosen="tv.mp4"), r"tv\.mp4 has 25 frames a second, .*film\.mp4 has 24"),
     ("duplicate", dict(prompt="A COW", chosen="6.mp4", rejected="7.mp4"), r"p\.jsonl:1 has the same prompt and videos"),
     ("leaked_video", dict(chosen="4.mp4"), r"4\.mp4 is trained on too \(p\.jsonl:2\)"),
     ("leaked_video", dict(chosen="0.mp4", rejected="4.mp4"), r"4\.mp4 is trained on too \(p\.jsonl:2\)"),
@@ -103,13 +113,13 @@ def test_each_kind_of_bad_row_is_dropped_and_listed_and_the_rest_goes_on(row, ki
     bad = row(2, **{"chosen": "2.mp4", "rejected": "3.mp4", **changes})
     good = row(0, "6.mp4", "7.mp4", prompt="a cow", mask="good.npy")
     other = row(1, "4.mp4", "5.mp4", prompt="a cat")
-    findings = validate_preferences([other], SPEC, heldout=[good, bad])
+    findings = validate_preferences([other], SPEC, grid=(5, 6, 6), heldout=[good, bad])
     assert findings.train == [other] and findings.heldout == [good]
     assert [(problem.video, problem.kind) for problem in findings.problems] == [("p.jsonl:3", kind)]
     assert "\n" not in findings.problems[0].reason
     assert re.search(message, findings.problems[0].reason)
     if not kind.startswith("leaked"):  # what makes a row bad does not depend on its side
-        findings = validate_preferences([good, bad], SPEC)
+        findings = validate_preferences([good, bad], SPEC, grid=(5, 6, 6))
         assert findings.train == [good] and [problem.kind for problem in findings.problems] == [kind]
 
 

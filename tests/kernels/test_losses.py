@@ -207,6 +207,42 @@ def test_segment_dpo_follows_the_labels(sums):
     assert got.tolist() == pytest.approx([float(whole), float(mixed), 0.0], rel=1e-12)
 
 
+def test_segments_without_a_label_do_not_dilute_the_others(sums):
+    _, _, gap_w, gap_l, count = sums
+    got = losses.segment_dpo(gap_w, gap_l, count, torch.tensor([[1, 0], [0, -1], [0, 0]]), beta=300.0)
+    means = (gap_w - gap_l) / count
+    wanted = [losses.dpo(-150.0 * means[0, 0]), losses.dpo(150.0 * means[1, 1])]
+    assert got.tolist() == pytest.approx([*map(float, wanted), 0.0], rel=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.0, -5000.0, float("nan"), float("inf")])
+def test_a_beta_that_would_teach_nothing_or_the_opposite_is_refused(sums, beta):
+    with pytest.raises(InputError, match=r"beta is .*, expected a finite number above 0"):
+        losses.local_dpo(*sums, beta=beta)
+    with pytest.raises(InputError, match="beta is"):
+        losses.region_dpo(*sums[2:], beta)
+    with pytest.raises(InputError, match="beta is"):
+        losses.segment_dpo(*sums[2:], torch.zeros(3, 2), beta)
+
+
+@pytest.mark.parametrize("preference", [torch.ones(3), torch.ones(3, 2).bool(), torch.full((3, 2), 7)])
+def test_labels_that_are_none_are_refused(sums, preference):
+    with pytest.raises(InputError, match="preference"):
+        losses.segment_dpo(*sums[2:], preference, 300.0)
+
+
+def test_three_regions_have_no_inside(sums):
+    three = [torch.cat((x, x[:, :1]), dim=1) for x in sums]
+    with pytest.raises(InputError, match="sums are of 3 regions"):
+        losses.local_dpo(*three)
+
+
+@pytest.mark.parametrize("mu", [-0.1, 1.5, float("nan")])
+def test_a_mu_outside_its_range_is_refused(sums, mu):
+    with pytest.raises(InputError, match=r"mu is .*, expected 0 <= mu <= 1"):
+        losses.loser_safeguard(sums[0], sums[2], mu)
+
+
 def test_the_safeguard_keeps_the_winners_error_from_rising():
     """Descend on z's gradient for two linear predictions that share their parameters: with the safeguard the
     winner's error does not rise, without it it does."""

@@ -5,16 +5,22 @@ import os
 import shutil
 import signal
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from alignkit.data.pairs import PairStore
+from alignkit.data.videos import VideoSpec, decode_clip
 from alignkit.errors import ConfigError, DataError
 from alignkit.localdpo import build
 from alignkit.localdpo.build import build_pairs
+from alignkit.localdpo.corruption import regenerate
+from alignkit.localdpo.masks import region_mask
 from alignkit.localdpo.sources import split_clips
+from alignkit.models.wan import guided
+from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
 CPU = torch.device("cpu")
 
@@ -45,6 +51,84 @@ def test_a_killed_build_goes_on_to_the_same_bytes(start_command, command, config
     result = command("pairs", config_file, *overrides(out))
     assert result.returncode == 0, result.stderr
     assert blocks(out) == blocks(made_pairs)
+
+
+def test_a_stored_pair_is_what_the_public_parts_make_of_its_clip(small_config, clips, wan):
+    """Prompts, guidance, strength, noise, mask and text of every pair, put together again by hand."""
+    config = small_config(
+        'pairs.prompt_prefix="sharp, "', "pairs.negative_prompt=blurred", "pairs.guidance_scale=3.0", "pairs.seed=7",
+        "pairs.strengths=[6,7]", "pairs.batch_size=1", "pairs.per_clip=2", "pairs.num_inference_steps=8",
+    )  # fmt: skip
+    build_pairs(config, CPU)
+    captions = {row["video"]: row["caption"] for row in map(json.loads, (clips / "captions.jsonl").open())}
+    names, seen = sorted(captions), set()
+    for pair in PairStore(config.output.dir / "pairs" / "heldout"):
+        name = names[pair.id // 2]
+        assert (pair.source, pair.prompt) == (name, captions[name])
+        assert torch.equal(pair.text, wan.encode_text([captions[name]])[0])
+        clean = wan.encode_video(decode_clip(clips / name, VideoSpec(48, 48, 17))[None])
+        assert torch.equal(pair.winner, clean[0])
+        mask = region_mask((5, 12, 12), (48, 48), config.pairs.mask, seed=7, pair_id=pair.id)
+        assert torch.equal(pair.mask, mask[None])
+        u = keyed_rand(
+            (1, 1), NoiseKey(7, torch.tensor([pair.id]), 0, Stream.STRENGTH), device=CPU, dtype=torch.float64
+        )
+        steps = (6, 7)[int(2 * u.item())]
+        assert (pair.steps, pair.strength) == (steps, steps / 8)
+        seen.add(steps)
+        text, negative = (wan.pad_text(wan.encode_text([p])) for p in (f"sharp, {captions[name]}", "blurred"))
+        predict = partial(guided, wan.transformer, text=text, negative=negative, guidance=3.0)
+        key = NoiseKey(7, torch.tensor([pair.id]), 0, Stream.CORRUPTION)
+        loser = regenerate(clean, mask[None, None], predict, wan.schedule(8), key, steps)
+        assert torch.equal(pair.loser, loser[0])
+    assert seen == {6, 7}, "both strengths were drawn"
+
+
+def test_a_clip_that_cannot_be_read_any_more_costs_its_own_pairs_only(small_config, monkeypatch):
+    real = build.decode_with_facts
+
+    def failing(path, spec):
+        if path.name == "clip_000004.mp4":
+            raise DataError(f"{path}: the disk is gone")
+        return real(path, spec)
+
+    monkeypatch.setattr(build, "decode_with_facts", failing)
+    config = small_config()
+    build_pairs(config, CPU)
+    (row,) = map(json.loads, (config.output.dir / "skipped.jsonl").read_text().splitlines())
+    assert row["video"].startswith("clip_000004.mp4 (pair ") and "the disk is gone" in row["reason"]
+    assert sum(len(PairStore(config.output.dir / "pairs" / split)) for split in ("train", "heldout")) == 9
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ("data.num_frames=16", r"data\.num_frames: must be 4·n \+ 1"),
+        ("data.height=50", r"data\.height: must be a multiple of 8"),
+        ("pairs.mask.area=[0.9999,1.0]", r"pairs\.mask\.area: none of 2048 masks"),
+        ("pairs.dynamic_guidance=true", r"dynamic_guidance: Wan2\.1 has none"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_a_video_is_looked_at(small_config, settings, words):
+    config = small_config(settings)
+    with pytest.raises(ConfigError, match=words):
+        build_pairs(config, CPU)
+    assert not config.output.dir.exists()
+
+
+def test_terms_that_change_the_bytes_are_refused_by_name(small_config):
+    config = small_config()
+    build_pairs(config, CPU)
+    for change in ("pairs.batch_size=1", "model.max_sequence_length=32", "pairs.seed=1"):
+        with pytest.raises(DataError, match=f"holds pairs made with {change.split('.')[1].split('=')[0]} = "):
+            build_pairs(small_config(change), CPU)
+
+
+def test_previews_are_there_when_the_first_block_is(small_config):
+    config = small_config()
+    looked = []
+    build_pairs(config, CPU, preview=lambda model, store: looked.append((store.folder.name, len(store))))
+    assert looked == [("train", 4), ("train", 8), ("heldout", 2), ("heldout", 2)]
 
 
 def test_a_pair_whose_loser_is_not_finite_is_left_out_and_listed(small_config, monkeypatch):
@@ -108,11 +192,6 @@ def test_masks_that_changed_are_not_mixed_with_the_old_ones(small_config, clips,
         file.write_text('{"static": [[0, 0, 40, 40]]}')
     with pytest.raises(DataError, match="was built from other videos, captions or masks"):
         build_pairs(config, CPU)
-
-
-def test_guidance_that_a_family_does_not_have_is_refused(small_config):
-    with pytest.raises(ConfigError, match=r"dynamic_guidance: Wan2\.1 has none"):
-        build_pairs(small_config("pairs.dynamic_guidance=true"), CPU)
 
 
 def test_latents_are_rounded_before_they_are_corrupted(small_config):

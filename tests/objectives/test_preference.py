@@ -271,6 +271,39 @@ def test_what_is_logged_is_what_the_objective_defines(pairs):
             assert logged(objective(name, loser_safeguard=0.0), *pairs).keys() == names | {"safeguard/factor"}
 
 
+def test_what_is_logged_are_the_plain_numbers(pairs):
+    """Every diagnostic of every pair against squared errors written out; the last pair prefers its loser."""
+    batch, states, predictions, references = pairs
+    beta, axes, mask = 4000.0, (1, 2, 3, 4), batch.mask.expand(SHAPE).double()
+    squares = [[(x - (states.noise - clean)) ** 2 for x in (p, r)]
+               for clean, p, r in zip((batch.winner, batch.loser), predictions, references, strict=True)]  # fmt: skip
+    errors = [policy.mean(axes) for policy, _ in squares]
+    gaps = [(policy - reference).mean(axes) for policy, reference in squares]
+    inside = [((policy - reference) * mask).sum(axes) / mask.sum(axes).clamp(min=1) for policy, reference in squares]
+    rewards = [-beta / 2 * gap for gap in gaps]
+    whole = rewards[0] - rewards[1]
+    plain = -beta / 2 * (inside[0] - inside[1])
+    scaled = plain * (1 + (batch.strength - 0.75) / 0.15)
+    wanted = {
+        "rewards/chosen": rewards[0], "rewards/rejected": rewards[1], "rewards/margins": whole,
+        "rewards/accuracies": (whole > 0).double(), "global/gap_w": gaps[0], "global/gap_l": gaps[1],
+        "region/gap_w": inside[0], "region/gap_l": inside[1], "error_w": errors[0], "error_l": errors[1],
+        "region_empty": torch.tensor([0.0, 0.0, 1.0, 0.0]), "noise_level": states.coefficients[:, 1],
+    }  # fmt: skip
+    for name, region in (("local_dpo", scaled), ("dpo", plain), ("region_dpo", plain)):
+        numbers = logged(ObjectiveSection(name=name, beta=beta), *pairs)
+        expected = wanted | {"region/logit": region}
+        expected["region/accuracy"] = (region > 0).double() + 0.5 * (region == 0).double()
+        for of, logit in (("global", whole), ("region", region)):
+            if f"{of}/saturated" in numbers:
+                expected[f"{of}/gradient_factor"] = 1 / (1 + logit.exp())
+                expected[f"{of}/saturated"] = (logit.abs() > 6).double()
+        assert numbers.keys() == expected.keys() | {"loss"}
+        for key, value in expected.items():
+            assert torch.allclose(numbers[key], value.detach().double(), **TOLERANCE), key
+    assert 0 < whole.gt(0).sum() < 4 and 0 < scaled.abs().gt(6).sum() < 4, "both outcomes occur"
+
+
 @pytest.mark.parametrize("name", [*HEADS, "sft"])
 def test_pairs_without_a_mask_and_without_a_strength(pairs, name):
     """A mask of one cell that holds everything: the region is the whole, its outside is empty, nothing divides by 0."""

@@ -51,8 +51,8 @@ def metrics_rows(steps: int = STEPS) -> list[dict]:
                 "error_l": error + 0.01,
                 "region/logit": logit,
                 "global/logit": logit / 5,
-                "gradient_factor": float(1 / (1 + np.exp(logit))),
-                "saturated": 0.0,
+                "region/gradient_factor": float(1 / (1 + np.exp(logit))),
+                "region/saturated": 0.0,
                 "error_by_timestep": [0.4 + 0.01 * progress, None, 0.1],
                 "region_empty": 0.0,
             }

@@ -44,7 +44,7 @@ def cogvideox_scheduler(kind=CogVideoXDDIMScheduler, shift=3.0):
 
 
 def cogvideox(shift=3.0):
-    return CogVideoXModel("", 226, cogvideox_scheduler(shift=shift), None, None)
+    return CogVideoXModel("", 226, cogvideox_scheduler(shift=shift), {}, None, None)
 
 
 def flow_unipc(shift=3.0, steps=None):
