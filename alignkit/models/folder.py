@@ -21,7 +21,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives 
 
 @dataclass
 class ModelFolder:
-    """The parts of a model. `transformer` and `pipeline` (VAE and text) are None where they were not loaded.
+    """The parts of a model. `transformer` and `pipeline` (VAE and text) are None where they were not loaded; the
+    schedule and the training path need the scheduler alone, the latents' sizes `vae_config`.
 
     dtype: the transformer's, and that of the text and states it is given; the other parts are fp32.
     """
@@ -29,9 +30,9 @@ class ModelFolder:
     path: str
     max_sequence_length: int
     scheduler: object
-    vae_config: dict
-    transformer: nn.Module | None
-    pipeline: DiffusionPipeline | None
+    vae_config: dict = field(default_factory=dict)
+    transformer: nn.Module | None = None
+    pipeline: DiffusionPipeline | None = None
     dtype: torch.dtype = torch.float32
     revision: str | None = None
     lora: tuple[Path, ...] = ()

@@ -119,7 +119,7 @@ def prediction_error(
 
     y is that of ``clean``; what the network is shown under the noise is ``seen``.
     """
-    adapter = recipe.ADAPTER("", text.shape[1], recipe.new_scheduler(), None, None)
+    adapter = recipe.ADAPTER("", text.shape[1], recipe.new_scheduler())
     coefficients, timesteps = adapter.training_path(u.double())
     a, s, c, d = coefficients.float().T.reshape(4, -1, 1, 1, 1, 1)
     predict = family_module(adapter.family).predict

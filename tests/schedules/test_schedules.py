@@ -44,7 +44,7 @@ def cogvideox_scheduler(kind=CogVideoXDDIMScheduler, shift=3.0):
 
 
 def cogvideox(shift=3.0):
-    return CogVideoXModel("", 226, cogvideox_scheduler(shift=shift), {}, None, None)
+    return CogVideoXModel("", 226, cogvideox_scheduler(shift=shift))
 
 
 def flow_unipc(shift=3.0, steps=None):
@@ -56,13 +56,8 @@ def flow_unipc(shift=3.0, steps=None):
 
 @pytest.mark.parametrize("shift", TABLE)
 def test_wan_visits_the_states_of_the_table(wan, shift):
-    class Shifted(type(wan)):
-        pass
-
-    model = Shifted(
-        wan.path, 64, UniPCMultistepScheduler.from_config(wan.scheduler.config, flow_shift=shift), None, None
-    )
-    schedule = model.schedule(50)
+    scheduler = UniPCMultistepScheduler.from_config(wan.scheduler.config, flow_shift=shift)
+    schedule = type(wan)(wan.path, 64, scheduler).schedule(50)
     sigmas, timesteps = TABLE[shift]
     half_digit = 0.5e-6 + 2**-24  # the table's last digit, and the scheduler's own fp32
     assert (schedule.coefficients[STEPS, 1] - torch.tensor(sigmas, dtype=torch.float64)).abs().max() <= half_digit

@@ -121,7 +121,7 @@ def test_the_transformers_target_is_the_familys_own(family):
 
     u, text = torch.tensor([0.0, 0.5, 1.0]), torch.zeros(3, 4, 64)
     error = prediction_error(recipe, Nothing(), u, clean, noise, text, seen).square().mean()
-    rows, timesteps = recipe.ADAPTER("", 4, recipe.new_scheduler(), None, None).training_path(u.double())
+    rows, timesteps = recipe.ADAPTER("", 4, recipe.new_scheduler()).training_path(u.double())
     a, s, c, d = rows.float().T.reshape(4, 3, 1, 1, 1, 1)
     assert error.item() == pytest.approx((c * noise + d * clean).square().mean().item(), rel=1e-5)
     assert torch.equal(states[0][0], a * seen + s * noise) and torch.equal(states[0][1], timesteps.float())
