@@ -62,8 +62,6 @@ def check_train(config: Config, processes: int) -> None:
 def _pairs(config: Config) -> None:
     """One of any number of processes that build the pairs between them; the first one speaks for all."""
     worker = lone_worker()
-    if worker.device.type == "cpu":
-        torch.set_num_threads(1)  # on some processors the bits of a convolution depend on how many share it
     build = build_given_pairs if config.data.pairs else build_pairs
     preview = partial(_preview_pairs, config) if worker.main else None
     for split in build(config, worker.device, show=worker.main, preview=preview):

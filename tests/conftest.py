@@ -53,11 +53,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def process_wide_changes_undone():
     """What a training run changes for its whole process, and the next test, or a process it starts, must not inherit.
 
-    ZeRO-3 replaces `F.linear`, with other rounding; joining a process group alone writes the launcher's variables.
+    ZeRO-3 replaces `F.linear`, with other rounding; training takes as many threads as there are cores, and bits may
+    depend on them; joining a process group alone writes the launcher's variables.
     """
     linear = torch.nn.functional.linear
     yield
     torch.nn.functional.linear = linear
+    torch.set_num_threads(1)
     for name in LAUNCHER:
         os.environ.pop(name, None)
 

@@ -1,21 +1,77 @@
 """Builds a pair store block by block, on one process or many: each block is made once and appears whole."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from alignkit.data.captions import Problem
-from alignkit.data.pairs import LATENT_DTYPES, Pair, StoreInfo, block_file, missing_blocks, write_block
+from alignkit.data.folders import check_membership, show_pairs
+from alignkit.data.pairs import (
+    LATENT_DTYPES,
+    Pair,
+    PairStore,
+    StoreInfo,
+    block_file,
+    missing_blocks,
+    open_for_building,
+    write_block,
+    write_empty_text,
+)
+from alignkit.models import VideoModel
 from alignkit.progress import progress, say
 from alignkit.sharing import share_out
 
 Made = tuple[list[Pair], list[Problem]]
+Make = Callable[[range, Callable[[int], None]], Made]
+
+
+def build_store(
+    folder: Path,
+    model: VideoModel,
+    info: StoreInfo,
+    members: list[list],
+    make: Make,
+    title: str,
+    *,
+    preview: Callable[[VideoModel, PairStore], None] | None = None,
+    show: bool = True,
+) -> None:
+    """Make what is missing of the store in `folder`, on one process or many.
+
+    members: what identifies the videos and texts it is made from; another build of the same folder must have the same.
+    make: as for `build_blocks`. preview(model, store) is called with the first block when it is there, and with the
+    whole store at the end.
+
+    Raises DataError for a folder that holds pairs made under other terms or of other members.
+    """
+    open_for_building(folder, info)
+    check_membership(folder, members)
+    look = partial(show_pairs, preview, model, folder)
+    with _one_thread(model.vae.device):
+        write_empty_text(folder, model.encode_text([""])[0])
+        build_blocks(folder, info, make, title, first=partial(look, (0,)), show=show)
+    look()
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On some processors the bits of a convolution depend on how many threads share it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def build_blocks(
     folder: Path,
     info: StoreInfo,
-    make: Callable[[range, Callable[[int], None]], Made],
+    make: Make,
     title: str,
     *,
     first: Callable[[], None] | None = None,

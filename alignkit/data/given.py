@@ -12,20 +12,18 @@ import torch
 from torch import Tensor
 
 from alignkit.config import Config
-from alignkit.data.blocks import Made, build_blocks
+from alignkit.data.blocks import Made, build_store
 from alignkit.data.captions import Problem
 from alignkit.data.folders import (
     add_skipped_pairs,
-    check_membership,
     latent_grid,
     pairs_folder,
-    show_pairs,
     stored_dtype,
     video_spec,
     write_skipped,
 )
 from alignkit.data.masks import mask_digest, mask_on_grid, read_mask
-from alignkit.data.pairs import Pair, PairStore, StoreInfo, fault_of, open_for_building, write_empty_text
+from alignkit.data.pairs import Pair, PairStore, StoreInfo, fault_of
 from alignkit.data.preferences import Preference, read_preferences
 from alignkit.data.validation import NothingLeftError, split_preferences, validate_preferences
 from alignkit.data.videos import VideoFacts, VideoSpec, decode_clip, decode_with_facts
@@ -80,12 +78,9 @@ def build_given_pairs(
     )
     for split, rows in splits.items():
         folder, info = pairs_folder(config, split), replace(shared, pairs=len(rows))
-        open_for_building(folder, info)
-        check_membership(folder, [[given.pair_id, given.row.prompt, *given.digests, given.mask] for given in rows])
-        write_empty_text(folder, model.encode_text([""])[0])
-        make, look = partial(_make_rows, config, model, rows), partial(show_pairs, preview, model, folder)
-        build_blocks(folder, info, make, f"encoding {split} pairs", first=partial(look, (0,)), show=show)
-        look()
+        members = [[given.pair_id, given.row.prompt, *given.digests, given.mask] for given in rows]
+        make, title = partial(_make_rows, config, model, rows), f"encoding {split} pairs"
+        build_store(folder, model, info, members, make, title, preview=preview, show=show)
     if show:
         add_skipped_pairs(config)
     return {split: len(rows) for split, rows in splits.items()}

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from alignkit.config import Config
-from alignkit.data.blocks import Made, build_blocks
+from alignkit.data.blocks import Made, build_store
 from alignkit.data.folders import pairs_folder
-from alignkit.data.pairs import Pair, PairStore, open_for_building, write_empty_text
+from alignkit.data.pairs import Pair, PairStore
 from alignkit.evaluation.samples import sample_latents
 from alignkit.evaluation.summary import attributes_in, thumbnails
 from alignkit.experiments.plan import Plan, run_config
@@ -81,9 +81,9 @@ def _build_generated(plan: Plan, out: Path, split: str, device: torch.device, sh
     folder, seed = pairs_folder(config, split), ROLLOUT_SEEDS[split]
     made = {"ranked_by": "classifier", **config.sample.model_dump(mode="json"), "seed": seed}
     info = replace(local.info, kind="generated", pairs=len(local), made=made)
-    open_for_building(folder, info)
-    write_empty_text(folder, local.empty_text)
-    build_blocks(folder, info, partial(_rank_rows, config, model, local, seed), "ranking generated pairs", show=show)
+    members = [[pair_id, prompt] for pair_id, prompt in zip(local.ids, local.rows["prompt"], strict=True)]
+    make = partial(_rank_rows, config, model, local, seed)
+    build_store(folder, model, info, members, make, "ranking generated pairs", show=show)
 
 
 def _rank_rows(config: Config, model, local: PairStore, seed: int, rows: range, advance: Callable[[int], None]) -> Made:

@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 
 from alignkit.config import Config
-from alignkit.data.blocks import Made, build_blocks
+from alignkit.data.blocks import Made, build_store
 from alignkit.data.captions import Problem
 from alignkit.data.folders import (
     SKIPPED,
     SPLITS,
     add_skipped_pairs,
-    check_membership,
     latent_grid,
     pairs_folder,
-    show_pairs,
     stored_dtype,
     video_spec,
     write_skipped,
 )
 from alignkit.data.masks import mask_digest, mask_on_grid, read_mask
-from alignkit.data.pairs import LATENT_DTYPES, Pair, PairStore, StoreInfo, fault_of, open_for_building, write_empty_text
+from alignkit.data.pairs import LATENT_DTYPES, Pair, PairStore, StoreInfo, fault_of
 from alignkit.data.videos import Clip, VideoFacts, decode_with_facts
 from alignkit.errors import ConfigError, DataError
 from alignkit.localdpo.corruption import Predict, regenerate
@@ -84,17 +82,12 @@ def build_pairs(
     per_clip, shared = config.pairs.per_clip, _store_info(config, model)
     counts = {}
     for split, numbers in zip(SPLITS, split_clips(len(sources), config.data.heldout, config.pairs.seed), strict=True):
-        folder = pairs_folder(config, split)
         tasks = [(sources[n], n * per_clip + j) for n in numbers for j in range(per_clip)]
-        rows = [(sources[n].clip.name, sources[n].digest, sources[n].clip.caption) for n in numbers]
-        masks = [mask_digest(sources[n].mask) for n in numbers]
-        info = replace(shared, pairs=len(tasks))
-        open_for_building(folder, info)
-        check_membership(folder, [[*row, mask] for row, mask in zip(rows, masks, strict=True)])
-        write_empty_text(folder, model.encode_text([""])[0])
-        make, look = partial(_make_rows, config, model, tasks), partial(show_pairs, preview, model, folder)
-        build_blocks(folder, info, make, f"making {split} pairs", first=partial(look, (0,)), show=show)
-        look()
+        used = [sources[n] for n in numbers]
+        members = [[s.clip.name, s.digest, s.clip.caption, mask_digest(s.mask)] for s in used]
+        folder, info = pairs_folder(config, split), replace(shared, pairs=len(tasks))
+        make, title = partial(_make_rows, config, model, tasks), f"making {split} pairs"
+        build_store(folder, model, info, members, make, title, preview=preview, show=show)
         counts[split] = len(tasks)
     if show:
         add_skipped_pairs(config)

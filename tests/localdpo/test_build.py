@@ -1,5 +1,6 @@
 """Building LocalDPO pairs: the same bytes whoever builds them, pairs that cannot be used left out, own masks used."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,8 +27,9 @@ CPU = torch.device("cpu")
 
 
 def blocks(out):
-    """Bytes of every block under a run's folder."""
-    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.glob("pairs/*/block-*"))}
+    """A digest of every block under a run's folder."""
+    files = sorted(out.glob("pairs/*/block-*.arrow"))
+    return {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def test_two_processes_build_what_one_builds(command, config_file, overrides, made_pairs, tmp_path):
@@ -98,6 +100,20 @@ def test_a_clip_that_cannot_be_read_any_more_costs_its_own_pairs_only(small_conf
     (row,) = map(json.loads, (config.output.dir / "skipped.jsonl").read_text().splitlines())
     assert row["video"].startswith("clip_000004.mp4 (pair ") and "the disk is gone" in row["reason"]
     assert sum(len(PairStore(config.output.dir / "pairs" / split)) for split in ("train", "heldout")) == 9
+
+
+def test_a_build_takes_one_thread_whatever_the_caller_has_and_leaves_the_caller_its_own(small_config, monkeypatch):
+    """On some processors the bits of a convolution depend on the number of threads."""
+    real, threads = build.regenerate, []
+
+    def regenerate_and_count(*arguments):
+        threads.append(torch.get_num_threads())
+        return real(*arguments)
+
+    monkeypatch.setattr(build, "regenerate", regenerate_and_count)
+    torch.set_num_threads(2)
+    build_pairs(small_config(), CPU)
+    assert set(threads) == {1} and torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize(
