@@ -159,6 +159,13 @@ class ObjectiveSection(Section):
                 raise ValueError(f"{key} is not read by the objective {self.name!r}, only by {readers}; leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> "ObjectiveSection":
+        weights = self.weight_region, self.weight_global, self.weight_sft, self.weight_region_sft
+        if not any(weights):
+            raise ValueError("weight_region, weight_global, weight_sft and weight_region_sft are all 0: nothing to train")
+        return self
+
 
 class ReferenceSection(Section):
     """The frozen model that the policy is compared with."""
@@ -211,7 +218,7 @@ class SampleSection(Section):
     dynamic_guidance: bool = Field(False, description="CogVideoX's use_dynamic_cfg")
     negative_prompt: str = ""
     count: Positive = Field(64, description="videos sampled per seed and model, from held-out prompts")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     batch_size: Positive = 1
 
 
@@ -219,7 +226,7 @@ class EvaluationSection(Section):
     """Held-out pairs are scored with fixed keys at these points of the inference schedule (0: pure noise)."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    positions: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    positions: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = Field((0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
     draws: Positive = Field(1, description="noises per pair and position")
     batch_size: Positive = 16
 
