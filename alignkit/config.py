@@ -161,9 +161,9 @@ class ObjectiveSection(Section):
 
     @model_validator(mode="after")
     def _something_to_train_on(self) -> "ObjectiveSection":
-        weights = self.weight_region, self.weight_global, self.weight_sft, self.weight_region_sft
-        if not any(weights):
-            raise ValueError("weight_region, weight_global, weight_sft and weight_region_sft are all 0: nothing to train")
+        names = "weight_region", "weight_global", "weight_sft", "weight_region_sft"
+        if not any(getattr(self, name) for name in names):
+            raise ValueError(f"{', '.join(names)} are all 0: there is nothing to train")
         return self
 
 

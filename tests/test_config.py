@@ -41,7 +41,7 @@ GOOD = "output: {dir: out}\n"
         (GOOD + "objective: {name: sft, beta: 2}", [], ["beta", "'sft'"]),
         (GOOD + "objective: {name: dpo, label_smoothing: 0.5}", [], ["objective.label_smoothing", "less than 0.5"]),
         (GOOD + "objective: {name: dpo, loser_safeguard: 2}", [], ["objective.loser_safeguard", "less than or equal"]),
-        (GOOD + "objective: {weight_region: 0, weight_global: 0, weight_sft: 0}", [], ["all 0", "nothing to train"]),
+        (GOOD + "objective: {weight_region: 0, weight_global: 0, weight_sft: 0}", [], ["weight_sft", "all 0"]),
         (GOOD + "evaluation: {positions: []}", [], ["evaluation.positions", "at least 1"]),
         (GOOD + "sample: {seeds: []}", [], ["sample.seeds", "at least 1"]),
         ("train: {}", [], ["output", "missing"]),
