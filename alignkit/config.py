@@ -264,7 +264,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _strengths_in_range(self) -> "Config":
-        if "strength_range" not in OBJECTIVE_KEYS[self.objective.name]:
+        if self.data.pairs or "strength_range" not in OBJECTIVE_KEYS[self.objective.name]:
             return self
         low, high = self.objective.strength_range
         for k in self.pairs.strengths:

@@ -18,7 +18,8 @@ def run_demo(family: Family, videos: Path | None, out: Path | None, overrides: l
     Run again with the same folder it continues where it was stopped.
     """
     if out is None:
-        out = Path("runs") / ("demo" if family == ModelSection().family else f"demo-{family}")
+        marks = [family] * (family != ModelSection().family) + ["videos"] * (videos is not None)
+        out = Path("runs") / "-".join(["demo", *marks])
     folder = videos or out / "clips"
     settings = [f"data.videos={json.dumps(str(folder))}", f"output.dir={json.dumps(str(out))}", *overrides]
     config = load_config(shipped_config(f"{family}-tiny-localdpo.yaml"), settings)

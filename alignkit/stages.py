@@ -14,7 +14,7 @@ from alignkit.data.pairs import Pair, PairStore
 from alignkit.errors import DataError
 from alignkit.files import write_atomically, write_json
 from alignkit.localdpo.build import build_pairs, check_settings
-from alignkit.localdpo.sources import check_masks, find_usable
+from alignkit.localdpo.sources import check_count, check_masks, find_usable
 from alignkit.models import load_model
 from alignkit.progress import say
 from alignkit.report.pictures import StoredPair, write_pair, write_preview
@@ -48,6 +48,8 @@ def validate(config: Config) -> None:
         problems += check_masks(config, sources)
     for problem in problems:
         say(f"{problem.video}: {problem.reason}")
+    if not config.data.pairs:
+        check_count(config, sources, problems)
     if problems:
         raise DataError(f"{len(problems)} {'thing' if len(problems) == 1 else 'things'} cannot be used, see above")
     say("everything can be used")
@@ -97,7 +99,8 @@ def _decoded(model, pair: Pair) -> StoredPair:
 def _train(config: Config) -> None:
     from alignkit.training.loop import train
 
-    train(config, start_process())
+    if not train(config, start_process()):
+        raise SystemExit(0)
 
 
 def _sample(config: Config) -> None:

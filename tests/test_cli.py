@@ -67,7 +67,7 @@ def test_folders_without_usable_videos_are_refused(command, config_file, overrid
     (broken / "a.mp4").write_bytes(b"not a video" * 100)
     (broken / "a.txt").write_text("a caption")
     line = one_line(command("pairs", config_file, *overrides(out, f"data.videos={broken}")))
-    assert "0 usable of 1" in line and "skipped.jsonl" in line
+    assert "0 usable of 1" in line and "said above" in line
 
 
 def test_bad_videos_are_listed_and_skipped_and_the_rest_is_used(command, config_file, overrides, clips, tmp_path):

@@ -94,6 +94,11 @@ def test_strengths_are_held_to_the_range_only_where_it_is_read(tmp_path):
     assert config.pairs.strengths == (10,)
 
 
+def test_given_pairs_have_no_strengths_to_be_held_to_a_range(tmp_path):
+    settings = ["data.videos=null", "data.pairs=p.csv", "objective.strength_range=[0.1,0.2]"]
+    assert load_config(write(tmp_path, GOOD), settings).objective.strength_range == (0.1, 0.2)
+
+
 def test_every_configuration_in_the_folder_is_valid():
     files = sorted(shipped_config("wan-tiny-localdpo.yaml").parent.glob("*localdpo*.yaml"))
     assert files

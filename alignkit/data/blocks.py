@@ -16,6 +16,7 @@ from alignkit.data.pairs import (
     PairStore,
     StoreInfo,
     block_file,
+    check_terms,
     missing_blocks,
     open_for_building,
     write_block,
@@ -103,6 +104,7 @@ def build_blocks(
 
         def make_block(block: int) -> None:
             pairs, skipped = make(rows(block), advance)
+            check_terms(folder, info)  # before any block is locked, another build may replace them
             write_block(folder, block, pairs, skipped, LATENT_DTYPES[info.dtype])
             for problem in skipped:
                 say(f"left out {problem.video}: {problem.reason}")

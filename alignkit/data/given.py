@@ -23,7 +23,7 @@ from alignkit.data.folders import (
     write_skipped,
 )
 from alignkit.data.masks import mask_digest, mask_on_grid, read_mask
-from alignkit.data.pairs import Pair, PairStore, StoreInfo, fault_of
+from alignkit.data.pairs import LATENT_DTYPES, Pair, PairStore, StoreInfo, fault_of
 from alignkit.data.preferences import Preference, read_preferences
 from alignkit.data.validation import NothingLeftError, split_preferences, validate_preferences
 from alignkit.data.videos import VideoFacts, VideoSpec, decode_clip, decode_with_facts
@@ -79,7 +79,8 @@ def build_given_pairs(
     for split, rows in splits.items():
         folder, info = pairs_folder(config, split), replace(shared, pairs=len(rows))
         members = [[given.pair_id, given.row.prompt, *given.digests, given.mask] for given in rows]
-        make, title = partial(_make_rows, config, model, rows), f"encoding {split} pairs"
+        make = partial(_make_rows, config, model, LATENT_DTYPES[info.dtype], rows)
+        title = f"encoding {split} pairs"
         build_store(folder, model, info, members, make, title, preview=preview, show=show)
     if show:
         add_skipped_pairs(config)
@@ -171,7 +172,9 @@ def _state(row: Preference) -> list:
     return [row.where, row.number, row.prompt, stats, str(row.mask), mask]
 
 
-def _make_rows(config: Config, model, tasks: list[Given], rows: range, advance: Callable[[int], None]) -> Made:
+def _make_rows(
+    config: Config, model, stored: torch.dtype, tasks: list[Given], rows: range, advance: Callable[[int], None]
+) -> Made:
     spec = video_spec(config)
     made, problems = [], []
     for given in (tasks[number] for number in rows):
@@ -187,7 +190,7 @@ def _make_rows(config: Config, model, tasks: list[Given], rows: range, advance: 
             continue
         (text,) = model.encode_text([row.prompt])
         pair = Pair(given.pair_id, str(row.chosen.absolute()), row.prompt, text, winner, loser, mask)
-        fault = fault_of(pair)
+        fault = fault_of(pair, stored)
         if fault:
             problems.append(Problem(row.where, fault))
         else:

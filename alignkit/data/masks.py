@@ -3,7 +3,7 @@
 | file | inside the mask is |
 | --- | --- |
 | .mp4 .mov .webm .mkv | what is at least half as bright as white |
-| .png, or a folder of them, in natural order of names (10 follows 9) | as in .npy; in a palette image all but black |
+| .png, a folder of them, frame10 after frame9 | as in .npy, or the upper half of 16 bits; of palettes all but black |
 | .npy [F, H, W] or [H, W] | True; 1 of 0 and 1; 128 and above of 0 to 255; 0.5 and above of floats from 0 to 1 |
 | .json {"boxes": [[[x0, y0, x1, y1], …], …]}, a list for each frame | pixels with their centre in any of the boxes |
 | .json {"static": [[x0, y0, x1, y1], …]} | the same, one list for all frames |
@@ -31,17 +31,19 @@ VIDEO_MASKS = (".mp4", ".mov", ".webm", ".mkv")
 MASK_SUFFIXES = (*VIDEO_MASKS, ".png", ".npy", ".json")
 
 
-def find_mask(folder: str | Path, clip_name: str) -> Path | None:
+def find_mask(folder: str | Path, clip_name: str, video: Path | None = None) -> Path | None:
     """The mask of a clip in a folder of masks, None if it has none there.
 
-    The mask of "sub/a.mp4" is folder/sub/a with one of `MASK_SUFFIXES`, or a folder of that name that holds .png
-    files. Raises DataError if there is more than one of them, or no such folder of masks.
+    The mask of "sub/a.mp4" is folder/sub/a with one of `MASK_SUFFIXES`, in small or capital letters, or a folder of
+    that name that holds .png files; never `video`, the clip itself, so that masks may lie beside their videos. Raises
+    DataError if there is more than one of them, or no such folder of masks.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"mask folder {folder} does not exist or is not a folder")
     stem = folder / Path(clip_name).with_suffix("")
-    found = [file for suffix in MASK_SUFFIXES if (file := stem.with_name(stem.name + suffix)).is_file()]
+    named = [stem.with_name(stem.name + spelt) for suffix in MASK_SUFFIXES for spelt in (suffix, suffix.upper())]
+    found = [file for file in named if file.is_file() and not (video and file.samefile(video))]
     if any(stem.glob("*.[pP][nN][gG]")):
         found.append(stem)
     if len(found) > 1:
@@ -183,31 +185,30 @@ def _bright(rgb: np.ndarray) -> np.ndarray:
 
 def _png_frames(files: list[Path]) -> Iterator[np.ndarray]:
     """Whether 1 or 255 means inside is read off the whole sequence: some of its frames may be empty."""
-    top = max((values for file in files if (values := _png(file)).dtype != bool), key=np.max, default=None)
-    half = 0 if top is None else _half(top, files[0])
-    for file in files:
-        values = _png(file)
-        yield values if values.dtype == bool else values >= half
+    brightest = max((_png(file) for file in files), key=np.max)
+    in_16_bits = brightest.itemsize > 1 and brightest.max() >= 1 << 15
+    half = 1 << 15 if in_16_bits else _half(brightest, files[0])
+    return (_png(file) >= half for file in files)
 
 
 def _png(file: Path) -> np.ndarray:
-    """[H, W]: grey values to 255, or already True inside for pictures in colour."""
+    """[H, W]: grey values to 255 or, in 16 bits, to 65535; 255 for what is not black in a palette image."""
     try:
         with Image.open(file) as image:
             if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
                 raise DataError(f"{file}: is transparent in places; save the mask as black and white, without alpha")
             if image.mode == "P":
-                return np.asarray(image.convert("RGB")).any(axis=-1)
+                return np.asarray(image.convert("RGB")).any(axis=-1) * np.uint8(255)
             values = np.asarray(image if image.mode in ("1", "L", "I;16", "I") else image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file}: cannot be read as a picture ({error})") from error
-    if values.ndim == 3:
-        return _bright(values)
-    if values.dtype == bool:  # 1 bit a pixel
-        return values
-    return values >> 8 if values.max() > 255 else values  # 16 bits a pixel
+    if values.ndim == 2:
+        return values * np.uint8(255) if values.dtype == bool else values
+    if (values != values[..., :1]).any():
+        raise DataError(f"{file}: is in colour; save the mask as black and white, or with a palette (black is outside)")
+    return values[..., 0]
 
 
 def _npy(path: Path) -> Iterator[np.ndarray]:
@@ -217,6 +218,8 @@ def _npy(path: Path) -> Iterator[np.ndarray]:
         raise DataError(f"{path}: cannot be read as a NumPy array ({error})") from error
     if not isinstance(values, np.ndarray) or values.ndim not in (2, 3) or 0 in values.shape:
         raise DataError(f"{path}: expected an array [F, H, W] or [H, W], got {getattr(values, 'shape', 'an archive')}")
+    if values.dtype.kind not in "buif":
+        raise DataError(f"{path}: holds {values.dtype}; a mask is bool, integers or floats")
     half = _half(values, path)
     for frame in values if values.ndim == 3 else values[None]:
         yield np.asarray(frame >= half)
@@ -242,7 +245,7 @@ def _half(values: np.ndarray, path: Path) -> float:
 def _boxes(path: Path, height: int, width: int) -> Iterator[np.ndarray]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from error
     keys = set(content) if isinstance(content, dict) else set()
     if keys not in ({"boxes"}, {"static"}):
@@ -267,6 +270,6 @@ def _boxes(path: Path, height: int, width: int) -> Iterator[np.ndarray]:
 def _is_box(box: object) -> bool:
     if not isinstance(box, list) or len(box) != 4:
         return False
-    if not all(type(edge) in (int, float) and math.isfinite(edge) for edge in box):
+    if not all(type(edge) in (int, float) and abs(edge) < 1e9 for edge in box):  # NaN is not
         return False
     return box[0] < box[2] and box[1] < box[3]

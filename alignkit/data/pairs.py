@@ -56,12 +56,13 @@ class Pair:
     strength: float | None = None
 
 
-def fault_of(pair: Pair) -> str | None:
-    """What makes a pair useless for training, None if nothing does."""
-    if not (pair.loser.isfinite().all() and pair.winner.isfinite().all()):
-        return "its latents are not finite; try model.dtype=fp32"
-    inside = pair.mask.bool().expand_as(pair.winner)
-    if torch.equal(pair.winner[inside], pair.loser[inside]):
+def fault_of(pair: Pair, stored: torch.dtype) -> str | None:
+    """What makes a pair useless for training once its latents are stored in `stored`, None if nothing does."""
+    winner, loser = pair.winner.to(stored), pair.loser.to(stored)
+    if not (loser.isfinite().all() and winner.isfinite().all()):
+        return "its latents are not finite; try model.dtype=fp32, or pairs.dtype=fp32"
+    inside = pair.mask.bool().expand_as(winner)
+    if torch.equal(winner[inside], loser[inside]):
         return "winner and loser are the same inside the mask"
     return None
 
@@ -98,17 +99,22 @@ def open_for_building(folder: Path, info: StoreInfo) -> None:
     """
     file = folder / INFO
     if file.exists() and has_blocks(folder):
-        stored, wanted = asdict(read_info(folder)), json.loads(json.dumps(asdict(info)))
-        for name in {**stored["made"], **wanted["made"], **wanted}:
-            old, new = ((terms["made"] | terms).get(name) for terms in (stored, wanted))
-            if name != "made" and old != new:
-                raise DataError(
-                    f"{folder}: holds pairs made with {name} = {old!r}, now it is {new!r}; "
-                    "choose another output.dir or delete that folder"
-                )
+        check_terms(folder, info)
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(asdict(info), indent=1).encode())
+
+
+def check_terms(folder: Path, info: StoreInfo) -> None:
+    """Raises DataError, naming the difference, unless `folder` is for pairs made under these terms."""
+    stored, wanted = asdict(read_info(folder)), json.loads(json.dumps(asdict(info)))
+    for name in {**stored["made"], **wanted["made"], **wanted}:
+        old, new = ((terms["made"] | terms).get(name) for terms in (stored, wanted))
+        if name != "made" and old != new:
+            raise DataError(
+                f"{folder}: holds pairs made with {name} = {old!r}, now it is {new!r}; "
+                "choose another output.dir or delete that folder"
+            )
 
 
 def write_empty_text(folder: Path, text: Tensor) -> None:

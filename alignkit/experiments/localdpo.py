@@ -129,7 +129,8 @@ def _train(config: Config, store: Path) -> None:
     link = pairs_folder(config, "train").parent
     if not link.is_symlink():
         os.symlink(os.path.relpath(store / "pairs", link.parent), link)
-    train(config, start_process())
+    if not train(config, start_process()):
+        raise SystemExit(0)
     shutil.rmtree(config.output.dir / "train" / "checkpoints", ignore_errors=True)
 
 

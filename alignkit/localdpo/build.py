@@ -13,7 +13,6 @@ from alignkit.config import Config
 from alignkit.data.blocks import Made, build_store
 from alignkit.data.captions import Problem
 from alignkit.data.folders import (
-    SKIPPED,
     SPLITS,
     add_skipped_pairs,
     latent_grid,
@@ -28,7 +27,7 @@ from alignkit.data.videos import Clip, VideoFacts, decode_with_facts
 from alignkit.errors import ConfigError, DataError
 from alignkit.localdpo.corruption import Predict, regenerate
 from alignkit.localdpo.masks import region_mask
-from alignkit.localdpo.sources import Source, find_usable, split_clips
+from alignkit.localdpo.sources import Source, check_count, find_usable, split_clips
 from alignkit.models import VideoModel, family_module, load_model, working_dtype
 from alignkit.progress import say
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
@@ -71,11 +70,7 @@ def build_pairs(
         write_skipped(config, problems)
         if problems:
             say(f"{len(sources)} videos can be used")
-    if len(sources) < 2:
-        raise DataError(
-            f"data.videos: {len(sources)} usable of {len(sources) + len(problems)} in {config.data.videos}, but one to "
-            f"train on and one to hold out are needed; the reasons are in {config.output.dir / SKIPPED}"
-        )
+    check_count(config, sources, problems)
     if show:
         say(f"loading {config.model.family} from {config.model.path}")
     model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
@@ -110,6 +105,7 @@ def _store_info(config: Config, model) -> StoreInfo:
         made=terms
         | {
             "network_dtype": str(model.dtype).removeprefix("torch."),
+            "attention": model.attention,
             "max_sequence_length": config.model.max_sequence_length,
             "schedule": model.schedule(pairs.num_inference_steps).fingerprint,
             "videos": config.data.model_dump(mode="json", include={"height", "width", "num_frames", "fps", "heldout"}),
@@ -143,7 +139,7 @@ def _make_rows(
         for first in range(0, len(group), pairs.batch_size):
             batch = group[first : first + pairs.batch_size]
             for pair in _make_batch(config, model, steps, batch):
-                fault = fault_of(pair)
+                fault = fault_of(pair, stored)
                 if fault:
                     problems.append(Problem(f"{pair.source} (pair {pair.id})", fault))
                 else:

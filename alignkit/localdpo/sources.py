@@ -1,6 +1,7 @@
 """The videos that LocalDPO's pairs are made from: which can be used, their masks, and which are held out."""
 
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +35,41 @@ def find_usable(config: Config, show: bool = True) -> tuple[list[Source], list[P
     clips, problems = find_clips(config.data.videos, config.data.captions)
     with one_at_a_time(config.output.dir / ".checking.lock"):
         good, refused = usable_clips(clips, video_spec(config), config.output.dir / "checked.jsonl", show=show)
-    sources, masks = [], config.pairs.mask.files
-    for clip, digest in good:
-        mask = find_mask(masks, clip.name) if masks else None
-        if masks and mask is None:
-            refused.append(Problem(clip.name, f"pairs.mask.files: no mask for it in {masks}"))
+    if config.pairs.mask.files is None:
+        return [Source(clip, digest) for clip, digest in good], problems + refused
+    sources, without = _with_masks(good, config.pairs.mask.files)
+    return sources, problems + refused + without
+
+
+def _with_masks(clips: list[tuple[Clip, str]], folder: Path) -> tuple[list[Source], list[Problem]]:
+    if not folder.is_dir():
+        raise DataError(f"pairs.mask.files: {folder} does not exist or is not a folder")
+    found, problems = [], []
+    for clip, digest in clips:
+        try:
+            mask = find_mask(folder, clip.name, clip.path)
+        except DataError as error:
+            problems.append(Problem(clip.name, f"pairs.mask.files: {error}"))
+            continue
+        if mask is None:
+            problems.append(Problem(clip.name, f"pairs.mask.files: no mask for it in {folder}"))
         else:
-            sources.append(Source(clip, digest, mask))
-    return sources, problems + refused
+            found.append(Source(clip, digest, mask))
+    uses = Counter(source.mask for source in found)
+    for source in found:
+        if uses[source.mask] > 1:
+            reason = f"pairs.mask.files: {source.mask} is the mask of {uses[source.mask]} clips; rename one"
+            problems.append(Problem(source.clip.name, reason))
+    return [source for source in found if uses[source.mask] == 1], problems
+
+
+def check_count(config: Config, sources: list[Source], problems: list[Problem]) -> None:
+    """Raises DataError unless there is a clip for either split."""
+    if len(sources) < 2:
+        raise DataError(
+            f"data.videos: {len(sources)} usable of {len(sources) + len(problems)} in {config.data.videos}, but one to "
+            "train on and one to hold out are needed; what is wrong with the others is said above"
+        )
 
 
 def check_masks(config: Config, sources: list[Source]) -> list[Problem]:

@@ -170,5 +170,5 @@ def load_model(
     if device is not None:
         model.to(device)
         if model.transformer is not None:
-            set_attention(model.transformer, section.attention, device, dtype)
+            model.attention = set_attention(model.transformer, section.attention, device, dtype)
     return model

@@ -25,6 +25,7 @@ class ModelFolder:
     schedule and the training path need the scheduler alone, the latents' sizes `vae_config`.
 
     dtype: the transformer's, and that of the text and states it is given; the other parts are fp32.
+    attention: the backend that the transformer runs on, where one was chosen.
     """
 
     path: str
@@ -35,6 +36,7 @@ class ModelFolder:
     pipeline: DiffusionPipeline | None = None
     dtype: torch.dtype = torch.float32
     revision: str | None = None
+    attention: str | None = None
     lora: tuple[Path, ...] = ()
     _embeddings: dict[str, Tensor] = field(default_factory=dict)
 

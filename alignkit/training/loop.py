@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from alignkit.config import Config, dump_config
+from alignkit.config import OBJECTIVE_KEYS, Config, dump_config
 from alignkit.data.folders import pairs_folder
 from alignkit.data.pairs import PairBatch, PairStore, collate
 from alignkit.data.sampler import global_batch, rank_share
@@ -53,10 +53,10 @@ def _linear_put_back():
 
 
 @_linear_put_back()
-def train(config: Config, process: Process) -> None:
-    """Train from the newest whole checkpoint to `train.steps`, then export. Every process calls this.
+def train(config: Config, process: Process) -> bool:
+    """Train from the newest whole checkpoint to `train.steps`, then export; returns True. Every process calls this.
 
-    SIGTERM or an interrupt ends the run after the step under way, with a checkpoint and exit code 0.
+    SIGTERM or an interrupt ends it after the step under way, with a checkpoint; it then returns False.
     """
     accumulation = accumulation_steps(config, process.world_size)
     store = PairStore(pairs_folder(config, "train"))
@@ -109,7 +109,7 @@ def train(config: Config, process: Process) -> None:
             if stopping:
                 if process.main:
                     say(f"stopped after step {step + 1} with a checkpoint; the same command continues")
-                return
+                return False
     if log:
         log.close()
     weights = full_precision_weights(policy)
@@ -119,6 +119,7 @@ def train(config: Config, process: Process) -> None:
         else:
             export(model, weights, export_folder(config))
     torch.distributed.barrier()
+    return True
 
 
 def run_terms(config: Config, store: PairStore, model) -> dict:
@@ -152,6 +153,14 @@ def _check_store(store: PairStore, model, config: Config) -> None:
                 f"{store.folder}: its pairs were made with {name} {theirs!r}, but model.path "
                 f"{config.model.path!r} is {ours!r}; build the pairs again with this model"
             )
+    if "strength_range" in OBJECTIVE_KEYS[config.objective.name]:
+        low, high = config.objective.strength_range
+        for strength in {value for value in store.rows["strength"] if value is not None}:
+            if not low <= strength <= high:
+                raise DataError(
+                    f"{store.folder}: has pairs of strength {strength:g}, outside objective.strength_range "
+                    f"[{low:g}, {high:g}]; widen it, or build the pairs with other pairs.strengths"
+                )
 
 
 def load_rows(store: PairStore, rows: list[int], device: torch.device) -> PairBatch:

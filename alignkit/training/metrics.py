@@ -29,8 +29,9 @@ class MetricsLog:
             self._streams[name].write(json.dumps({"step": step, **values}) + "\n")
             self._streams[name].flush()
             for key, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(key, value, step)
+                for i, number in enumerate(value if isinstance(value, list) else [value]):
+                    if number is not None:
+                        self._board.add_scalar(f"{key}/{i}" if isinstance(value, list) else key, number, step)
 
     def flush_to_disk(self) -> None:
         """Before a checkpoint is made, so that it never knows of steps that this file does not."""

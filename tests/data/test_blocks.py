@@ -132,6 +132,15 @@ def test_what_making_raises_is_raised_and_the_block_is_free_again(tmp_path, whol
     assert contents(tmp_path / "again") == whole
 
 
+def test_terms_that_another_build_replaced_before_the_first_block_end_this_one(tmp_path):
+    open_for_building(tmp_path, INFO)
+    other = dataclasses.replace(INFO, made={"seed": 1})
+    open_for_building(tmp_path, other)
+    with pytest.raises(DataError, match="holds pairs made with seed = 1"):
+        build_blocks(tmp_path, INFO, make, "making", show=False)
+    assert not list(tmp_path.glob("block-*.arrow"))
+
+
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(38, "Function not implemented")

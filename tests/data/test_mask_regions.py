@@ -26,6 +26,12 @@ def test_mask_of_a_clip_is_found_by_its_name(tmp_path, name):
     assert find_mask(tmp_path, "sub/a.b.mp4") == tmp_path / "sub" / "a.b.npy"
 
 
+def test_masks_may_lie_beside_their_videos_and_have_capital_endings(tmp_path):
+    touch(tmp_path, "a.mp4", "a.npy", "b.mov", "b.PNG", "c.webm")
+    for clip, mask in (("a.mp4", "a.npy"), ("b.mov", "b.PNG"), ("c.webm", None)):
+        assert find_mask(tmp_path, clip, tmp_path / clip) == (mask and tmp_path / mask)
+
+
 def test_clip_without_a_mask_has_none(tmp_path):
     touch(tmp_path, "a/other.npy", "b.npy")  # a folder without pictures is no mask: it may hold those of other clips
     assert find_mask(tmp_path, "a.mp4") is None

@@ -86,7 +86,7 @@ FORMATS = {
     "grey pngs": lambda folder, mask: pngs(folder / "m", mask, lambda f: Image.fromarray(f * np.uint8(255))),
     "pngs of 0 and 1": lambda folder, mask: pngs(folder / "m", mask, lambda f: Image.fromarray(f.astype(np.uint8))),
     "16-bit pngs": lambda folder, mask: pngs(folder / "m", mask, lambda f: Image.fromarray(f * np.uint16(65535))),
-    "colour pngs": lambda folder, mask: pngs(folder / "m", mask, lambda f: Image.fromarray(f).convert("RGB")),
+    "grey pngs in RGB": lambda folder, mask: pngs(folder / "m", mask, lambda f: Image.fromarray(f).convert("RGB")),
     "palette pngs": lambda folder, mask: pngs(folder / "m", mask, palette),
     "bool array": lambda folder, mask: saved(folder / "m.npy", mask),
     "0-1 array": lambda folder, mask: saved(folder / "m.npy", mask.astype(np.int64)),
@@ -202,6 +202,7 @@ def test_boxes_end_at_the_border_of_the_video(tmp_path, video):
         ("m.png", b"nothing", "cannot be read as a picture"),
         ("m.npy", b"", "cannot be read as a NumPy array"),
         ("m.npy", np.array([[{}]]), "cannot be read as a NumPy array"),
+        ("m.npy", np.array([["inside"]]), "holds <U6; a mask is bool"),
         ("m.npy", np.ones((2, 3, 4, 5), bool), r"expected an array \[F, H, W\] or \[H, W\], got \(2, 3, 4, 5\)"),
         ("m.npy", box() * np.int16(300), r"holds int16 from 0 to 300; a mask is bool"),
         ("m.npy", box() * np.float32(255), r"holds float32 from 0.0 to 255.0"),
@@ -212,6 +213,8 @@ def test_boxes_end_at_the_border_of_the_video(tmp_path, video):
         ("m.npy", np.zeros(OWN, bool), r"is empty"),
         ("m.npy", np.where(np.arange(20)[:, None, None] > 16, box(), False), "is empty"),  # only after what is used
         ("m.json", b"{", "cannot be read as JSON"),
+        ("m.json", b"[" * 100_000, "cannot be read as JSON"),
+        ("m.json", b'{"static": [[1, 2, 1%s, 4]]}' % (b"0" * 400), "frame 0: expected"),
         ("m.json", b"[]", 'expected {"boxes"'),
         ("m.json", b'{"boxes": [], "static": []}', 'expected {"boxes"'),
         ("m.json", b'{"boxes": []}', "boxes is not a list with a list of boxes for each frame"),
@@ -244,7 +247,23 @@ def alpha(frame: np.ndarray) -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize("picture, words", [(labels, "values up to 3, as labels would"), (alpha, "is transparent")])
+def coloured(frame: np.ndarray) -> Image.Image:
+    return Image.fromarray(frame[..., None] * np.array([255, 0, 0], np.uint8))
+
+
+def labels_in_16_bits(frame: np.ndarray) -> Image.Image:
+    return Image.fromarray(frame * np.uint16(257) + np.uint16(2))
+
+
+@pytest.mark.parametrize(
+    "picture, words",
+    [
+        (labels, "values up to 3, as labels would"),
+        (labels_in_16_bits, "holds uint16 from 2 to 259"),
+        (alpha, "is transparent"),
+        (coloured, "is in colour"),
+    ],
+)
 def test_pictures_that_could_be_read_two_ways_are_refused(tmp_path, video, picture, words):
     with pytest.raises(DataError, match=words):
         read_mask(pngs(tmp_path / "m", box(), picture), video, SPEC)

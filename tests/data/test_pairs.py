@@ -13,6 +13,7 @@ from alignkit.data.pairs import (
     StoreInfo,
     block_file,
     collate,
+    fault_of,
     missing_blocks,
     open_for_building,
     read_info,
@@ -40,6 +41,23 @@ def make_pair(number):
     loser = torch.where(mask.bool(), torch.randn(4, 3, 6, 8, generator=generator), winner)
     text = torch.randn(5 + number, 16, generator=generator)
     return Pair(number, f"{number}.mp4", f"prompt {number}", text, winner, loser, mask, 38, 0.76)
+
+
+@pytest.mark.parametrize(
+    ("stored", "inside", "words"),
+    [
+        (torch.float16, 70_000.0, "not finite"),  # beyond fp16's largest number, 65504
+        (torch.float16, 1 + 2**-12, "are the same inside"),  # fp16 has 11 digits
+        (torch.float32, 70_000.0, None),
+        (torch.float32, 1 + 2**-12, None),
+    ],
+)
+def test_a_pair_is_looked_at_as_it_will_be_stored(stored, inside, words):
+    pair = make_pair(0)
+    winner = torch.ones_like(pair.winner)
+    loser = torch.where(pair.mask.bool(), torch.tensor(inside), winner)
+    fault = fault_of(dataclasses.replace(pair, winner=winner, loser=loser), stored)
+    assert (words in fault) if words else (fault is None)
 
 
 def same(a, b):

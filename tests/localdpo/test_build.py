@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from alignkit.data.pairs import PairStore
-from alignkit.data.videos import VideoSpec, decode_clip
+from alignkit.data.videos import VideoSpec, decode_clip, write_video
 from alignkit.errors import ConfigError, DataError
 from alignkit.localdpo import build
 from alignkit.localdpo.build import build_pairs
 from alignkit.localdpo.corruption import regenerate
 from alignkit.localdpo.masks import region_mask
-from alignkit.localdpo.sources import split_clips
+from alignkit.localdpo.sources import find_usable, split_clips
 from alignkit.models.wan import guided
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
@@ -135,7 +135,8 @@ def test_settings_that_cannot_work_are_refused_before_a_video_is_looked_at(small
 def test_terms_that_change_the_bytes_are_refused_by_name(small_config):
     config = small_config()
     build_pairs(config, CPU)
-    for change in ("pairs.batch_size=1", "model.max_sequence_length=32", "pairs.seed=1"):
+    changes = "pairs.batch_size=1", "model.max_sequence_length=32", "pairs.seed=1", "model.attention=native_flash"
+    for change in changes:
         with pytest.raises(DataError, match=f"holds pairs made with {change.split('.')[1].split('=')[0]} = "):
             build_pairs(small_config(change), CPU)
 
@@ -194,6 +195,24 @@ def test_own_masks_are_used_and_clips_without_one_left_out(small_config, clips, 
     wanted[:, :6, 6:] = 1
     pairs = [pair for split in ("train", "heldout") for pair in PairStore(config.output.dir / "pairs" / split)]
     assert len(pairs) == 9 and all(torch.equal(pair.mask[0], wanted) for pair in pairs)
+
+
+def test_a_clip_whose_mask_is_not_its_alone_is_left_out(small_config, clips, tmp_path):
+    folder = tmp_path / "clips"
+    shutil.copytree(clips, folder)
+    (twin,) = (row for row in map(json.loads, (folder / "captions.jsonl").open()) if row["video"] == "clip_000001.mp4")
+    write_video(folder / "clip_000001.mov", decode_clip(folder / "clip_000002.mp4", VideoSpec(48, 48, 17)).numpy(), 8)
+    with (folder / "captions.jsonl").open("a") as stream:
+        stream.write(json.dumps(twin | {"video": "clip_000001.mov"}) + "\n")
+    for file in clips.glob("*.mp4"):
+        (folder / f"{file.stem}.json").write_text('{"static": [[0, 0, 24, 24]]}')
+    np.save(folder / "clip_000000.npy", np.ones((17, 48, 48), bool))
+    _, problems = find_usable(small_config(f"data.videos={folder}", f"pairs.mask.files={folder}"))
+    found = {problem.video: problem.reason for problem in problems}
+    assert found.keys() == {"clip_000000.mp4", "clip_000001.mp4", "clip_000001.mov"}
+    assert "more than one mask: clip_000000.npy, clip_000000.json" in found["clip_000000.mp4"]
+    for name in ("clip_000001.mp4", "clip_000001.mov"):
+        assert "clip_000001.json is the mask of 2 clips" in found[name]
 
 
 def test_masks_that_changed_are_not_mixed_with_the_old_ones(small_config, clips, tmp_path):

@@ -1,15 +1,21 @@
 """Runs that are killed or stopped, at random moments and inside a save, end with the metrics of an unbroken run."""
 
+import os
 import random
 import signal
 import subprocess
 import time
+from functools import partial
 
 import pytest
 
+from alignkit.config import OutputSection
+from alignkit.experiments import localdpo
+from alignkit.stages import run_stage
 from alignkit.training.distributed import start_process
+from alignkit.training.export import export_folder
 from alignkit.training.loop import train, train_folder
-from alignkit.training.metrics import read_metrics
+from alignkit.training.metrics import MetricsLog, read_metrics
 
 # Ends the process at the worst moment of the second save: everything written, not yet renamed.
 KILLED_IN_A_SAVE = """
@@ -79,6 +85,32 @@ def test_sigterm_saves_a_checkpoint_on_both_processes_and_exits_0(run_with_pairs
     done = len(read_metrics(file))
     assert 0 < done < 200
     assert (train_folder(config) / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("caller", ["stage", "experiment"])
+def test_what_calls_a_training_that_is_stopped_stops_too_and_goes_on_later(run_with_pairs, monkeypatch, caller):
+    """The demo's next stages would fail without a model, or take an older one; the experiment would start over."""
+    pairs, _ = run_with_pairs("pairs")
+    out = pairs.output.dir if caller == "stage" else pairs.output.dir.parent / "arm"
+    config, call = pairs.model_copy(update={"output": OutputSection(dir=out)}), partial(run_stage, "train")
+    if caller == "experiment":
+        call = partial(localdpo._train, store=pairs.output.dir)
+    write = MetricsLog.write
+
+    def stop_after_the_third(log, step, *numbers):
+        write(log, step, *numbers)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", stop_after_the_third)
+    with pytest.raises(SystemExit) as stopped:
+        call(config)
+    assert stopped.value.code == 0
+    assert (train_folder(config) / "checkpoints" / "step-00000003").is_dir() and not export_folder(config).exists()
+    assert not (out / "stages.json").exists(), "a stage that did not end has no time"
+    call(config)
+    assert export_folder(config).is_dir()
+    assert [row["step"] for row in read_metrics(train_folder(config) / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_no_process_outlives_a_killed_launcher(run_with_pairs, config_file, start_command):

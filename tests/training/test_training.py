@@ -142,6 +142,12 @@ def test_pairs_of_another_model_are_refused(run_with_pairs, process, tmp_path):
         train(config, process)
 
 
+def test_pairs_of_a_strength_that_the_objective_does_not_know_are_refused(run_with_pairs, process):
+    config, _ = run_with_pairs("run", "pairs.strengths=[4]", "objective.strength_range=[0.9,1.0]")
+    with pytest.raises(DataError, match=r"strength 0\.75, outside objective\.strength_range \[0\.9, 1\]"):
+        train(config, process)
+
+
 def test_resuming_under_other_terms_is_refused_by_name(run_with_pairs, process):
     config, _ = run_with_pairs("run", "train.steps=2")
     train(config, process)
