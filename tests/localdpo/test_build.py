@@ -198,16 +198,17 @@ def test_own_masks_are_used_and_clips_without_one_left_out(small_config, clips, 
 
 
 def test_a_clip_whose_mask_is_not_its_alone_is_left_out(small_config, clips, tmp_path):
-    folder = tmp_path / "clips"
+    folder, masks = tmp_path / "clips", tmp_path / "masks"
     shutil.copytree(clips, folder)
+    masks.mkdir()
     (twin,) = (row for row in map(json.loads, (folder / "captions.jsonl").open()) if row["video"] == "clip_000001.mp4")
-    write_video(folder / "clip_000001.mov", decode_clip(folder / "clip_000002.mp4", VideoSpec(48, 48, 17)).numpy(), 8)
+    write_video(folder / "clip_000001.mov", decode_clip(folder / "clip_000002.mp4", VideoSpec(48, 48, 17)), 8)
     with (folder / "captions.jsonl").open("a") as stream:
         stream.write(json.dumps(twin | {"video": "clip_000001.mov"}) + "\n")
     for file in clips.glob("*.mp4"):
-        (folder / f"{file.stem}.json").write_text('{"static": [[0, 0, 24, 24]]}')
-    np.save(folder / "clip_000000.npy", np.ones((17, 48, 48), bool))
-    _, problems = find_usable(small_config(f"data.videos={folder}", f"pairs.mask.files={folder}"))
+        (masks / f"{file.stem}.json").write_text('{"static": [[0, 0, 24, 24]]}')
+    np.save(masks / "clip_000000.npy", np.ones((17, 48, 48), bool))
+    _, problems = find_usable(small_config(f"data.videos={folder}", f"pairs.mask.files={masks}"))
     found = {problem.video: problem.reason for problem in problems}
     assert found.keys() == {"clip_000000.mp4", "clip_000001.mp4", "clip_000001.mov"}
     assert "more than one mask: clip_000000.npy, clip_000000.json" in found["clip_000000.mp4"]
