@@ -57,7 +57,9 @@ def demo(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where everything is written: runs/demo, with the family's name behind it if not Wan's."),
+        typer.Option(
+            help="Where everything is written; by itself runs/demo, -cogvideox and -videos behind it if asked for."
+        ),
     ] = None,
 ) -> None:
     """Run every stage on a small model that comes with alignkit, on this machine, and write a report."""

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from alignkit import demo
 from alignkit.data.pairs import PairStore
 from alignkit.data.videos import VideoSpec, decode_clip, write_video
 
@@ -108,6 +110,18 @@ def test_every_stage_in_turn_leaves_a_report(command, config_file, run_with_pair
     assert summary["reached"] == all(check["reached"] for check in summary["criteria"])
     page = (config.output.dir / "report.html").read_text()
     assert not re.search(r"(src|href)=.https?:", page)
+
+
+def test_a_demo_on_own_videos_does_not_meet_what_the_plain_one_left(monkeypatch, clips):
+    ran = []
+    monkeypatch.setattr(demo, "draw_clips", lambda folder: None)
+    monkeypatch.setattr(demo, "run_stage", lambda name, config: ran.append(config.output.dir))
+    monkeypatch.setattr(demo, "_conclude", lambda config: None)
+    for family in ("wan", "cogvideox"):
+        for videos in (None, clips):
+            demo.run_demo(family, videos, None, [])
+    names = ["demo", "demo-videos", "demo-cogvideox", "demo-cogvideox-videos"]
+    assert list(dict.fromkeys(ran)) == [Path("runs") / name for name in names]
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(command, config_file, overrides):

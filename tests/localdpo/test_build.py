@@ -21,6 +21,7 @@ from alignkit.localdpo.corruption import regenerate
 from alignkit.localdpo.masks import region_mask
 from alignkit.localdpo.sources import find_usable, split_clips
 from alignkit.models.wan import guided
+from alignkit.stages import validate
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
 CPU = torch.device("cpu")
@@ -214,6 +215,14 @@ def test_a_clip_whose_mask_is_not_its_alone_is_left_out(small_config, clips, tmp
     assert "more than one mask: clip_000000.npy, clip_000000.json" in found["clip_000000.mp4"]
     for name in ("clip_000001.mp4", "clip_000001.mov"):
         assert "clip_000001.json is the mask of 2 clips" in found[name]
+
+
+def test_validate_wants_a_clip_for_either_split(small_config, clips, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copy(clips / "clip_000000.mp4", tmp_path / "one")
+    (tmp_path / "one" / "clip_000000.txt").write_text("a red circle")
+    with pytest.raises(DataError, match="1 usable of 1 .* one to train on and one to hold out"):
+        validate(small_config(f"data.videos={tmp_path / 'one'}"))
 
 
 def test_masks_that_changed_are_not_mixed_with_the_old_ones(small_config, clips, tmp_path):
