@@ -58,7 +58,7 @@ def demo(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Where everything is written; by itself runs/demo, -cogvideox and -videos behind it if asked for."
+            help="Where everything is written; by itself runs/demo, or runs/demo-cogvideox, -videos."
         ),
     ] = None,
 ) -> None:

@@ -221,7 +221,7 @@ def test_validate_wants_a_clip_for_either_split(small_config, clips, tmp_path):
     (tmp_path / "one").mkdir()
     shutil.copy(clips / "clip_000000.mp4", tmp_path / "one")
     (tmp_path / "one" / "clip_000000.txt").write_text("a red circle")
-    with pytest.raises(DataError, match="1 usable of 1 .* one to train on and one to hold out"):
+    with pytest.raises(DataError, match=r"1 usable of 1 .* one to train on and one to hold out"):
         validate(small_config(f"data.videos={tmp_path / 'one'}"))
 
 
