@@ -57,9 +57,7 @@ def demo(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Where everything is written; by itself runs/demo, or runs/demo-cogvideox, -videos."
-        ),
+        typer.Option(help="Where everything is written; by itself runs/demo, or runs/demo-cogvideox, -videos."),
     ] = None,
 ) -> None:
     """Run every stage on a small model that comes with alignkit, on this machine, and write a report."""
