@@ -36,11 +36,9 @@ def find_mask(folder: str | Path, clip_name: str, video: Path | None = None) -> 
 
     The mask of "sub/a.mp4" is folder/sub/a with one of `MASK_SUFFIXES`, in small or capital letters, or a folder of
     that name that holds .png files; never `video`, the clip itself, so that masks may lie beside their videos. Raises
-    DataError if there is more than one of them, or no such folder of masks.
+    DataError if there is more than one of them.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"mask folder {folder} does not exist or is not a folder")
     stem = folder / Path(clip_name).with_suffix("")
     named = [stem.with_name(stem.name + spelt) for suffix in MASK_SUFFIXES for spelt in (suffix, suffix.upper())]
     found = [file for file in named if file.is_file() and not (video and file.samefile(video))]

@@ -225,6 +225,11 @@ def test_validate_wants_a_clip_for_either_split(small_config, clips, tmp_path):
         validate(small_config(f"data.videos={tmp_path / 'one'}"))
 
 
+def test_a_missing_folder_of_masks_is_named(small_config, tmp_path):
+    with pytest.raises(DataError, match=r"pairs\.mask\.files: .*nowhere does not exist"):
+        find_usable(small_config(f"pairs.mask.files={tmp_path / 'nowhere'}"))
+
+
 def test_masks_that_changed_are_not_mixed_with_the_old_ones(small_config, clips, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
