@@ -21,8 +21,7 @@ from .checks import InputError
 
 def logits_of(gap_w: Tensor, gap_l: Tensor, beta: float) -> Tensor:
     """Diffusion-DPO's logit (arXiv:2311.12908) from mean gaps of any shape; beta is finite and above 0."""
-    if not 0 < beta < math.inf:
-        raise InputError(f"beta is {beta}, expected a finite number above 0")
+    _check_beta(beta)
     return -0.5 * beta * (gap_w - gap_l)
 
 
@@ -48,6 +47,58 @@ def ipo(logits: Tensor) -> Tensor:
 def hinge(logits: Tensor) -> Tensor:
     """max(0, 1 - z) (SLiC, arXiv:2305.10425)."""
     return torch.relu(1 - logits)
+
+
+def winner_guarded(logits: Tensor, error_w: Tensor, beta: float, weight: float | Tensor | None = 1.0) -> Tensor:
+    """log(1 + exp(-z) + exp(weight beta E_w / 2)): THERMoDPO (arXiv:2608.20011) in our reading, of its abstract and of
+    notes on it; the paper itself was not at hand.
+
+    There it is tau log(1 + exp((D_w - D_l) / tau) + exp(w E_w / tau)) with D = E - E_reference; this is that with
+    tau = 2 / beta, divided by tau. The gradient is shared out between -z and the guard by softmax, so as the winner's
+    own error rises, its descent takes the preference's place.
+
+    logits, error_w: fp64 [B]; error_w is the winner's mean error, differentiable. weight: 0 and above and finite, or a
+    tensor [B] of such; theirs is (1 - t)**2 at noise level t, which is for the caller to pass. None takes the guard's
+    term out and leaves `dpo`; a weight of 0 does not, it leaves the constant log(2 + exp(-z)).
+    """
+    _check_beta(beta)
+    if weight is None:
+        return dpo(logits)
+    if isinstance(weight, Tensor):
+        if weight.shape != logits.shape:
+            raise InputError(f"weight must be a tensor {list(logits.shape)}, one a pair, got {list(weight.shape)}")
+        _require(((weight >= 0) & (weight < math.inf)).all(), "weight must hold finite numbers of 0 and above", weight)
+        weight = weight.to(logits.device, logits.dtype, non_blocking=True)
+    elif not 0 <= weight < math.inf:
+        raise InputError(f"weight is {weight}, expected a finite number of 0 and above, or None for no guard")
+    guard = 0.5 * beta * weight * error_w
+    return torch.logsumexp(torch.stack((torch.zeros_like(logits), -logits, guard)), dim=0)
+
+
+def poly_dpo(logits: Tensor, alpha: float) -> Tensor:
+    """-log p + alpha (1 - p), p = sigmoid(z): Poly-DPO (ViPO, ICLR 2026, arXiv:2604.24953).
+
+    Its derivative by z is -(1 - p)(1 + alpha p). alpha above 0 pulls harder at pairs that are already right, below 0
+    less; at 0 it is `dpo`, and below -1 it would push pairs with p > -1 / alpha back, so -1 <= alpha, finite.
+    """
+    if not -1 <= alpha < math.inf:
+        raise InputError(f"alpha is {alpha}, expected a finite number of -1 and above")
+    return dpo(logits) + alpha * torch.sigmoid(-logits)
+
+
+def auto_beta(mean_gap: float | None, beta_min: float, beta_max: float) -> float:
+    """The beta at which a typical pair makes one logit: 2 / mean_gap, held to [beta_min, beta_max].
+
+    mean_gap: the mean of |gap_w - gap_l| over earlier pairs; None or 0, when nothing has moved yet, gives beta_max.
+    The idea is that of SimpleTuner and DIAL (arXiv:2609.11507); the rule is ours.
+    """
+    if not 0 < beta_min <= beta_max < math.inf:
+        raise InputError(f"beta_min and beta_max are {beta_min} and {beta_max}, expected 0 < beta_min <= beta_max")
+    if mean_gap is None:
+        return float(beta_max)
+    if not 0 <= mean_gap < math.inf:
+        raise InputError(f"mean_gap is {mean_gap}, expected a finite number of 0 and above, or None")
+    return float(min(max(2 / mean_gap, beta_min), beta_max)) if mean_gap else float(beta_max)
 
 
 def sft(error_w: Tensor) -> Tensor:
@@ -81,19 +132,53 @@ def segment_dpo(gap_w: Tensor, gap_l: Tensor, count: Tensor, preference: Tensor,
     return torch.where(labelled, dpo(logits_of(gap, torch.zeros_like(gap), beta)), 0.0)
 
 
-def loser_safeguard(error_w: Tensor, cross: Tensor, mu: float = 0.0) -> Tensor:
-    """How much of the loser's gradient to keep, [B] in [0, 1], from sums [B, R]; one number a pair (arXiv:2511.03317).
+def loser_safeguard(
+    error_w: Tensor,
+    cross: Tensor,
+    mu: float = 0.0,
+    *,
+    weight_w: Tensor | None = None,
+    weight_l: Tensor | None = None,
+) -> Tensor:
+    """How much of the loser's gradient to keep, one number a pair, [B] in [0, 1]: Diffusion-SDPO (arXiv:2511.03317),
+    with the region weights of the loss that is trained [ours].
 
-    With g the gradients of the two errors by the predictions: clip((1 - mu) |g_w|**2 / (g_w . g_l), 0, 1)
-    where g_w . g_l > 0, else 1. To first order the winner's error then does not rise, as far as winner and
-    loser share their Jacobian. It is a constant of the step: no gradient flows through it. Apply it with
-    `scale_gradient`.
+        clip((1 - mu) sum_k weight_w,k error_w,k / sum_k weight_l,k cross_k, 0, 1)   where the denominator is above 0,
+        1                                                                            elsewhere
+
+    error_w, cross: sums [B, R]. weight_w, weight_l: numbers [B, R] of 0 and above, of one scale: weight_w,k is the
+    derivative of the pair's loss by its error_w,k and gap_w,k together, weight_l,k minus that by its gap_l,k. None
+    stands for ones. A constant of the step, through which no gradient flows; apply it with `scale_gradient`.
+
+    Why. Let r be a prediction minus its target, and let winner and loser share their Jacobian J. A step of size h
+    moves both predictions by -h J J^T (2 weight_w r_w - 2 keep weight_l r_l), weights taken by region. With J J^T
+    taken for the identity, as the paper does, the winner's plain error |r_w|**2 changes by
+
+        -4 h (sum_k weight_w,k error_w,k - keep sum_k weight_l,k cross_k) + O(h**2)
+
+    which is at most -4 h mu sum_k weight_w,k error_w,k: at mu = 0 it does not rise to first order, at mu > 0 it falls
+    by at least that share of what the winner's part of the step alone would bring. It is the error over the whole
+    latent, each element counted once. One region's error may rise while another's falls more, and so may the weighted
+    error sum_k weight_w,k error_w,k, whose own bound is sum_k weight_w,k**2 error_w,k over
+    sum_k weight_w,k weight_l,k cross_k. With one region, or weights that are the same in all, the two agree.
     """
     if not 0 <= mu <= 1:
         raise InputError(f"mu is {mu}, expected 0 <= mu <= 1")
-    own, shared = error_w.detach().sum(1), cross.detach().sum(1)
+    own = _weighted_sum("weight_w", weight_w, error_w)
+    shared = _weighted_sum("weight_l", weight_l, cross)
     ratio = (1 - mu) * own / torch.where(shared > 0, shared, 1.0)
     return torch.where(shared > 0, ratio.clamp(0.0, 1.0), 1.0)
+
+
+def _weighted_sum(name: str, weight: Tensor | None, sums: Tensor) -> Tensor:
+    sums = sums.detach()
+    if weight is None:
+        return sums.sum(1)
+    if not isinstance(weight, Tensor) or weight.shape != sums.shape:
+        got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise InputError(f"{name} must be a tensor {list(sums.shape)}, one number a pair and region, got {got}")
+    _require((weight >= 0).all(), f"{name} must hold numbers of 0 and above", weight)
+    return (weight.detach() * sums).sum(1)
 
 
 def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
@@ -225,6 +310,11 @@ def _require(fulfilled: Tensor, message: str, given: Tensor) -> None:
             raise InputError(f"{message}, got {given.tolist()}")
     else:
         torch._assert_async(fulfilled, message)
+
+
+def _check_beta(beta: float) -> None:
+    if not 0 < beta < math.inf:
+        raise InputError(f"beta is {beta}, expected a finite number above 0")
 
 
 def _check_smoothing(label_smoothing: float) -> None:
