@@ -189,7 +189,7 @@ class TrainSection(Section):
 
     seed: Annotated[int, Field(ge=0)] = 0
     steps: Positive = 500
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    learning_rate: NonNegative = 1e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: NonNegative = 1e-3

@@ -32,6 +32,7 @@ from alignkit.objectives.states import draw_path_points, training_states
 from alignkit.training.distributed import start_process
 from alignkit.training.engine import load_network, start_policy, start_reference
 from alignkit.training.loop import load_rows
+from alignkit.training.weights import base_weights
 
 TINY = {"tiny-wan": "wan-tiny-localdpo.yaml", "tiny-cogvideox": "cogvideox-tiny-localdpo.yaml"}
 REAL = ("wan2.1-1.3b", "cogvideox-2b", "cogvideox-5b", "wan2.1-14b")
@@ -123,9 +124,10 @@ class Alignkit:
 
     def __init__(self, config, process, model, store):
         self.config, self.process, self.model, self.store = config, process, model, store
-        model.transformer, self.attention = load_network(config, process, model)
-        self.policy = start_policy(config, process, model.transformer)
-        self.reference = start_reference(config, process, self.policy, model)
+        weights = base_weights(config.model, model)
+        model.transformer, self.attention = load_network(config, process, model, weights)
+        self.policy = start_policy(config, process, model.transformer, weights)
+        self.reference = start_reference(config, process, self.policy, model, weights)
         self.dtype = working_dtype(config.model, process.device)
 
     def step(self, rows: list[int], clock: Clock) -> float:

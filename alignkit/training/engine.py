@@ -8,13 +8,13 @@ from torch import nn
 
 from alignkit.config import Config
 from alignkit.errors import ConfigError
-from alignkit.models import load_model, working_dtype
+from alignkit.models import working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.models.blocks import compile_blocks
 from alignkit.objectives.preference import needs_reference
 from alignkit.training.distributed import Process
 from alignkit.training.lora import AdapterOff, add_lora
-from alignkit.training.partition import load_partitioned
+from alignkit.training.weights import StartingWeights, load_partitioned, load_whole, set_masters
 
 PRESETS: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2},
@@ -42,55 +42,59 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     """DeepSpeed's own JSON: the preset, what the other sections imply, then the user's keys on top."""
     train = config.train
-    zero = copy.deepcopy(PRESETS[config.deepspeed.preset])
-    if process.device.type == "cpu":
-        zero.pop("offload_param", None), zero.pop("offload_optimizer", None)
     base = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, process.world_size),
         "train_batch_size": train.global_batch_size,
         "gradient_clipping": train.max_grad_norm,
-        "zero_optimization": zero,
+        "zero_optimization": copy.deepcopy(PRESETS[config.deepspeed.preset]),
+        "zero_force_ds_cpu_optimizer": False,  # else offload refuses any optimizer but DeepSpeed's own
         "bf16": {"enabled": working_dtype(config.model, process.device) == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},  # 16 micro-batches added up in bf16 are off by half a percent
         "steps_per_print": None,
     }
     return _merged(base, config.deepspeed.config)
 
 
-def load_network(config: Config, process: Process, model) -> tuple[nn.Module, str]:
+def load_network(config: Config, process: Process, model, weights: StartingWeights) -> tuple[nn.Module, str]:
     """`model`'s transformer, frozen, and the attention backend it will run on; under ZeRO-3 already partitioned.
 
     Policy and reference copy are both loaded by this, so that they run in the same regime.
     """
     dtype = working_dtype(config.model, process.device)
     settings = deepspeed_config(config, process)
-    if settings["zero_optimization"]["stage"] == 3 and not config.model.lora:
-        network = load_partitioned(model, settings, dtype, process.device)
+    if settings["zero_optimization"]["stage"] == 3:
+        network = load_partitioned(model, weights, settings, dtype, process.device)
     else:
-        network = load_model(config.model, with_encoders=False).transformer
+        network = load_whole(model, weights, dtype, process.device)
     if config.train.compile:
         compile_blocks(network)
     return network, set_attention(network, config.model.attention, process.device, dtype)
 
 
-def start_policy(config: Config, process: Process, transformer: nn.Module):
-    """The trained network in its engine, with AdamW on every parameter, or on its adapters alone (`train.lora`)."""
+def start_policy(config: Config, process: Process, transformer: nn.Module, weights: StartingWeights):
+    """The trained network in its engine, with AdamW on every parameter, or on its adapters alone (`train.lora`).
+
+    Its fp32 masters are `weights` themselves, and the adapters' fp32 initial values, whatever the network's dtype.
+    """
     import deepspeed
 
     train = config.train
     transformer.requires_grad_(True).train()
-    if train.lora:
-        add_lora(transformer, train.lora, train.seed)
+    adapters = add_lora(transformer, train.lora, train.seed) if train.lora else None
     if train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay)
-    return deepspeed.initialize(
+    engine = deepspeed.initialize(
         model=transformer, optimizer=optimizer, config=deepspeed_config(config, process), dist_init_required=False
     )[0]
+    if working_dtype(config.model, process.device) != torch.float32:
+        set_masters(engine, weights.share if adapters is None else lambda name, _, device: adapters[name].to(device))
+    return engine
 
 
-def start_reference(config: Config, process: Process, policy, model):
+def start_reference(config: Config, process: Process, policy, model, weights: StartingWeights):
     """The frozen network: the policy with its adapters off, or a copy, partitioned and rounded as the policy is;
     None where the objective compares with nothing.
 
@@ -104,10 +108,10 @@ def start_reference(config: Config, process: Process, policy, model):
     strategy = config.reference.strategy
     if strategy == "adapter" or (strategy == "auto" and config.train.lora):
         return AdapterOff(policy)
-    transformer = load_network(config, process, model)[0].requires_grad_(False).eval()
+    transformer = load_network(config, process, model, weights)[0]
     settings = deepspeed_config(config, process)
     if settings["zero_optimization"]["stage"] < 3:
-        return transformer.to(process.device, working_dtype(config.model, process.device))
+        return transformer
     zero = {key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"}
     frozen = {
         "train_micro_batch_size_per_gpu": settings["train_micro_batch_size_per_gpu"],

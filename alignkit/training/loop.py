@@ -30,6 +30,7 @@ from alignkit.training.engine import (
 )
 from alignkit.training.export import export, export_folder, export_lora
 from alignkit.training.metrics import MetricsLog
+from alignkit.training.weights import base_weights
 
 NOISE_BUCKETS = 4  # quarters of the noise level, for the error by timestep
 
@@ -62,7 +63,8 @@ def train(config: Config, process: Process) -> bool:
     store = PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)
     terms = on_main(process, lambda: _checked_terms(config, store, model))  # reads all weights: once is enough
-    model.transformer, attention = load_network(config, process, model)
+    weights = base_weights(config.model, model)
+    model.transformer, attention = load_network(config, process, model, weights)
     terms |= {"attention": attention}
     folder = train_folder(config)
     if process.main:
@@ -73,8 +75,9 @@ def train(config: Config, process: Process) -> bool:
             f"training on {process.world_size} process(es), {process.device}, {torch.get_num_threads()} threads each, "
             f"attention: {attention}"
         )
-    policy = start_policy(config, process, model.transformer)
-    reference = start_reference(config, process, policy, model)
+    policy = start_policy(config, process, model.transformer, weights)
+    reference = start_reference(config, process, policy, model, weights)
+    del weights  # the first process may hold a copy
     done = checkpoints.load_latest(policy, folder / "checkpoints", terms)
     if done and process.main:
         say(f"resuming after step {done}")
@@ -112,12 +115,12 @@ def train(config: Config, process: Process) -> bool:
                 return False
     if log:
         log.close()
-    weights = full_precision_weights(policy)
+    trained = full_precision_weights(policy)
     if process.main:
         if config.train.lora:
-            export_lora(model, weights, config.train.lora, export_folder(config))
+            export_lora(model, trained, config.train.lora, export_folder(config))
         else:
-            export(model, weights, export_folder(config))
+            export(model, trained, export_folder(config))
     torch.distributed.barrier()
     return True
 

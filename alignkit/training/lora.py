@@ -1,5 +1,7 @@
 """Low-rank adapters instead of all weights (arXiv 2106.09685), by peft as diffusers carries it."""
 
+import math
+
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -11,20 +13,29 @@ from alignkit.errors import ConfigError
 ADAPTER = "default"
 
 
-def add_lora(transformer: nn.Module, section: LoraSection, seed: int) -> None:
+def add_lora(transformer: nn.Module, section: LoraSection, seed: int) -> dict[str, Tensor]:
     """Freeze `transformer` and put adapters on the linear layers that `section.targets` name.
 
-    B starts at zero, so the network's output is the base's, bit for bit; A is drawn from `seed`, the same on
-    every process. Raises ConfigError when no layer has such a name.
+    B starts at zero, so the network's output is the base's, bit for bit; A is drawn from `seed`, the same on every
+    process, as peft draws it (arXiv 2106.09685: Kaiming's uniform). Returns the adapters' initial values by name, fp32
+    on CPU: in the network they are rounded to its dtype. Raises ConfigError when no layer has such a name.
     """
     transformer.requires_grad_(False)
     settings = LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=list(section.targets))
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
             transformer.add_adapter(settings, adapter_name=ADAPTER)
     except ValueError as error:
         raise ConfigError(f"train.lora.targets: {list(section.targets)}: {error}") from None
+    values, generator = {}, torch.Generator().manual_seed(seed)
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad:
+            values[name] = torch.zeros(parameter.shape, device="cpu")
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(values[name], a=math.sqrt(5), generator=generator)
+            with torch.no_grad():
+                parameter.copy_(values[name])
+    return values
 
 
 class AdapterOff:

@@ -16,13 +16,15 @@ from alignkit.errors import ModelError
 from alignkit.models import load_model, shipped_model
 from alignkit.training import engine
 from alignkit.training.distributed import free_port, start_process
+from alignkit.training.weights import base_weights
 
 PROCESSES = 2
 MEASURE = """
 import json, sys, threading, time
 import torch
 from alignkit.training.distributed import start_process
-from alignkit.training.partition import load_partitioned
+from alignkit.config import ModelSection
+from alignkit.training.weights import base_weights, load_partitioned
 from types import SimpleNamespace
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def watch():
         time.sleep(0.02)
 thread = threading.Thread(target=watch)
 thread.start()
-network = load_partitioned(model, settings, torch.float32, process.device)
+network = load_partitioned(model, base_weights(ModelSection(), model), settings, torch.float32, process.device)
 stop.set(); thread.join()
 whole = sum(p.ds_numel for p in network.parameters())
 mine = sum(p.ds_tensor.numel() for p in network.parameters())
@@ -109,7 +111,7 @@ def test_weights_are_those_of_a_plain_load(small_config):
     process = start_process()
     config = small_config()
     model = load_model(config.model, with_transformer=False, with_encoders=False)
-    partitioned, _ = engine.load_network(config, process, model)
+    partitioned, _ = engine.load_network(config, process, model, base_weights(config.model, model))
     plain = load_model(config.model, with_encoders=False).transformer
     for (name, ours), (expected, theirs) in zip(partitioned.named_parameters(), plain.named_parameters(), strict=True):
         ours.all_gather()
@@ -139,4 +141,4 @@ def test_damaged_weights_are_refused_by_the_files_name(small_config, tmp_path, f
     config = small_config(f"model.path={folder}")
     model = load_model(config.model, with_transformer=False, with_encoders=False)
     with pytest.raises(ModelError, match=re.escape(str(named))):
-        engine.load_network(config, start_process(), model)
+        engine.load_network(config, start_process(), model, base_weights(config.model, model))
