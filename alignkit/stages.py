@@ -8,16 +8,16 @@ from functools import partial
 import torch
 
 from alignkit.config import Config, dump_config
-from alignkit.data.folders import pairs_folder
-from alignkit.data.given import build_given_pairs, find_given
-from alignkit.data.pairs import Pair, PairStore
 from alignkit.errors import DataError
 from alignkit.files import write_atomically, write_json
+from alignkit.given.build import build_given_pairs, find_given
 from alignkit.localdpo.build import build_pairs, check_settings
 from alignkit.localdpo.sources import check_count, check_masks, find_usable
 from alignkit.models import load_model
 from alignkit.progress import say
 from alignkit.report.pictures import StoredPair, write_pair, write_preview
+from alignkit.stores.folders import pairs_folder
+from alignkit.stores.pairs import Pair, PairStore
 from alignkit.training.distributed import lone_worker, set_threads, start_process
 from alignkit.training.engine import accumulation_steps
 

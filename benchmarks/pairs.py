@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from alignkit.config import MaskSection
-from alignkit.data.videos import VideoSpec, decode_clip, write_video
 from alignkit.localdpo.masks import region_mask
+from alignkit.media.videos import VideoSpec, decode_clip, write_video
 
 SIZES = {  # model: frames, height, width, latent frames, channels, text tokens of a long caption, text width
     "Wan2.1, 81 frames of 480x832": (81, 480, 832, 21, 16, 100, 4096),

@@ -24,11 +24,11 @@ import torch
 from machine import ROOT, machine
 
 from alignkit.config import load_config
-from alignkit.data.pairs import Pair, PairStore, StoreInfo, open_for_building, write_block, write_empty_text
 from alignkit.models import family_module, load_model, shipped_model, working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.objectives.preference import training_loss
 from alignkit.objectives.states import draw_path_points, training_states
+from alignkit.stores.pairs import Pair, PairStore, StoreInfo, open_for_building, write_block, write_empty_text
 from alignkit.training.distributed import start_process
 from alignkit.training.engine import load_network, start_policy, start_reference
 from alignkit.training.loop import load_rows

@@ -13,8 +13,9 @@ PACKAGE = ROOT / "alignkit"
 # A layer may import the ones below it, never those above.
 LAYERS = [
     {"errors", "config", "files", "progress", "sharing"},
-    {"schedules", "models", "data", "tiny"},
-    {"objectives", "localdpo"},
+    {"schedules", "models", "media", "tiny"},
+    {"stores"},
+    {"given", "localdpo", "objectives"},
     {"training"},
     {"evaluation", "report"},
     {"experiments", "stages"},
@@ -35,7 +36,7 @@ def imports(file: Path) -> set[str]:
 
 
 def part(name: str) -> str | None:
-    """ "alignkit.data.pairs" to "data"."""
+    """ "alignkit.stores.pairs" to "data"."""
     pieces = name.split(".")
     return pieces[1] if pieces[0] == "alignkit" and len(pieces) > 1 else None
 

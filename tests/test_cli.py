@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from alignkit import demo
-from alignkit.data.pairs import PairStore
-from alignkit.data.videos import VideoSpec, decode_clip, write_video
+from alignkit.media.videos import VideoSpec, decode_clip, write_video
+from alignkit.stores.pairs import PairStore
 
 COMMANDS = ("demo", "pairs", "train", "sample", "eval", "report")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alignkit.config import load_config
-from alignkit.data.pairs import PairBatch
+from alignkit.stores.pairs import PairBatch
 from alignkit_kernels import local_dpo_loss
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.config import Config
-from alignkit.data.pairs import PairStore
 from alignkit.models import family_module
 from alignkit.objectives.preference import accuracy
 from alignkit.objectives.states import make_states
 from alignkit.progress import progress
+from alignkit.stores.pairs import PairStore
 from alignkit.training.loop import load_rows
 from alignkit_kernels import NoiseKey, PairRegionErrors, Stream, losses, pair_region_errors
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from alignkit.config import Config
-from alignkit.data.folders import pairs_folder
-from alignkit.data.pairs import PairStore
-from alignkit.data.videos import VideoSpec, decode_clip, write_video
 from alignkit.errors import DataError
 from alignkit.files import write_lines
+from alignkit.media.videos import VideoSpec, decode_clip, write_video
 from alignkit.models import load_model, working_dtype
 from alignkit.progress import progress, say
+from alignkit.stores.folders import pairs_folder
+from alignkit.stores.pairs import PairStore
 from alignkit.training.export import aligned_section
 from alignkit_kernels import NoiseKey, Stream, keyed_randn
 

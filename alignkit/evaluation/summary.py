@@ -11,15 +11,15 @@ from torch import Tensor
 
 from alignkit import __version__
 from alignkit.config import Config
-from alignkit.data.folders import pairs_folder, source_folder, video_spec
-from alignkit.data.pairs import PairStore
-from alignkit.data.videos import decode_clip
 from alignkit.evaluation.measures import edge_energy, frechet_distance, motion_amount, temporal_flicker
 from alignkit.evaluation.pairs import describe, score_pairs
 from alignkit.evaluation.samples import read_samples
 from alignkit.files import write_json
+from alignkit.media.videos import decode_clip
 from alignkit.models import load_model, working_dtype
 from alignkit.progress import progress, say
+from alignkit.stores.folders import pairs_folder, source_folder, video_spec
+from alignkit.stores.pairs import PairStore
 from alignkit.tiny.classifier import NAMED, classify, features
 from alignkit.tiny.clips import ATTRIBUTES, FRAMES, SIZE
 from alignkit.training.export import aligned_section

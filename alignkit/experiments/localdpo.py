@@ -16,8 +16,6 @@ import numpy as np
 import torch
 
 from alignkit.config import Config
-from alignkit.data.folders import pairs_folder
-from alignkit.data.pairs import PairStore
 from alignkit.errors import DataError
 from alignkit.experiments.measure import measure, measure_ranking, measure_real
 from alignkit.experiments.plan import Arm, Plan, make_plan, run_config
@@ -27,6 +25,8 @@ from alignkit.files import write_json
 from alignkit.models import load_model
 from alignkit.progress import say
 from alignkit.sharing import one_at_a_time, share_out
+from alignkit.stores.folders import pairs_folder
+from alignkit.stores.pairs import PairStore
 from alignkit.training.distributed import lone_worker, start_process
 from alignkit.training.export import aligned_section, export_folder
 from alignkit.training.loop import TrainingDiverged, train

@@ -4,16 +4,16 @@ import numpy as np
 import torch
 
 from alignkit.config import Config, ModelSection
-from alignkit.data.folders import source_folder, video_spec
-from alignkit.data.pairs import PairStore
-from alignkit.data.videos import decode_clip
 from alignkit.evaluation.measures import edge_energy, frechet_distance, motion_amount, temporal_flicker
 from alignkit.evaluation.pairs import describe, score_pairs
 from alignkit.evaluation.samples import sample_latents
 from alignkit.evaluation.summary import attributes_in, clip_features, thumbnails
 from alignkit.localdpo.build import guided_network
 from alignkit.localdpo.corruption import regenerate
+from alignkit.media.videos import decode_clip
 from alignkit.models import load_model, working_dtype
+from alignkit.stores.folders import source_folder, video_spec
+from alignkit.stores.pairs import PairStore
 from alignkit.tiny.classifier import NAMED, classify, log_probability
 from alignkit_kernels import NoiseKey, Stream
 

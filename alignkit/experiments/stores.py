@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 
 from alignkit.config import Config
-from alignkit.data.blocks import Made, build_store
-from alignkit.data.folders import pairs_folder
-from alignkit.data.pairs import Pair, PairStore
 from alignkit.evaluation.samples import sample_latents
 from alignkit.evaluation.summary import attributes_in, thumbnails
 from alignkit.experiments.plan import Plan, run_config
 from alignkit.localdpo.build import build_pairs
 from alignkit.models import load_model, working_dtype
 from alignkit.sharing import one_at_a_time
+from alignkit.stores.blocks import Made, build_store
+from alignkit.stores.folders import pairs_folder
+from alignkit.stores.pairs import Pair, PairStore
 from alignkit.tiny.classifier import log_probability
 from alignkit.tiny.clips import write_clips
 

@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from alignkit.config import Config
-from alignkit.data.blocks import Made, build_store
-from alignkit.data.captions import Problem
-from alignkit.data.folders import (
+from alignkit.errors import ConfigError, DataError
+from alignkit.localdpo.corruption import Predict, regenerate
+from alignkit.localdpo.masks import region_mask
+from alignkit.localdpo.sources import Source, check_count, find_usable, split_clips
+from alignkit.media.captions import Problem
+from alignkit.media.masks import mask_digest, mask_on_grid, read_mask
+from alignkit.media.videos import Clip, VideoFacts, decode_with_facts
+from alignkit.models import VideoModel, family_module, load_model, working_dtype
+from alignkit.progress import say
+from alignkit.stores.blocks import Made, build_store
+from alignkit.stores.folders import (
     SPLITS,
     add_skipped_pairs,
     latent_grid,
@@ -21,15 +29,7 @@ from alignkit.data.folders import (
     video_spec,
     write_skipped,
 )
-from alignkit.data.masks import mask_digest, mask_on_grid, read_mask
-from alignkit.data.pairs import LATENT_DTYPES, Pair, PairStore, StoreInfo, fault_of
-from alignkit.data.videos import Clip, VideoFacts, decode_with_facts
-from alignkit.errors import ConfigError, DataError
-from alignkit.localdpo.corruption import Predict, regenerate
-from alignkit.localdpo.masks import region_mask
-from alignkit.localdpo.sources import Source, check_count, find_usable, split_clips
-from alignkit.models import VideoModel, family_module, load_model, working_dtype
-from alignkit.progress import say
+from alignkit.stores.pairs import LATENT_DTYPES, Pair, PairStore, StoreInfo, fault_of
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
 

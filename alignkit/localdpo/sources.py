@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from alignkit.config import Config
-from alignkit.data.captions import Problem
-from alignkit.data.folders import latent_grid, video_spec
-from alignkit.data.masks import find_mask, mask_on_grid, read_mask
-from alignkit.data.usable import usable_clips
-from alignkit.data.videos import Clip, find_clips
 from alignkit.errors import DataError
+from alignkit.media.captions import Problem
+from alignkit.media.masks import find_mask, mask_on_grid, read_mask
+from alignkit.media.usable import usable_clips
+from alignkit.media.videos import Clip, find_clips
 from alignkit.sharing import one_at_a_time
+from alignkit.stores.folders import latent_grid, video_spec
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.config import Config, ObjectiveSection
-from alignkit.data.pairs import PairBatch
 from alignkit.models import family_module
 from alignkit.objectives.states import States
+from alignkit.stores.pairs import PairBatch
 from alignkit_kernels import PairRegionErrors, losses, pair_region_errors, region_errors
 
 SATURATED = 6.0  # |logit| from which σ(−z) is below 0.25 % or above 99.75 %: the pair no longer teaches

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alignkit.config import Config
-from alignkit.data.pairs import PairBatch
+from alignkit.stores.pairs import PairBatch
 from alignkit_kernels import NoiseKey, NoiseSource, Stream, add_keyed_noise, keyed_rand, keyed_randn
 
 

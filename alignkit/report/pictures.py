@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alignkit.data.videos import read_video
 from alignkit.errors import DataError
+from alignkit.media.videos import read_video
 
 GAP = 2  # transparent pixels between panels
 MASK_COLOUR = (255, 0, 170)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alignkit.data.videos import read_video, write_video
+from alignkit.media.videos import read_video, write_video
 
 SIZE = 48
 FRAMES = 17

@@ -10,15 +10,14 @@ from pathlib import Path
 import torch
 
 from alignkit.config import OBJECTIVE_KEYS, Config, dump_config
-from alignkit.data.folders import pairs_folder
-from alignkit.data.pairs import PairBatch, PairStore, collate
-from alignkit.data.sampler import global_batch, rank_share
 from alignkit.errors import AlignkitError, DataError
 from alignkit.files import write_atomically, write_json
 from alignkit.models import load_model
 from alignkit.objectives.preference import diagnostics, training_loss
 from alignkit.objectives.states import training_states
 from alignkit.progress import progress, say
+from alignkit.stores.folders import pairs_folder
+from alignkit.stores.pairs import PairBatch, PairStore, collate
 from alignkit.training import checkpoints
 from alignkit.training.distributed import Process, on_main
 from alignkit.training.engine import (
@@ -30,6 +29,7 @@ from alignkit.training.engine import (
 )
 from alignkit.training.export import export, export_folder, export_lora
 from alignkit.training.metrics import MetricsLog
+from alignkit.training.order import global_batch, rank_share
 from alignkit.training.weights import base_weights
 
 NOISE_BUCKETS = 4  # quarters of the noise level, for the error by timestep

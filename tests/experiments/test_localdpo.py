@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignkit.data.pairs import PairStore
-from alignkit.data.videos import VideoSpec, decode_clip
 from alignkit.errors import DataError
 from alignkit.experiments import localdpo, measure, stores, write_up
 from alignkit.experiments.localdpo import choose_rate, run, run_folder
 from alignkit.experiments.plan import ARMS, Plan, make_plan, run_config
 from alignkit.experiments.stores import heldout_store, store_folder
 from alignkit.files import write_json
+from alignkit.media.videos import VideoSpec, decode_clip
+from alignkit.stores.pairs import PairStore
 
 WRITTEN = Path(__file__).parents[2] / "docs" / "experiment"
 

@@ -14,10 +14,10 @@ CONFIG = Path(__file__).parents[2] / "configs" / "wan-tiny-localdpo.yaml"
 def test_a_training_step_runs_on_the_kernels(path, tmp_path):
     pytest.importorskip("diffusers", reason="the training engine is an extra; the kernels do without it")
     from alignkit.config import load_config
-    from alignkit.data.pairs import PairBatch
     from alignkit.models import load_model
     from alignkit.objectives.preference import training_loss
     from alignkit.objectives.states import training_states
+    from alignkit.stores.pairs import PairBatch
 
     config = load_config(CONFIG, [f"data.videos={tmp_path}", f"output.dir={tmp_path}"])
     model = load_model(config.model, with_encoders=False)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from alignkit.config import OBJECTIVE_KEYS, Config, ObjectiveSection
-from alignkit.data.pairs import PairBatch
 from alignkit.objectives.preference import (
     HEADS,
     diagnostics,
@@ -16,6 +15,7 @@ from alignkit.objectives.preference import (
     supervised_loss,
 )
 from alignkit.objectives.states import States
+from alignkit.stores.pairs import PairBatch
 from alignkit_kernels import InputError, local_dpo_loss
 
 BETA = 300.0

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from alignkit.data.pairs import PairStore, collate
 from alignkit.objectives.states import training_states
+from alignkit.stores.pairs import PairStore, collate
 
 SHARE = 0.4
 

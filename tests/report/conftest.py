@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from alignkit.data.videos import write_video
 from alignkit.evaluation.measures import edge_energy, motion_amount, temporal_flicker
+from alignkit.media.videos import write_video
 
 STEPS, FRAMES, SIZE = 60, 9, 32
 PROMPT = 'a <b>red</b> square & a "quoted" word'

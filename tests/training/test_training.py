@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignkit.data.pairs import Pair, PairStore, write_block
 from alignkit.errors import AlignkitError, CheckpointError, ConfigError, DataError
 from alignkit.models import shipped_model
+from alignkit.stores.pairs import Pair, PairStore, write_block
 from alignkit.training import engine
 from alignkit.training.distributed import start_process
 from alignkit.training.export import export_folder

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from alignkit.data.usable import usable_clips
-from alignkit.data.videos import (
+from alignkit.errors import DataError
+from alignkit.media.usable import usable_clips
+from alignkit.media.videos import (
     Clip,
     VideoSpec,
     decode_clip,
@@ -18,7 +19,6 @@ from alignkit.data.videos import (
     read_video,
     write_video,
 )
-from alignkit.errors import DataError
 
 SPEC = VideoSpec(height=48, width=48, num_frames=17)
 

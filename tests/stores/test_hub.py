@@ -9,9 +9,9 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
-from alignkit.data import hub
-from alignkit.data.pairs import PairStore
 from alignkit.errors import DataError
+from alignkit.stores import hub
+from alignkit.stores.pairs import PairStore
 
 
 @pytest.fixture

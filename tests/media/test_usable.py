@@ -5,10 +5,10 @@ import errno
 import pytest
 import torch
 
-from alignkit.data import usable
-from alignkit.data.usable import usable_clips
-from alignkit.data.videos import Clip, VideoSpec, write_video
 from alignkit.errors import DataError
+from alignkit.media import usable
+from alignkit.media.usable import usable_clips
+from alignkit.media.videos import Clip, VideoSpec, write_video
 
 SPEC = VideoSpec(48, 48, 5)
 

@@ -24,9 +24,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from alignkit.data.captions import Problem
 from alignkit.errors import DataError
 from alignkit.files import write_atomically, write_lines
+from alignkit.media.captions import Problem
 
 FORMAT = 3
 INFO = "pairs.json"

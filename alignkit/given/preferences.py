@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.captions import Problem
-from alignkit.data.rows import is_unicode, read_table
 from alignkit.errors import DataError
+from alignkit.media.captions import Problem
+from alignkit.media.rows import is_unicode, read_table
 
 COLUMNS = ("prompt", "chosen", "rejected")
 
@@ -33,7 +33,7 @@ def read_preferences(file: Path, shown: str | None = None) -> tuple[list[Prefere
     shown: what to call the file in a row's `where`; its name unless told.
 
     Columns: prompt (a text), chosen and rejected (paths of videos), and if wanted mask (a path that
-    `alignkit.data.masks.read_mask` can read). Paths are absolute, or relative to the file's own folder; whether
+    `alignkit.media.masks.read_mask` can read). Paths are absolute, or relative to the file's own folder; whether
     they exist is not looked at here. Other columns are ignored.
 
     Raises DataError if the file cannot be read, lacks a column, or has no row that can be used.

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from alignkit.data.sampler import global_batch, rank_share
+from alignkit.training.order import global_batch, rank_share
 
 
 def test_every_pair_comes_once_an_epoch_across_batches_that_straddle_epochs():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.data.videos import find_clips
 from alignkit.errors import DataError
+from alignkit.media.videos import find_clips
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -12,9 +12,18 @@ import torch
 from torch import Tensor
 
 from alignkit.config import Config
-from alignkit.data.blocks import Made, build_store
-from alignkit.data.captions import Problem
-from alignkit.data.folders import (
+from alignkit.errors import DataError
+from alignkit.files import write_json
+from alignkit.given.preferences import Preference, read_preferences
+from alignkit.given.validation import NothingLeftError, split_preferences, validate_preferences
+from alignkit.media.captions import Problem
+from alignkit.media.masks import mask_digest, mask_on_grid, read_mask
+from alignkit.media.videos import VideoFacts, VideoSpec, decode_clip, decode_with_facts
+from alignkit.models import VideoModel, load_model, working_dtype
+from alignkit.progress import progress, say
+from alignkit.sharing import one_at_a_time
+from alignkit.stores.blocks import Made, build_store
+from alignkit.stores.folders import (
     add_skipped_pairs,
     latent_grid,
     pairs_folder,
@@ -22,16 +31,7 @@ from alignkit.data.folders import (
     video_spec,
     write_skipped,
 )
-from alignkit.data.masks import mask_digest, mask_on_grid, read_mask
-from alignkit.data.pairs import LATENT_DTYPES, Pair, PairStore, StoreInfo, fault_of
-from alignkit.data.preferences import Preference, read_preferences
-from alignkit.data.validation import NothingLeftError, split_preferences, validate_preferences
-from alignkit.data.videos import VideoFacts, VideoSpec, decode_clip, decode_with_facts
-from alignkit.errors import DataError
-from alignkit.files import write_json
-from alignkit.models import VideoModel, load_model, working_dtype
-from alignkit.progress import progress, say
-from alignkit.sharing import one_at_a_time
+from alignkit.stores.pairs import LATENT_DTYPES, Pair, PairStore, StoreInfo, fault_of
 
 
 @dataclass(frozen=True)

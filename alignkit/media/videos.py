@@ -19,9 +19,9 @@ from av.video.stream import VideoStream
 from PIL import Image
 from torch import Tensor
 
-from alignkit.data.captions import CAPTION_FILES, Caption, Problem, caption_beside, read_captions
-from alignkit.data.rows import is_unicode
 from alignkit.errors import DataError
+from alignkit.media.captions import CAPTION_FILES, Caption, Problem, caption_beside, read_captions
+from alignkit.media.rows import is_unicode
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 

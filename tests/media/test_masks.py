@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from alignkit.data.masks import mask_digest, read_mask
-from alignkit.data.videos import VideoSpec, decode_clip, decode_with_facts, read_video, write_video
 from alignkit.errors import DataError
+from alignkit.media.masks import mask_digest, read_mask
+from alignkit.media.videos import VideoSpec, decode_clip, decode_with_facts, read_video, write_video
 
 SPEC = VideoSpec(height=48, width=48, num_frames=17)
 OWN = (20, 60, 100)  # frames, height and width of the video itself
@@ -304,7 +304,7 @@ def test_folder_without_pictures_damaged_video_and_the_video_itself_are_refused(
 
 
 def test_mask_of_a_video_longer_than_is_looked_at_may_be_as_long(tmp_path, monkeypatch):
-    monkeypatch.setattr("alignkit.data.videos.CHECKED_FRAMES", 2)
+    monkeypatch.setattr("alignkit.media.videos.CHECKED_FRAMES", 2)
     video = lossless(tmp_path / "long.mkv", white(box(30)))
     assert decode_with_facts(video, SPEC)[1].frames == 19
     assert torch.equal(read_mask(saved(tmp_path / "m.npy", box(30)), video, SPEC), shown(video, SPEC))

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.rows import is_unicode, read_table
 from alignkit.errors import DataError
+from alignkit.media.rows import is_unicode, read_table
 
 CAPTION_FILES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
 VIDEO_KEYS = ("video", "file_name", "filename", "video_path", "path", "file")
@@ -17,7 +17,7 @@ class Problem:
     """Something in the user's data that was left out, and why, in words for people.
 
     `video` is the video's name, or file and line ("captions.jsonl:7") where no video can be named. `kind` sorts
-    what `alignkit.data.validation` finds (a `Kind` there).
+    what `alignkit.given.validation` finds (a `Kind` there).
     """
 
     video: str

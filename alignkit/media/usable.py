@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from alignkit.data.captions import Problem
-from alignkit.data.videos import Clip, VideoSpec, decode_clip, picture_digest
 from alignkit.errors import DataError
+from alignkit.media.captions import Problem
+from alignkit.media.videos import Clip, VideoSpec, decode_clip, picture_digest
 from alignkit.progress import progress
 
 PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import alignkit.data.validation as validation
-from alignkit.data.preferences import Preference
-from alignkit.data.validation import Kind, split_preferences, validate_preferences
-from alignkit.data.videos import VideoSpec, write_video
+import alignkit.given.validation as validation
 from alignkit.errors import DataError
+from alignkit.given.preferences import Preference
+from alignkit.given.validation import Kind, split_preferences, validate_preferences
+from alignkit.media.videos import VideoSpec, write_video
 
 SPEC = VideoSpec(height=48, width=48, num_frames=17)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from alignkit.config import Config
-from alignkit.data.captions import Problem
-from alignkit.data.pairs import PairStore, has_blocks, skipped_pairs
-from alignkit.data.videos import VideoSpec
 from alignkit.errors import DataError
 from alignkit.files import write_json, write_lines
+from alignkit.media.captions import Problem
+from alignkit.media.videos import VideoSpec
 from alignkit.models import VideoModel, load_model
 from alignkit.progress import say
+from alignkit.stores.pairs import PairStore, has_blocks, skipped_pairs
 
 SPLITS = ("train", "heldout")
 SKIPPED = "skipped.jsonl"

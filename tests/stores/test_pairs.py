@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from alignkit.data.captions import Problem
-from alignkit.data.pairs import (
+from alignkit.errors import DataError
+from alignkit.media.captions import Problem
+from alignkit.stores.pairs import (
     LATENT_DTYPES,
     Pair,
     PairStore,
@@ -20,7 +21,6 @@ from alignkit.data.pairs import (
     skipped_pairs,
     write_block,
 )
-from alignkit.errors import DataError
 
 INFO = StoreInfo(
     kind="local_dpo",

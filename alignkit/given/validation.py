@@ -14,11 +14,11 @@ from typing import Literal
 
 import numpy as np
 
-from alignkit.data.captions import Problem
-from alignkit.data.masks import mask_on_grid, read_mask
-from alignkit.data.preferences import Preference
-from alignkit.data.videos import TooShortError, VideoFacts, VideoSpec, decode_with_facts, picture_digest
 from alignkit.errors import DataError
+from alignkit.given.preferences import Preference
+from alignkit.media.captions import Problem
+from alignkit.media.masks import mask_on_grid, read_mask
+from alignkit.media.videos import TooShortError, VideoFacts, VideoSpec, decode_with_facts, picture_digest
 
 Kind = Literal[
     "missing", "damaged", "too_short",  # a file

@@ -6,7 +6,9 @@ from pathlib import Path
 import datasets
 from huggingface_hub import HfApi, hf_hub_download
 
-from alignkit.data.pairs import (
+from alignkit.errors import DataError
+from alignkit.files import write_atomically
+from alignkit.stores.pairs import (
     EMPTY_TEXT,
     INFO,
     PairStore,
@@ -14,8 +16,6 @@ from alignkit.data.pairs import (
     open_for_building,
     read_info,
 )
-from alignkit.errors import DataError
-from alignkit.files import write_atomically
 
 
 def push_to_hub(folder: Path, repo_id: str, split: str, *, private: bool = True) -> None:

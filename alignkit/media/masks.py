@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignkit.data.videos import VideoFacts, VideoSpec, cover_and_crop, decode_with_facts, upright_frames
 from alignkit.errors import DataError
+from alignkit.media.videos import VideoFacts, VideoSpec, cover_and_crop, decode_with_facts, upright_frames
 
 VIDEO_MASKS = (".mp4", ".mov", ".webm", ".mkv")
 MASK_SUFFIXES = (*VIDEO_MASKS, ".png", ".npy", ".json")

@@ -7,8 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from alignkit.data.preferences import Preference, read_preferences
 from alignkit.errors import DataError
+from alignkit.given.preferences import Preference, read_preferences
 
 ROWS = [
     {"prompt": "a  cat,\nrunning", "chosen": "good/a.mp4", "rejected": "bad/a.mp4", "mask": None},

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import torch
 
-from alignkit.data.captions import Problem
-from alignkit.data.folders import check_membership, show_pairs
-from alignkit.data.pairs import (
+from alignkit.media.captions import Problem
+from alignkit.models import VideoModel
+from alignkit.progress import progress, say
+from alignkit.sharing import share_out
+from alignkit.stores.folders import check_membership, show_pairs
+from alignkit.stores.pairs import (
     LATENT_DTYPES,
     Pair,
     PairStore,
@@ -22,9 +25,6 @@ from alignkit.data.pairs import (
     write_block,
     write_empty_text,
 )
-from alignkit.models import VideoModel
-from alignkit.progress import progress, say
-from alignkit.sharing import share_out
 
 Made = tuple[list[Pair], list[Problem]]
 Make = Callable[[range, Callable[[int], None]], Made]

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from alignkit import sharing
-from alignkit.data import blocks
-from alignkit.data.blocks import build_blocks
-from alignkit.data.captions import Problem
-from alignkit.data.pairs import Pair, PairStore, StoreInfo, block_file, open_for_building, skipped_pairs
 from alignkit.errors import DataError
+from alignkit.media.captions import Problem
 from alignkit.sharing import one_at_a_time
+from alignkit.stores import blocks
+from alignkit.stores.blocks import build_blocks
+from alignkit.stores.pairs import Pair, PairStore, StoreInfo, block_file, open_for_building, skipped_pairs
 
 INFO = StoreInfo("local_dpo", "wan", "m", "v", "t", pairs=11, block_size=2)
 BAD = 7

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from alignkit.data.masks import find_mask, mask_on_grid, read_mask
-from alignkit.data.videos import VideoSpec, write_video
 from alignkit.errors import DataError
+from alignkit.media.masks import find_mask, mask_on_grid, read_mask
+from alignkit.media.videos import VideoSpec, write_video
 
 GRID = (5, 6, 6)  # of 17 frames of 48x48: four frames and 8x8 pixels a cell
 

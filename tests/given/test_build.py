@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from alignkit.config import load_config
-from alignkit.data.given import build_given_pairs
-from alignkit.data.pairs import PairStore, collate
-from alignkit.data.videos import read_video, write_video
 from alignkit.errors import ConfigError, DataError
+from alignkit.given.build import build_given_pairs
 from alignkit.localdpo.build import build_pairs
+from alignkit.media.videos import read_video, write_video
+from alignkit.stores.pairs import PairStore, collate
 from alignkit.training.distributed import start_process
 from alignkit.training.loop import train
 
@@ -64,7 +64,7 @@ def test_rows_become_pairs_and_the_bad_one_is_listed(config, wan):
 def test_a_second_build_looks_at_nothing_again_unless_a_file_changed(config, table, monkeypatch):
     settings = config()
     build_given_pairs(settings, CPU)
-    monkeypatch.setattr("alignkit.data.given.validate_preferences", lambda *_, **__: pytest.fail("looked again"))
+    monkeypatch.setattr("alignkit.given.build.validate_preferences", lambda *_, **__: pytest.fail("looked again"))
     assert build_given_pairs(settings, CPU) == {"train": 3, "heldout": 1}
     (table.with_name("1.mp4")).touch()  # another date, the same pictures: looked at again, and taken
     monkeypatch.undo()

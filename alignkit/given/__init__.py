@@ -1,0 +1,1 @@
+"""Pairs of videos that the user has ranked: reading, checking and encoding them."""
