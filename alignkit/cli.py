@@ -129,24 +129,40 @@ def report(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def experiment(
-    name: Annotated[Literal["localdpo"], typer.Argument(help="Which experiment.")],
-    family: Annotated[Family, typer.Option(help="Which of the small models.")] = "wan",
+    name: Annotated[Literal["localdpo", "manifold"], typer.Argument(help="Which experiment.")],
+    family: Annotated[
+        Family | None, typer.Option(help="localdpo: which of the small models; wan unless named.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where everything is written and taken up again.")] = EXPERIMENTS,
-    smoke: Annotated[bool, typer.Option(help="A few arms, clips and steps: minutes, and no conclusions.")] = False,
+    smoke: Annotated[bool, typer.Option(help="A few steps: minutes, and no conclusions.")] = False,
     nproc: Processes = 1,
 ) -> None:
-    """Compare LocalDPO with SFT, DPO and its own parts on a small model, several seeds, on clips never trained on."""
+    """Compare losses, with several seeds: on small models, or on points.
+
+    localdpo: LocalDPO with SFT, DPO and its own parts on a small model, on clips never trained on. manifold: FlowDPO,
+    SFT and the winner-guarded loss on points of a curved surface, where leaving the data shows.
+    """
+    if name == "manifold" and family is not None:
+        raise ConfigError("experiment manifold: it trains on points; leave --family out")
+    family = family or "wan"
     from alignkit.training.distributed import launched, run_processes
 
     if launched() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("experiment: its processes train apart, torchrun's together; use --nproc instead")
     if nproc > 1:
-        options = ["--family", family, "--out", str(out), *(["--smoke"] if smoke else [])]
+        options = ["--out", str(out), *(["--smoke"] if smoke else [])]
+        options += ["--family", family] if name == "localdpo" else []
         sys.exit(run_processes(["experiment", name, *options], nproc, together=False))
-    _quiet_libraries()
-    from alignkit.experiments import localdpo
+    folder = out / ("smoke" if smoke else "whole")
+    if name == "manifold":
+        from alignkit.experiments import manifold
 
-    localdpo.run(family, out / ("smoke" if smoke else "whole"), smoke=smoke)
+        manifold.run(folder, smoke=smoke)
+    else:
+        _quiet_libraries()
+        from alignkit.experiments import localdpo
+
+        localdpo.run(family, folder, smoke=smoke)
 
 
 def _run(name: str, config: Config) -> None:

@@ -289,6 +289,7 @@ def test_the_safeguard_holds_the_plain_error_and_not_the_one_that_the_loss_weigh
     assert float(change[0, 1]) > 0 > float(change[0, 0])
     assert float((weight_w * change).sum()) > 10 * second_order * float(weight_w.max())
     own_bound = (weight_w**2 * error_w).sum() / (weight_w * weight_l * cross).sum()
+    own_bound = own_bound.detach()
     assert float(own_bound) < float(weighted)
     change, second_order = shared.changes(own_bound, size)
     rounding = 4 * 100 * 100 * EPS / size  # as in the test above
