@@ -74,7 +74,8 @@ def _cell(values: list[float], digits: int) -> str:
 
 
 def _plot(plan: Plan, arms: tuple[Arm, ...], out: Path, file: Path) -> list[str]:
-    """Samples of the first seed from the side, the surface as a band: its height depends on y a little."""
+    """Samples of the first seed from the side, of the arms that start from the usual base; the surface is a band, since
+    its height depends on y a little."""
     try:
         import matplotlib
     except ImportError:
@@ -85,16 +86,18 @@ def _plot(plan: Plan, arms: tuple[Arm, ...], out: Path, file: Path) -> list[str]
 
     x = torch.linspace(-X_REACH, X_REACH, 400)
     edges = [height(x, torch.full_like(x, y)).numpy() for y in (0.0, 1.0)]
-    figure, panels = plt.subplots(
-        2, -(-len(arms) // 2), figsize=(13, 5), sharex=True, sharey=True, layout="constrained"
-    )
+    arms = tuple(arm for arm in arms if arm.base == Arm.base)
+    columns = -(-len(arms) // 2)
+    figure, panels = plt.subplots(2, columns, figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
     for panel, arm in zip(panels.flat, arms, strict=False):
         points = load_file(samples_file(out, arm.name, plan.seeds[0]))["points"][:SHOWN]
         for hill in (-WINNERS, WINNERS):
             panel.axvspan(hill - RADIUS, hill + RADIUS, color="C2", alpha=0.12, linewidth=0)
         panel.fill_between(x.numpy(), *edges, color="black", alpha=0.6, linewidth=0.8)
         panel.plot(points[:, 0], points[:, 2], ".", markersize=1.5, alpha=0.4, color="C0")
-        panel.set_title(arm.title, fontsize=9)
+        panel.set_title(arm.title, fontsize=8)
+    for panel in panels.flat[len(arms) :]:
+        panel.axis("off")
     panels.flat[0].set(xlim=(-8, 8), ylim=(-3, 4))
     figure.supxlabel("x (shaded: where winners lie)", fontsize=9)
     figure.supylabel("z (black: the surface)", fontsize=9)

@@ -173,3 +173,10 @@ def test_a_row_far_from_the_published_number_says_so():
     assert lines[0].startswith("| Near | 0.525 ± 0.125 | 0.500 |  |")
     assert lines[1].startswith("| Far | 0.535 ± 0.035 | 0.500 | not reproduced |")
     assert lines[2].startswith("| Own | 0.100 ± 0.000 |  |  |")
+
+
+def test_the_page_checked_in_follows_from_its_results():
+    with (WRITTEN / "manifold" / "results.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {(row["arm"], row["seed"]) for row in rows} == {(arm.name, str(s)) for arm in ARMS for s in Plan().seeds}
+    assert "\n".join(table(ARMS, rows)) in (WRITTEN / "manifold.md").read_text()
