@@ -76,7 +76,7 @@ def pairs(config: ConfigFile, overrides: Overrides = None, nproc: Processes = 1)
     """
     from alignkit.training.distributed import launched, run_processes
 
-    settings = load_config(config, overrides or [])
+    settings = _settings(config, overrides)
     if nproc > 1 and not launched():
         sys.exit(run_processes(["pairs", str(config), *(overrides or [])], nproc))
     _run("pairs", settings)
@@ -86,9 +86,9 @@ def pairs(config: ConfigFile, overrides: Overrides = None, nproc: Processes = 1)
 def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Look through data.videos or data.pairs for what cannot be used, and say why; nothing is made."""
     _quiet_libraries()
-    from alignkit.stages import validate
+    from alignkit.commands import validate
 
-    validate(load_config(config, overrides or []))
+    validate(_settings(config, overrides))
 
 
 @app.command()
@@ -97,12 +97,15 @@ def train(
     overrides: Overrides = None,
     nproc: Processes = 1,
 ) -> None:
-    """Train on the pairs with DeepSpeed and export a diffusers folder; run again to resume."""
+    """Train on the pairs with DeepSpeed and export a diffusers folder; run again to resume.
+
+    With stages: [...] in the file, each stage in its turn, from the weights of the one before.
+    """
     from alignkit.training.distributed import launched, run_processes
 
-    settings = load_config(config, overrides or [])
+    settings = _settings(config, overrides)
     if nproc > 1 and not launched():
-        from alignkit.stages import check_train
+        from alignkit.commands import check_train
 
         check_train(settings, nproc)
         sys.exit(run_processes(["train", str(config), *(overrides or [])], nproc))
@@ -112,19 +115,19 @@ def train(
 @app.command()
 def sample(config: ConfigFile, overrides: Overrides = None) -> None:
     """Sample held-out prompts from the base and the aligned model, from the same noise."""
-    _run("sample", load_config(config, overrides or []))
+    _run("sample", _settings(config, overrides))
 
 
 @app.command("eval")
 def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Measure held-out pairs and samples before and after; say whether alignment was reached."""
-    _run("eval", load_config(config, overrides or []))
+    _run("eval", _settings(config, overrides))
 
 
 @app.command()
 def report(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write one self-contained HTML page with curves, pairs, samples and numbers."""
-    _run("report", load_config(config, overrides or []))
+    _run("report", _settings(config, overrides))
 
 
 @app.command()
@@ -165,11 +168,20 @@ def experiment(
         localdpo.run(family, folder, smoke=smoke)
 
 
+def _settings(config: Path, overrides: list[str] | None) -> Config:
+    """The configuration of a command, its stages checked too."""
+    from alignkit.stages import stage_configs
+
+    settings = load_config(config, overrides or [])
+    stage_configs(settings)
+    return settings
+
+
 def _run(name: str, config: Config) -> None:
     _quiet_libraries()
-    from alignkit.stages import run_stage
+    from alignkit.commands import run_command
 
-    run_stage(name, config)
+    run_command(name, config)
 
 
 def run() -> None:

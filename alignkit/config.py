@@ -5,8 +5,9 @@ the file and the key. `load_config` is the only way in; commands get a frozen `C
 """
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -90,6 +91,7 @@ class MaskSection(Section):
 class PairsSection(Section):
     """How losers are made from winners."""
 
+    folder: Path | None = Field(None, description="where the pairs are, to be shared by runs; null: output.dir/pairs")
     seed: Annotated[int, Field(ge=0)] = 0
     per_clip: Positive = Field(1, description="pairs made from each clip, with different masks and noise")
     num_inference_steps: Positive = 50
@@ -120,51 +122,85 @@ class NoiseSection(Section):
     timesteps: Literal["logit_normal", "uniform", "schedule"] = "logit_normal"
 
 
-OBJECTIVE_KEYS: dict[str, frozenset[str]] = {
-    "local_dpo": frozenset(
-        {"beta", "loser_safeguard", "strength_range"}
-        | {"weight_region", "weight_global", "weight_sft", "weight_region_sft"}
-    ),
-    "dpo": frozenset({"beta", "loser_safeguard", "label_smoothing"}),
-    "robust_dpo": frozenset({"beta", "loser_safeguard", "label_smoothing"}),
-    "ipo": frozenset({"beta", "loser_safeguard"}),
-    "hinge": frozenset({"beta", "loser_safeguard"}),
-    "region_dpo": frozenset({"beta", "loser_safeguard", "label_smoothing"}),
-    "sft": frozenset(),
+_PREFERENCE = {"beta": 5000.0, "beta_min": 50.0, "beta_max": 5000.0, "loser_safeguard": None, "weight_sft": 0.0}
+_SMOOTHED = _PREFERENCE | {"label_smoothing": 0.0}
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "local_dpo": _PREFERENCE
+    | {"weight_sft": 0.1, "weight_region": 1.0, "weight_global": 1.0, "weight_region_sft": 0.0}
+    | {"strength_range": (0.75, 0.90)},
+    "dpo": _SMOOTHED,
+    "robust_dpo": _SMOOTHED,
+    "poly_dpo": _PREFERENCE | {"poly_alpha": 1.0},
+    "winner_guarded": _PREFERENCE | {"guard_weight": 1.0, "guard_exponent": 2.0},
+    "ipo": _PREFERENCE,
+    "hinge": _PREFERENCE,
+    "region_dpo": _SMOOTHED,
+    "sft": {},
 }
-"""Which keys of `objective` each objective reads."""
+"""Every objective: the keys of `objective` that it reads, each with the value it has there unless it is set. What it
+computes is the function of its name in `alignkit.objectives.heads`."""
 
 
 class ObjectiveSection(Section):
-    """The loss; see docs/losses.md for the objectives, what each key does and how betas convert."""
+    """The loss; see docs/losses.md for the objectives, what each key does and how betas convert.
 
-    name: Literal["local_dpo", "dpo", "robust_dpo", "ipo", "hinge", "region_dpo", "sft"] = "local_dpo"
-    beta: Annotated[float, Field(gt=0)] = 5000.0
+    A default that differs between objectives is that of OBJECTIVES.
+    """
+
+    name: Literal[*OBJECTIVES] = "local_dpo"  # type: ignore[valid-type]
+    beta: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(5000.0, description="a number, or auto")
+    beta_min: Annotated[float, Field(gt=0)] = Field(50.0, description="with beta: auto, the lowest it may get")
+    beta_max: Annotated[float, Field(gt=0)] = Field(5000.0, description="the highest, and what it starts from")
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(0.0, description="share of swapped labels")
     loser_safeguard: Fraction | None = Field(
         None, description="μ: holds the loser's gradient back where it would raise the winner's error; null: off"
     )
+    poly_alpha: Annotated[float, Field(ge=-1)] = Field(1.0, description="α of Poly-DPO; 0 is plain dpo")
+    guard_weight: NonNegative = Field(1.0, description="of the winner's error in the guard, times a power of a")
+    guard_exponent: NonNegative = Field(2.0, description="that power; 0: the same guard at every noise level")
     strength_range: tuple[float, float] = (0.75, 0.90)
     weight_region: NonNegative = 1.0
     weight_global: NonNegative = 1.0
-    weight_sft: NonNegative = 0.1
+    weight_sft: NonNegative = Field(0.0, description="of the winner's own error; 0.1 for local_dpo, else 0")
     weight_region_sft: NonNegative = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_objective(cls, given: Any) -> Any:
+        name = given.get("name", "local_dpo") if isinstance(given, dict) else None
+        return OBJECTIVES[name] | given if isinstance(name, str) and name in OBJECTIVES else given
 
     @model_validator(mode="after")
     def _keys_are_read(self) -> "ObjectiveSection":
-        """Defaults pass, even written out: a dumped configuration holds every key."""
+        """Defaults pass, even written out and of another objective: a dumped configuration holds every key."""
         for key, field in type(self).model_fields.items():
-            if key != "name" and key not in OBJECTIVE_KEYS[self.name] and getattr(self, key) != field.default:
-                readers = ", ".join(name for name, keys in OBJECTIVE_KEYS.items() if key in keys)
+            defaults = [field.default, *(keys[key] for keys in OBJECTIVES.values() if key in keys)]
+            if key != "name" and key not in OBJECTIVES[self.name] and getattr(self, key) not in defaults:
+                readers = ", ".join(name for name, keys in OBJECTIVES.items() if key in keys)
                 raise ValueError(f"{key} is not read by the objective {self.name!r}, only by {readers}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _beta_has_a_range(self) -> "ObjectiveSection":
+        if self.beta_min > self.beta_max:
+            raise ValueError(f"beta_min is {self.beta_min:g}, above beta_max, {self.beta_max:g}")
+        for key in ("beta_min", "beta_max"):
+            if self.beta != "auto" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is read with beta: auto alone; leave it out")
         return self
 
     @model_validator(mode="after")
     def _something_to_train_on(self) -> "ObjectiveSection":
         names = "weight_region", "weight_global", "weight_sft", "weight_region_sft"
-        if not any(getattr(self, name) for name in names):
+        if self.name == "local_dpo" and not any(getattr(self, name) for name in names):
             raise ValueError(f"{', '.join(names)} are all 0: there is nothing to train")
         return self
+
+    @property
+    def largest_beta(self) -> float:
+        """β, or with `beta: auto` the highest that it may get."""
+        return self.beta_max if self.beta == "auto" else self.beta
 
 
 class ReferenceSection(Section):
@@ -235,6 +271,22 @@ class OutputSection(Section):
     dir: Path
 
 
+class StageSection(Section):
+    """One stage of a chain: its name, and what it changes of the sections around it."""
+
+    name: Literal["localdpo", "sft"]
+    noise: dict[str, Any] = Field(default_factory=dict)
+    objective: dict[str, Any] = Field(default_factory=dict)
+    reference: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+
 class Config(Section):
     """Everything a run depends on."""
 
@@ -249,6 +301,17 @@ class Config(Section):
     sample: SampleSection = SampleSection()
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection
+    stages: tuple[StageSection, ...] | None = Field(
+        None, min_length=1, description="trained one after the other, each from the weights of the one before"
+    )
+
+    @model_validator(mode="after")
+    def _each_stage_once(self) -> "Config":
+        names = [stage.name for stage in self.stages or ()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"stages: {twice!r} stands there twice; a stage's folder bears its name")
+        return self
 
     @model_validator(mode="after")
     def _adapter_to_switch_off(self) -> "Config":
@@ -264,7 +327,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _strengths_in_range(self) -> "Config":
-        if self.data.pairs or "strength_range" not in OBJECTIVE_KEYS[self.objective.name]:
+        if self.data.pairs or "strength_range" not in OBJECTIVES[self.objective.name]:
             return self
         low, high = self.objective.strength_range
         for k in self.pairs.strengths:
@@ -302,6 +365,21 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: {_describe(error)}") from None
 
 
+def changed(config: Config, changes: dict[str, dict], where: str) -> Config:
+    """`config` with the keys of `changes` (by section) changed, checked as a whole; `where` begins a ConfigError.
+
+    An objective of another name begins with its own defaults.
+    """
+    tree = config.model_dump(mode="json")
+    for section, keys in changes.items():
+        fresh = section == "objective" and keys.get("name", config.objective.name) != config.objective.name
+        tree[section] = _merge({} if fresh else tree[section], keys)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_describe(error)}") from None
+
+
 def shipped_config(name: str) -> Path:
     """Path of a configuration that comes with alignkit: `configs/`, which a link makes part of the package."""
     path = Path(__file__).parent / "configs" / name
@@ -313,6 +391,11 @@ def shipped_config(name: str) -> Path:
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _merge(tree: dict, changes: dict) -> dict:
+    both = {key for key, value in changes.items() if isinstance(value, dict) and isinstance(tree.get(key), dict)}
+    return tree | {key: _merge(tree[key], value) if key in both else value for key, value in changes.items()}
 
 
 def _apply(tree: dict, override: str) -> None:
@@ -354,7 +437,13 @@ def _describe(error: ValidationError) -> str:
 def _known_keys(location: tuple) -> list[str]:
     section: type[BaseModel] = Config
     for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation
+        if isinstance(part, str):  # a number is a place in a list
+            section = next(_sections_in(section.model_fields[part].annotation))
     return list(section.model_fields)
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)

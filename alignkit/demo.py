@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from alignkit.commands import COMMANDS, run_command
 from alignkit.config import Config, Family, ModelSection, load_config, shipped_config
 from alignkit.progress import progress, say
-from alignkit.stages import STAGES, run_stage
 from alignkit.tiny.clips import write_clips
 
 CLIPS = 160
@@ -25,9 +25,9 @@ def run_demo(family: Family, videos: Path | None, out: Path | None, overrides: l
     config = load_config(shipped_config(f"{family}-tiny-localdpo.yaml"), settings)
     if videos is None:
         draw_clips(folder)
-    for number, name in enumerate(STAGES, 1):
-        say(f"\n[{number}/{len(STAGES)}] {name}")
-        run_stage(name, config)
+    for number, name in enumerate(COMMANDS, 1):
+        say(f"\n[{number}/{len(COMMANDS)}] {name}")
+        run_command(name, config)
     _conclude(config)
 
 

@@ -23,3 +23,12 @@ def write_json(path: Path, value: object) -> None:
 def write_lines(path: Path, rows: list[dict]) -> None:
     """JSON Lines."""
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def flush(path: Path) -> None:
+    """Have what was written of a file, or the names in a folder, on disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,13 +27,12 @@ from machine import ROOT, machine
 from alignkit.config import load_config
 from alignkit.models import family_module, load_model, shipped_model, working_dtype
 from alignkit.models.attention import set_attention
-from alignkit.objectives.preference import training_loss
-from alignkit.objectives.states import draw_path_points, training_states
+from alignkit.objectives.laws import start_law
 from alignkit.stores.pairs import Pair, PairStore, StoreInfo, open_for_building, write_block, write_empty_text
 from alignkit.training.distributed import start_process
-from alignkit.training.engine import load_network, start_policy, start_reference
-from alignkit.training.loop import load_rows
-from alignkit.training.weights import base_weights
+from alignkit.training.engine import load_network
+from alignkit.training.run import load_rows, start_run
+from alignkit.training.weights import open_start
 
 TINY = {"tiny-wan": "wan-tiny-localdpo.yaml", "tiny-cogvideox": "cogvideox-tiny-localdpo.yaml"}
 REAL = ("wan2.1-1.3b", "cogvideox-2b", "cogvideox-5b", "wan2.1-14b")
@@ -69,6 +69,16 @@ class Timed:
 
     def __call__(self, **inputs):
         return self.clock.timed(self.part, self.network, **inputs)
+
+
+class TimedAnswer:
+    """A reference whose forwards are timed."""
+
+    def __init__(self, reference, clock: Clock):
+        self.reference, self.clock = reference, clock
+
+    def answer(self, states):
+        return self.clock.timed("reference", self.reference.answer, states)
 
 
 def random_folder(name: str, folder: Path, device: torch.device) -> str:
@@ -123,28 +133,24 @@ class Alignkit:
     """The step of `alignkit train`."""
 
     def __init__(self, config, process, model, store):
-        self.config, self.process, self.model, self.store = config, process, model, store
-        weights = base_weights(config.model, model)
-        model.transformer, self.attention = load_network(config, process, model, weights)
-        self.policy = start_policy(config, process, model.transformer, weights)
-        self.reference = start_reference(config, process, self.policy, model, weights)
-        self.dtype = working_dtype(config.model, process.device)
+        start = open_start(config, model)
+        model.transformer, self.attention = load_network(config, process, model, start)
+        self.run = start_run(config, process, model, store, start)
 
     def step(self, rows: list[int], clock: Clock) -> float:
         def data():
-            batch = load_rows(self.store, rows, self.process.device)
-            epochs = torch.zeros(len(rows), dtype=torch.int64)
-            return batch, training_states(self.config, self.model, batch, epochs, self.store.empty_text, self.dtype)
+            batch = load_rows(self.run.store, rows, self.run.process.device)
+            return batch, self.run.states(batch, torch.zeros(len(rows), dtype=torch.int64))
 
         batch, states = clock.timed("data", data)
         inside = sum(clock.seconds[part] for part in ("forward", "reference"))
-        networks = Timed(self.policy, clock, "forward"), Timed(self.reference, clock, "reference")
+        policy, reference = Timed(self.run.policy, clock, "forward"), TimedAnswer(self.run.reference, clock)
         start = clock._now()
-        result = training_loss(self.config, self.model, *networks, batch, states)
+        result = replace(self.run, policy=policy, reference=reference).loss(batch, states)
         inside = sum(clock.seconds[part] for part in ("forward", "reference")) - inside
         clock.seconds["loss"] += clock._now() - start - inside
-        clock.timed("backward", self.policy.backward, result.loss)
-        clock.timed("optimizer", self.policy.step)
+        clock.timed("backward", self.run.policy.backward, result.loss)
+        clock.timed("optimizer", self.run.policy.step)
         return result.loss.item()
 
 
@@ -170,10 +176,9 @@ class Plain:
     def step(self, rows: list[int], clock: Clock) -> float:
         def data():
             batch = load_rows(self.store, rows, self.process.device)
-            coefficients, timesteps = draw_path_points(
-                self.config, self.model, batch.ids, torch.zeros(len(rows), dtype=torch.int64)
-            )
-            coefficients = coefficients.to(self.process.device, torch.float32)
+            points = start_law(self.config, self.model).draw(batch.ids, torch.zeros(len(rows), dtype=torch.int64))
+            timesteps = points.timesteps
+            coefficients = points.coefficients.to(self.process.device, torch.float32)
             a, s, c, d = (coefficients[:, i].view(-1, *[1] * (batch.winner.ndim - 1)) for i in range(4))
             noise = torch.randn_like(batch.winner)
             states = torch.cat([a * batch.winner + s * noise, a * batch.loser + s * noise])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from alignkit.config import OBJECTIVE_KEYS, dump_config, load_config, shipped_config
+from alignkit.config import OBJECTIVES, dump_config, load_config, shipped_config
 from alignkit.errors import ConfigError
 
 
@@ -47,6 +47,21 @@ GOOD = "output: {dir: out}\n"
         ("train: {}", [], ["output", "missing"]),
         ("- a\n- b", [], ["sections", "list"]),
         ("a: [", [], ["not valid YAML"]),
+        (GOOD + "objective: {beta: automatic}", [], ["objective.beta", "'automatic'"]),
+        (GOOD + "objective: {beta: 0}", [], ["objective.beta", "greater than 0"]),
+        (GOOD + "objective: {beta_min: 5}", [], ["beta_min", "beta: auto"]),
+        (GOOD + "objective: {beta: auto, beta_min: 9, beta_max: 8}", [], ["beta_min is 9", "beta_max, 8"]),
+        (GOOD + "objective: {name: dpo, guard_weight: 2}", [], ["guard_weight", "'dpo'", "winner_guarded"]),
+        (GOOD + "objective: {name: poly_dpo, poly_alpha: -2}", [], ["objective.poly_alpha", "greater than or equal"]),
+        (GOOD + "objective: {name: [dpo]}", [], ["objective.name"]),
+        (GOOD + "train: {learning_rate: -1}", [], ["train.learning_rate", "greater than or equal to 0"]),
+        (GOOD + "train: {lora: {rnk: 4}}", [], ["train.lora.rnk", "unknown key", "'rank'"]),
+        (GOOD + "stages: []", [], ["stages", "at least 1"]),
+        (GOOD + "stages: sft", [], ["stages"]),
+        (GOOD + "stages: [sft, localdpo, sft]", [], ["stages", "'sft'", "twice"]),
+        (GOOD + "stages: [sft, onlin]", [], ["stages.1.name", "'localdpo'", "'onlin'"]),
+        (GOOD + "stages: [{name: sft, trian: {}}]", [], ["stages.0.trian", "'train'"]),
+        (GOOD + "stages: [{train: {}}]", [], ["stages.0.name", "missing"]),
         (GOOD, ["train.steps"], ["train.steps", "section.key=value"]),
         (GOOD, ["output.dir.x=1"], ["output.dir.x=1", "not a section"]),
         (GOOD, ["train.stepz=3"], ["train.stepz", "'steps'"]),
@@ -76,8 +91,9 @@ def test_overrides_win_over_the_file(tmp_path):
 @pytest.mark.parametrize(
     "objective",
     [
-        *({"name": name} for name in OBJECTIVE_KEYS),
+        *({"name": name} for name in OBJECTIVES),
         {"loser_safeguard": 0.0, "weight_region": 0.5},
+        {"name": "winner_guarded", "beta": "auto", "beta_min": 3, "guard_exponent": 0, "weight_sft": 7},
         {"name": "region_dpo", "beta": 100, "label_smoothing": 0.1, "loser_safeguard": 0.3},
     ],
 )
@@ -104,3 +120,13 @@ def test_every_configuration_in_the_folder_is_valid():
     assert files
     for file in files:
         load_config(file)
+
+
+def test_a_default_may_differ_between_objectives(tmp_path):
+    weights = {
+        name: load_config(write(tmp_path, GOOD), [f"objective.name={name}"]).objective.weight_sft
+        for name in ("local_dpo", "dpo", "sft")
+    }
+    assert weights == {"local_dpo": 0.1, "dpo": 0.0, "sft": 0.0}
+    dumped = write(tmp_path, dump_config(load_config(write(tmp_path, GOOD))))
+    assert load_config(dumped, ["objective.name=sft"]).objective.name == "sft", "what a dump holds is no mistake"

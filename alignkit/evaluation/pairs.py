@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from alignkit.config import Config
 from alignkit.models import family_module
-from alignkit.objectives.preference import accuracy
-from alignkit.objectives.states import make_states
+from alignkit.objectives.diagnostics import accuracy
+from alignkit.objectives.states import evaluation_states
 from alignkit.progress import progress
 from alignkit.stores.pairs import PairStore
-from alignkit.training.loop import load_rows
+from alignkit.training.run import load_rows
 from alignkit_kernels import NoiseKey, PairRegionErrors, Stream, losses, pair_region_errors
 
 
@@ -51,7 +51,7 @@ def score_pairs(
                     batch = load_rows(store, chunk, device)
                     count = len(batch)
                     key = NoiseKey(evaluation.seed, batch.ids, position * evaluation.draws + draw, Stream.EVALUATION)
-                    states = make_states(
+                    states = evaluation_states(
                         model,
                         batch,
                         schedule.coefficients[row].expand(count, 4),
@@ -59,7 +59,7 @@ def score_pairs(
                         key,
                         model.dtype,
                     )
-                    inputs = (states.states, states.timesteps, states.text)
+                    inputs = (states.inputs, states.timesteps, states.text)
                     pred_w, pred_l = predict(policy, *inputs).chunk(2)
                     ref_w, ref_l = predict(reference, *inputs).chunk(2)
                     errors = pair_region_errors(
@@ -74,7 +74,7 @@ def score_pairs(
                         regions=batch.mask,
                         num_regions=2,
                     )
-                    collected.append(_per_pair(errors, config.objective.beta))
+                    collected.append(_per_pair(errors, config.objective.largest_beta))
                     bar.advance(count)
     shape = (len(rows), evaluation.draws, len(store))
     return PairScores(

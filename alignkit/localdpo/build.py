@@ -91,7 +91,7 @@ def build_pairs(
 
 def _store_info(config: Config, model) -> StoreInfo:
     pairs = config.pairs
-    unlike = {"block_size": True, "dtype": True, "previews": True, "mask": {"files"}}
+    unlike = {"folder": True, "block_size": True, "dtype": True, "previews": True, "mask": {"files"}}
     terms = pairs.model_dump(mode="json", exclude=unlike)
     return StoreInfo(
         kind="local_dpo",

@@ -1,28 +1,21 @@
-"""The training objectives: a pair batch in, the loss and its diagnostics out.
+"""The training objectives: predictions for a pair batch in, the loss out.
 
-Each is the same three steps: forwards, squared errors by region, and a head of `alignkit_kernels.losses`. What an
-objective is, which keys it reads and when to use it: `docs/losses.md`.
+Each is the same three steps: squared errors by region, a head of `alignkit.objectives.heads`, and the terms added to
+it. What an objective is, which keys it reads and when to use it: `docs/losses.md`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from alignkit.config import Config, ObjectiveSection
-from alignkit.models import family_module
+from alignkit.config import OBJECTIVES, ObjectiveSection
+from alignkit.objectives import heads
+from alignkit.objectives.scored import Logits, Scored
 from alignkit.objectives.states import States
+from alignkit.objectives.terms import TERMS
 from alignkit.stores.pairs import PairBatch
-from alignkit_kernels import PairRegionErrors, losses, pair_region_errors, region_errors
-
-SATURATED = 6.0  # |logit| from which σ(−z) is below 0.25 % or above 99.75 %: the pair no longer teaches
-
-Logits = dict[str, Tensor]
-"""z by what its gaps are means over, fp64 [B]: "global" (the whole latent) and "region" (inside the mask)."""
-Head = Callable[[ObjectiveSection, PairRegionErrors, Logits, Tensor | None], tuple[Tensor, Logits]]
-"""From sums by region, their logits and the pairs' strength (or None) to the loss, fp64 [B], and to those logits
-that it puts through a sigmoid."""
+from alignkit_kernels import losses, pair_region_errors, region_errors
 
 
 @dataclass(frozen=True)
@@ -34,6 +27,7 @@ class TrainingLoss:
     logits: exactly 0 where policy and reference agree; empty without a reference.
     sigmoids: those of `logits` that the loss puts through a sigmoid.
     safeguard: how much of the loser's gradient was kept; None with the safeguard off.
+    beta: the one in force, a number; None without a reference.
     """
 
     loss: Tensor
@@ -43,76 +37,12 @@ class TrainingLoss:
     logits: Logits = field(default_factory=dict)
     sigmoids: Logits = field(default_factory=dict)
     safeguard: Tensor | None = None
-
-
-def _local_dpo(objective: ObjectiveSection, sums: PairRegionErrors, _: Logits, strength: Tensor | None):
-    got = losses.local_dpo(
-        sums.error_w,
-        sums.error_l,
-        sums.gap_w,
-        sums.gap_l,
-        sums.count,
-        strength=strength,
-        beta=objective.beta,
-        strength_range=objective.strength_range,
-        weight_region=objective.weight_region,
-        weight_global=objective.weight_global,
-        weight_sft=objective.weight_sft,
-        weight_region_sft=objective.weight_region_sft,
-    )
-    return got.loss_per_pair, {"global": got.logits_global, "region": got.logits_region}
-
-
-def _dpo(objective: ObjectiveSection, _sums: PairRegionErrors, logits: Logits, _: Tensor | None):
-    return losses.dpo(logits["global"], objective.label_smoothing), {"global": logits["global"]}
-
-
-def _robust_dpo(objective: ObjectiveSection, _sums: PairRegionErrors, logits: Logits, _: Tensor | None):
-    return losses.robust_dpo(logits["global"], objective.label_smoothing), {"global": logits["global"]}
-
-
-def _ipo(_objective: ObjectiveSection, _sums: PairRegionErrors, logits: Logits, _: Tensor | None):
-    return losses.ipo(logits["global"]), {}
-
-
-def _hinge(_objective: ObjectiveSection, _sums: PairRegionErrors, logits: Logits, _: Tensor | None):
-    return losses.hinge(logits["global"]), {}
-
-
-def _region_dpo(objective: ObjectiveSection, sums: PairRegionErrors, logits: Logits, _: Tensor | None):
-    loss = losses.region_dpo(sums.gap_w, sums.gap_l, sums.count, objective.beta, objective.label_smoothing)
-    return loss, {"region": logits["region"]}
-
-
-HEADS: dict[str, Head] = {
-    "local_dpo": _local_dpo,
-    "dpo": _dpo,
-    "robust_dpo": _robust_dpo,
-    "ipo": _ipo,
-    "hinge": _hinge,
-    "region_dpo": _region_dpo,
-}
-"""The objectives that compare winner and loser with a reference, by `objective.name`; the one other is `sft`."""
+    beta: float | None = None
 
 
 def needs_reference(objective: ObjectiveSection) -> bool:
-    return objective.name in HEADS
-
-
-def training_loss(
-    config: Config, model, policy: nn.Module, reference: nn.Module | None, batch: PairBatch, states: States
-) -> TrainingLoss:
-    """The loss of `config.objective`: one forward of each network over winners and losers together.
-
-    Without need of a reference, `reference` may be None, and the policy sees winners only.
-    """
-    predict = family_module(model.family).predict
-    inputs = (states.states, states.timesteps, states.text)
-    if not needs_reference(config.objective):
-        return supervised_loss(predict(policy, *(x[: len(batch)] for x in inputs)), batch, states)
-    with torch.no_grad():
-        references = predict(reference, *inputs).chunk(2)
-    return preference_loss(config.objective, predict(policy, *inputs).chunk(2), references, batch, states)
+    """Whether it compares winner and loser with a reference; `sft` does not."""
+    return hasattr(heads, objective.name)
 
 
 def preference_loss(
@@ -121,80 +51,65 @@ def preference_loss(
     references: tuple[Tensor, Tensor],
     batch: PairBatch,
     states: States,
+    beta: float | None = None,
 ) -> TrainingLoss:
     """The loss from both networks' predictions for (winners, losers), each [B, ...] like the latents, any float dtype.
 
-    Differentiable in `predictions`. Raises `alignkit_kernels.InputError` for a strength outside
-    `objective.strength_range` (local_dpo) and for shapes that do not fit.
+    beta: the one in force; None for `objective.beta`. Differentiable in `predictions`. Raises
+    `alignkit_kernels.InputError` for a strength outside `objective.strength_range` (local_dpo) and for shapes that do
+    not fit.
     """
     sums = pair_region_errors(
         *predictions,
         batch.winner,
         batch.loser,
         states.coefficients,
-        states.noise,
+        states.noise_w,
+        states.noise_l,
         reference_w=references[0],
         reference_l=references[1],
         regions=batch.mask,
         num_regions=2,
     )
-    kept = None
+    pairs, kept = Scored(objective, objective.beta if beta is None else beta, batch, states, sums), None
     if objective.loser_safeguard is not None:
-        kept = losses.loser_safeguard(sums.error_w, sums.cross, objective.loser_safeguard)
+        kept = _share_of_loser(pairs)
         # no loss reads error_l: the gap is the only way to the loser's prediction
-        sums = sums._replace(gap_l=losses.scale_gradient(sums.gap_l, kept[:, None]))
-    means = losses.pair_means(sums.error_w, sums.error_l, sums.gap_w, sums.gap_l, sums.count)
-    logits = {
-        "global": losses.logits_of(means.gap_w, means.gap_l, objective.beta),
-        "region": losses.logits_of(means.region_gap_w, means.region_gap_l, objective.beta),
-    }
-    per_pair, sigmoids = HEADS[objective.name](objective, sums, logits, batch.strength)
-    return TrainingLoss(per_pair.mean(), per_pair, means.error_w, means, logits | sigmoids, sigmoids, kept)
+        pairs = replace(pairs, sums=sums._replace(gap_l=losses.scale_gradient(sums.gap_l, kept[:, None])))
+    per_pair, sigmoids = _loss(pairs)
+    loss = per_pair.mean() if states.weight is None else (states.weight.to(per_pair.device) * per_pair).mean()
+    return TrainingLoss(
+        loss, per_pair, pairs.means.error_w, pairs.means, pairs.logits | sigmoids, sigmoids, kept, pairs.beta
+    )
 
 
 def supervised_loss(prediction: Tensor, batch: PairBatch, states: States) -> TrainingLoss:
     """The winners' own error, from the policy's predictions for them, [B, ...]: nothing of the losers is read."""
-    sums = region_errors(prediction, batch.winner, states.coefficients, states.noise)
+    sums = region_errors(prediction, batch.winner, states.coefficients, states.noise_w)
     error = sums.error.sum(dim=1) / sums.count.sum(dim=1)
     per_pair = losses.sft(error)
-    return TrainingLoss(per_pair.mean(), per_pair, error)
+    loss = per_pair.mean() if states.weight is None else (states.weight.to(per_pair.device) * per_pair).mean()
+    return TrainingLoss(loss, per_pair, error)
 
 
-def diagnostics(config: Config, result: TrainingLoss, states: States) -> dict[str, Tensor]:
-    """Per-pair numbers, fp64 [B], whose means over the global batch are logged: those that the objective defines.
-
-    rewards/* carry TRL's names for the whole latent: chosen and rejected are −β/2 · gap of each side, margins
-    their difference (the logit), accuracies counts a tie as half. Gaps are policy − reference.
-    gradient_factor is σ(−z), by which a pair's gradient is scaled: 0.5 at the start, towards 0 where the pair is
-    learnt. safeguard/factor is the share of the loser's gradient that was kept.
-    """
-    numbers = {"loss": result.loss_per_pair}
-    if result.means is not None:
-        means, whole, region = result.means, result.logits["global"], result.logits["region"]
-        half_beta = config.objective.beta / 2
-        numbers |= {
-            "rewards/chosen": -half_beta * means.gap_w,
-            "rewards/rejected": -half_beta * means.gap_l,
-            "rewards/margins": whole,
-            "rewards/accuracies": accuracy(whole),
-            "global/gap_w": means.gap_w,
-            "global/gap_l": means.gap_l,
-            "region/accuracy": accuracy(region),
-            "region/logit": region,
-            "region/gap_w": means.region_gap_w,
-            "region/gap_l": means.region_gap_l,
-            "region_empty": means.region_empty.double(),
-            "error_l": means.error_l,
-        }
-    for name, logit in result.sigmoids.items():
-        numbers[f"{name}/gradient_factor"] = torch.sigmoid(-logit)
-        numbers[f"{name}/saturated"] = (logit.abs() > SATURATED).double()
-    if result.safeguard is not None:
-        numbers["safeguard/factor"] = result.safeguard
-    numbers |= {"error_w": result.error_w, "noise_level": states.coefficients[:, 1].double()}
-    return {name: number.detach() for name, number in numbers.items()}
+def _loss(pairs: Scored) -> tuple[Tensor, Logits]:
+    """The head's loss and every term that has a weight, fp64 [B], and the head's sigmoids."""
+    objective = pairs.objective
+    per_pair, sigmoids = getattr(heads, objective.name)(pairs)
+    for key, term in TERMS.items():
+        if key in OBJECTIVES[objective.name] and getattr(objective, key):
+            per_pair = per_pair + getattr(objective, key) * term(pairs)
+    return per_pair, sigmoids
 
 
-def accuracy(logits: Tensor) -> Tensor:
-    """1 where the winner is preferred, 0 where the loser is, ½ for a tie; fp64 [B]."""
-    return (logits > 0).double() + 0.5 * (logits == 0).double()
+def _share_of_loser(pairs: Scored) -> Tensor:
+    """λ of `losses.loser_safeguard`, fp64 [B], with the weights that this very loss gives to each region."""
+    names = "error_w", "gap_w", "gap_l"
+    apart = {name: getattr(pairs.sums, name).detach().requires_grad_() for name in names}
+    with torch.enable_grad():
+        loss = _loss(replace(pairs, sums=pairs.sums._replace(**apart)))[0].sum()
+    slopes = torch.autograd.grad(loss, list(apart.values()), allow_unused=True, materialize_grads=True)
+    error_w, gap_w, gap_l = slopes
+    # where a loss pulls z back its slopes have the other sign, and there is nothing to hold back
+    weights = {"weight_w": (error_w + gap_w).clamp(min=0), "weight_l": (-gap_l).clamp(min=0)}
+    return losses.loser_safeguard(pairs.sums.error_w, pairs.sums.cross, pairs.objective.loser_safeguard, **weights)

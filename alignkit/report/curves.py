@@ -154,6 +154,12 @@ def _main_plots(run: Run, log: Log) -> list[str]:
             y_limits=SHARES,
         ),
         _training(
+            "β in force",
+            "With beta: auto, 2 over the running mean of the distance between the two gaps, within its limits.",
+            [log.series("beta", "β", 1)],
+            smooth=False,
+        ),
+        _training(
             "Gradient norm",
             "Before clipping. Single spikes are harmless; a steady climb says that the learning rate is too high.",
             [log.series("grad_norm", "gradient norm", 1)],
@@ -179,7 +185,11 @@ def _start_of_loss(objective: dict | None) -> tuple[str, list[Rule]]:
             "the plain denoising loss of the winner.",
             [Rule(total * LN2, f"no preference: {total * LN2:.3f}")],
         )
+    if name == "winner_guarded":
+        return "The guard's part depends on the winner's error, so there is no value that it starts from.", []
     start = {"ipo": 0.25, "hinge": 1.0, "sft": None}.get(name, LN2)
+    if name == "poly_dpo":
+        start += (number(objective, "poly_alpha") or 0.0) / 2
     if start is None:
         return "The plain denoising loss of the winners.", []
     return (

@@ -40,12 +40,21 @@ def read_run(folder: Path) -> Run:
         summary=_summary(folder / "summary.json"),
         config_text=config_text,
         config=_yaml(config_text),
-        metrics=_lines(folder / "train" / "metrics.jsonl"),
+        metrics=_metrics(folder),
         evaluation=_object(_text(folder / "eval.json")),
         pairs=sorted((folder / "report_pairs").glob("*.npz")),
         samples=_lines(folder / "samples" / "samples.jsonl"),
         skipped=_lines(folder / "skipped.jsonl"),
     )
+
+
+def _metrics(folder: Path) -> list[dict]:
+    """Of the run, or of a chain's stages one after the other, their steps counted on."""
+    rows: list[dict] = []
+    for file in [folder / "train" / "metrics.jsonl", *sorted(folder.glob("stages/*/train/metrics.jsonl"))]:
+        before = number(rows[-1], "step") or 0 if rows else 0
+        rows += [row | {"step": row["step"] + before} for row in _lines(file) if number(row, "step") is not None]
+    return rows
 
 
 def number(tree: Any, *keys: str) -> float | None:

@@ -11,6 +11,8 @@ OBJECTIVES = {
     "local_dpo": "LocalDPO",
     "dpo": "DPO",
     "robust_dpo": "robust DPO",
+    "poly_dpo": "Poly-DPO",
+    "winner_guarded": "winner-guarded DPO",
     "ipo": "IPO",
     "hinge": "the hinge loss",
     "region_dpo": "DPO by region",
@@ -52,6 +54,10 @@ def _model(run: Run) -> str:
 
 
 def _objective(run: Run) -> str:
+    stages = run.config.get("stages")
+    names = [stage.get("name") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    if names:
+        return ", then ".join({"localdpo": "LocalDPO"}.get(name, OBJECTIVES.get(name, str(name))) for name in names)
     section = run.config.get("objective")
     name = str(section.get("name", "local_dpo")) if isinstance(section, dict) else "local_dpo"
     return OBJECTIVES.get(name, name)

@@ -22,7 +22,7 @@ SKIPPED = "skipped.jsonl"
 
 
 def pairs_folder(config: Config, split: str) -> Path:
-    return config.output.dir / "pairs" / split
+    return (config.pairs.folder or config.output.dir / "pairs") / split
 
 
 def source_folder(config: Config) -> Path:

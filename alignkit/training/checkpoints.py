@@ -13,14 +13,18 @@ from pathlib import Path
 import torch
 
 from alignkit.errors import CheckpointError
-from alignkit.files import write_json
+from alignkit.files import flush, write_json
 from alignkit.progress import say
+from alignkit.training.state import load_state, save_state, state_damage
+from alignkit.training.terms import difference
 
 MANIFEST = "manifest.json"
+FORMAT = 2
 
 
-def save(engine, folder: Path, step: int, terms: dict, keep: int) -> None:
-    """Write checkpoint `step`; every process must call this. `terms` is what a resumed run must share.
+def save(engine, folder: Path, step: int, terms: dict, keep: int, parts: dict[str, object]) -> None:
+    """Write checkpoint `step`; every process must call this. `terms` is what a resumed run must share, `parts` are
+    those of the run beside its engine, of which some have a state (`alignkit.training.state`).
 
     Written under a temporary name and renamed when complete and on disk; the oldest beyond `keep` are removed
     only after that.
@@ -34,23 +38,31 @@ def save(engine, folder: Path, step: int, terms: dict, keep: int) -> None:
     engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
     torch.distributed.barrier()
     if first:
+        save_state(partial, step, parts)
         files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
         hashes = {str(file.relative_to(partial)): _hash(file) for file in files}
         for file in files:
-            _flush(file)
-        manifest = {"step": step, "world_size": torch.distributed.get_world_size(), "terms": terms, "files": hashes}
+            flush(file)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "world_size": torch.distributed.get_world_size(),
+            "terms": terms,
+            "files": hashes,
+        }
         write_json(partial / MANIFEST, manifest)
-        _flush(partial)
+        flush(partial)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
-        _flush(folder)
+        flush(folder)
         for old in _candidates(folder)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
     torch.distributed.barrier()
 
 
-def load_latest(engine, folder: Path, terms: dict) -> int:
-    """Load the newest whole checkpoint and return its step, 0 if there is none; every process must call this.
+def load_latest(engine, folder: Path, terms: dict, parts: dict[str, object]) -> int:
+    """Load the newest whole checkpoint, the states of `parts` with it, and return its step, 0 if there is none; every
+    process must call this.
 
     Damaged checkpoints are passed over with a line that says so. Raises CheckpointError when the newest whole
     one was written under other terms or by another number of processes.
@@ -65,6 +77,7 @@ def load_latest(engine, folder: Path, terms: dict) -> int:
     if tag is None:
         return 0
     engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+    load_state(folder / tag, parts)
     return int(tag.removeprefix("step-"))
 
 
@@ -80,6 +93,12 @@ def _choose(folder: Path, terms: dict) -> list:
             say(f"passing over checkpoint {path}: {damage}")
             continue
         manifest = json.loads((path / MANIFEST).read_text())
+        if manifest.get("format") != FORMAT:
+            found = manifest.get("format", 1)
+            return [
+                None,
+                f"{path}: checkpoint format {found}, this version reads {FORMAT}; start in another output.dir",
+            ]
         world_size = torch.distributed.get_world_size()
         if manifest["world_size"] != world_size:
             return [
@@ -87,13 +106,12 @@ def _choose(folder: Path, terms: dict) -> list:
                 f"{path}: written by {manifest['world_size']} processes, this run has {world_size}; "
                 "resume with the same number, or start in another output.dir",
             ]
-        for key, value in terms.items():
-            if manifest["terms"].get(key) != value:
-                return [
-                    None,
-                    f"{path}: written with {key} = {manifest['terms'].get(key)!r}, now it is {value!r}; "
-                    "put it back to resume, or start in another output.dir",
-                ]
+        changed = difference(manifest["terms"], terms)
+        if changed:
+            return [
+                None,
+                f"{path}: written with {changed}; put it back to resume, or start in another output.dir",
+            ]
         return [path.name, None]
     return [None, None]
 
@@ -110,12 +128,16 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None. Reads every byte."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        if path.name != f"step-{manifest['step']:08d}":
+            return f"its manifest is of step {manifest['step']}"
         for name, digest in manifest["files"].items():
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
             if _hash(file) != digest:
                 return f"{name} does not match its hash"
+        if manifest.get("format") == FORMAT:
+            return state_damage(path, manifest["step"], manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
@@ -124,11 +146,3 @@ def _damage(path: Path) -> str | None:
 def _hash(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""DeepSpeed engines for the policy and its frozen reference, so built that they agree bit for bit at step 0."""
+"""DeepSpeed: its settings, the network that policy and reference copy are both built from, and the policy's engine."""
 
 import copy
 from typing import Any
@@ -11,10 +11,9 @@ from alignkit.errors import ConfigError
 from alignkit.models import working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.models.blocks import compile_blocks
-from alignkit.objectives.preference import needs_reference
 from alignkit.training.distributed import Process
-from alignkit.training.lora import AdapterOff, add_lora
-from alignkit.training.weights import StartingWeights, load_partitioned, load_whole, set_masters
+from alignkit.training.lora import add_lora
+from alignkit.training.weights import Start, load_partitioned, load_whole, set_masters
 
 PRESETS: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2},
@@ -56,7 +55,7 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     return _merged(base, config.deepspeed.config)
 
 
-def load_network(config: Config, process: Process, model, weights: StartingWeights) -> tuple[nn.Module, str]:
+def load_network(config: Config, process: Process, model, start: Start) -> tuple[nn.Module, str]:
     """`model`'s transformer, frozen, and the attention backend it will run on; under ZeRO-3 already partitioned.
 
     Policy and reference copy are both loaded by this, so that they run in the same regime.
@@ -64,24 +63,39 @@ def load_network(config: Config, process: Process, model, weights: StartingWeigh
     dtype = working_dtype(config.model, process.device)
     settings = deepspeed_config(config, process)
     if settings["zero_optimization"]["stage"] == 3:
-        network = load_partitioned(model, weights, settings, dtype, process.device)
+        network = load_partitioned(model, start.base, settings, dtype, process.device)
     else:
-        network = load_whole(model, weights, dtype, process.device)
+        network = load_whole(model, start.base, dtype, process.device)
     if config.train.compile:
         compile_blocks(network)
     return network, set_attention(network, config.model.attention, process.device, dtype)
 
 
-def start_policy(config: Config, process: Process, transformer: nn.Module, weights: StartingWeights):
+def put_adapters(network: nn.Module, config: Config, start: Start) -> dict[str, torch.Tensor]:
+    """Freeze `network`, put the adapters of `train.lora` on it and return their values, fp32 on CPU by name: those that
+    an earlier stage handed on, or new ones."""
+    values = add_lora(network, config.train.lora, config.train.seed)
+    if start.adapters is None:
+        return values
+    if start.adapters.keys() != values.keys():
+        raise ConfigError("train.lora: other adapters than the stage before trained; use one train.lora for all stages")
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name in values:
+                parameter.copy_(start.adapters[name])
+    return start.adapters
+
+
+def start_policy(config: Config, process: Process, transformer: nn.Module, start: Start):
     """The trained network in its engine, with AdamW on every parameter, or on its adapters alone (`train.lora`).
 
-    Its fp32 masters are `weights` themselves, and the adapters' fp32 initial values, whatever the network's dtype.
+    Its fp32 masters are the values of `start` themselves, whatever the network's dtype.
     """
     import deepspeed
 
     train = config.train
     transformer.requires_grad_(True).train()
-    adapters = add_lora(transformer, train.lora, train.seed) if train.lora else None
+    adapters = put_adapters(transformer, config, start) if train.lora else None
     if train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -90,37 +104,7 @@ def start_policy(config: Config, process: Process, transformer: nn.Module, weigh
         model=transformer, optimizer=optimizer, config=deepspeed_config(config, process), dist_init_required=False
     )[0]
     if working_dtype(config.model, process.device) != torch.float32:
-        set_masters(engine, weights.share if adapters is None else lambda name, _, device: adapters[name].to(device))
-    return engine
-
-
-def start_reference(config: Config, process: Process, policy, model, weights: StartingWeights):
-    """The frozen network: the policy with its adapters off, or a copy, partitioned and rounded as the policy is;
-    None where the objective compares with nothing.
-
-    It must go through the same wrapper: ZeRO-3 replaces `F.linear`, and a plain module differs from a wrapped
-    one by up to 0.17 logits at β = 5000. Under ZeRO-2 the policy computes as a plain module, and so does this.
-    """
-    import deepspeed
-
-    if not needs_reference(config.objective):
-        return None
-    strategy = config.reference.strategy
-    if strategy == "adapter" or (strategy == "auto" and config.train.lora):
-        return AdapterOff(policy)
-    transformer = load_network(config, process, model, weights)[0]
-    settings = deepspeed_config(config, process)
-    if settings["zero_optimization"]["stage"] < 3:
-        return transformer
-    zero = {key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"}
-    frozen = {
-        "train_micro_batch_size_per_gpu": settings["train_micro_batch_size_per_gpu"],
-        "zero_optimization": zero,
-        "bf16": settings["bf16"],
-        "steps_per_print": None,
-    }
-    engine = deepspeed.initialize(model=transformer, config=frozen, dist_init_required=False)[0]
-    engine.eval()
+        set_masters(engine, start.base.share if adapters is None else lambda name, _, device: adapters[name].to(device))
     return engine
 
 

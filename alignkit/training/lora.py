@@ -38,24 +38,6 @@ def add_lora(transformer: nn.Module, section: LoraSection, seed: int) -> dict[st
     return values
 
 
-class AdapterOff:
-    """The engine's own network without its adapters, called like the network: a reference that costs no memory."""
-
-    def __init__(self, engine):
-        self.engine, self.module = engine, engine.module
-
-    def __call__(self, *arguments, **options):
-        layers = [layer for layer in self.module.modules() if hasattr(layer, "_disable_adapters")]
-        # peft's own switch also turns requires_grad off and on, which ZeRO-3 must not see in the middle of a step
-        for layer in layers:
-            layer._disable_adapters = True
-        try:
-            return self.engine(*arguments, **options)
-        finally:
-            for layer in layers:
-                layer._disable_adapters = False
-
-
 def peft_weights(transformer: nn.Module, weights: dict[str, Tensor], section: LoraSection) -> tuple[dict, dict]:
     """Trained weights under the names that files carry, and the adapter's settings as a plain dict."""
     settings = LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=list(section.targets))

@@ -8,14 +8,16 @@ import ctypes
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from alignkit.config import ModelSection
+from alignkit.config import Config, ModelSection
 from alignkit.errors import ModelError
 from alignkit.models import family_module, load_model
 
@@ -47,6 +49,22 @@ class StartingWeights:
         if tensor.shape != shape:
             raise ModelError(f"model.path: {name} is {list(tensor.shape)}, expected {list(shape)}")
         return tensor
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: the network's weights, and the adapters' values where an earlier stage hands them on."""
+
+    base: StartingWeights
+    adapters: dict[str, Tensor] | None = None
+
+
+def open_start(config: Config, model, handed: Path | None = None) -> Start:
+    """The base's own weights, or what an earlier stage trained, from its file `handed` (`alignkit.training.masters`);
+    with `train.lora` that holds adapters, which go on top of the base. Every process calls this."""
+    if handed is None or config.train.lora:
+        return Start(base_weights(config.model, model), None if handed is None else load_file(handed))
+    return Start(StartingWeights(lambda name: _read_file(handed, name)))
 
 
 def base_weights(section: ModelSection, model) -> StartingWeights:

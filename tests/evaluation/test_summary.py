@@ -8,7 +8,7 @@ import torch
 from alignkit.evaluation.pairs import describe, score_pairs
 from alignkit.evaluation.summary import attributes_in, criteria
 from alignkit.stores.pairs import PairStore
-from alignkit.training.loop import load_rows
+from alignkit.training.run import load_rows
 
 AFTER = {"region_accuracy": 0.75, "comparisons": 200, "error_w_before": 0.5, "error_w_after": 0.502}
 PICTURES = {

@@ -14,8 +14,9 @@ CONFIG = Path(__file__).parents[2] / "configs" / "wan-tiny-localdpo.yaml"
 def test_a_training_step_runs_on_the_kernels(path, tmp_path):
     pytest.importorskip("diffusers", reason="the training engine is an extra; the kernels do without it")
     from alignkit.config import load_config
-    from alignkit.models import load_model
-    from alignkit.objectives.preference import training_loss
+    from alignkit.models import family_module, load_model
+    from alignkit.objectives.laws import start_law
+    from alignkit.objectives.preference import preference_loss
     from alignkit.objectives.states import training_states
     from alignkit.stores.pairs import PairBatch
 
@@ -34,8 +35,12 @@ def test_a_training_step_runs_on_the_kernels(path, tmp_path):
 
     with count_launches() as launched:
         epochs = torch.zeros(2, dtype=torch.int64)
-        states = training_states(config, model, batch, epochs, text[0], torch.float32)
-        result = training_loss(config, model, policy, reference, batch, states)
+        states = training_states(config, model, start_law(config, model), batch, epochs, text[0], torch.float32)
+        answers = [
+            family_module("wan").predict(network, states.inputs, states.timesteps, states.text).chunk(2)
+            for network in (policy, reference)
+        ]
+        result = preference_loss(config.objective, *answers, batch, states)
         result.loss.backward()
     if path == "triton":
         expected = {"keyed_kernel", "add_noise_kernel", "pair_region_errors_kernel", "sum_tiles_kernel"}

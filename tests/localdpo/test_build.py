@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from alignkit.commands import validate
 from alignkit.errors import ConfigError, DataError
 from alignkit.localdpo import build
 from alignkit.localdpo.build import build_pairs
@@ -20,7 +21,6 @@ from alignkit.localdpo.masks import region_mask
 from alignkit.localdpo.sources import find_usable, split_clips
 from alignkit.media.videos import VideoSpec, decode_clip, write_video
 from alignkit.models.wan import guided
-from alignkit.stages import validate
 from alignkit.stores.pairs import PairStore
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
 

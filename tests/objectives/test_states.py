@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from alignkit.objectives.laws import start_law
 from alignkit.objectives.states import training_states
 from alignkit.stores.pairs import PairStore, collate
 
@@ -21,7 +22,7 @@ def shown(config, model, store, ids, epoch):
     pair = store[0]
     batch = collate([dataclasses.replace(pair, id=number) for number in ids])
     epochs = torch.full((len(ids),), epoch)
-    return training_states(config, model, batch, epochs, store.empty_text, torch.float32)
+    return training_states(config, model, start_law(config, model), batch, epochs, store.empty_text, torch.float32)
 
 
 def is_empty(states, model, store):
@@ -54,4 +55,4 @@ def test_dropping_captions_leaves_noise_and_timesteps_alone(small_config, wan, s
     plain, dropped = (
         shown(small_config(f"train.caption_dropout={share}"), wan, store, range(4), 3) for share in (0.0, 1.0)
     )
-    assert torch.equal(plain.states, dropped.states) and torch.equal(plain.timesteps, dropped.timesteps)
+    assert torch.equal(plain.inputs, dropped.inputs) and torch.equal(plain.timesteps, dropped.timesteps)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignkit.config import OBJECTIVE_KEYS
+from alignkit.config import OBJECTIVES
 from alignkit.errors import CheckpointError
 from alignkit.models import shipped_model
 from alignkit.training import engine
@@ -15,7 +15,7 @@ from alignkit.training.metrics import read_metrics
 
 STARTS = {"dpo": 0.6931471805599453, "robust_dpo": 0.6931471805599453, "region_dpo": 0.6931471805599453}
 STARTS |= {"ipo": 0.25, "hinge": 1.0}
-SMOOTHED = {name for name, keys in OBJECTIVE_KEYS.items() if "label_smoothing" in keys}
+SMOOTHED = {name for name, keys in OBJECTIVES.items() if "label_smoothing" in keys}
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def metrics_of(config):
     return read_metrics(train_folder(config) / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVE_KEYS if name != "sft"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "sft"])
 def test_it_trains_with_the_safeguard_and_starts_where_it_should(name, run_with_pairs, process):
     keys = ["objective.loser_safeguard=0.0"] + ["objective.label_smoothing=0.1"] * (name in SMOOTHED)
     config, _ = run_with_pairs("run", f"objective.name={name}", "train.steps=2", "train.micro_batch_size=4", *keys)
@@ -56,7 +56,7 @@ def test_sft_spends_nothing_on_a_reference_and_resumes(run_with_pairs, process, 
                                                 with_kwargs=True)  # fmt: skip
         return policy
 
-    monkeypatch.setattr("alignkit.training.loop.start_policy", counted)
+    monkeypatch.setattr("alignkit.training.run.start_policy", counted)
     train(whole, process)
     assert len(loads) == 1, "a second network was loaded"
     assert seen == [2] * 6, "two forwards a step, each of the micro-batch's winners alone"

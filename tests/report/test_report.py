@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignkit.config import OBJECTIVE_KEYS
+from alignkit import config
 from alignkit.errors import DataError
 from alignkit.report import write_report
+from alignkit.report.run import read_run
 from alignkit.report.tables import OBJECTIVES
 
-FRAMES, SIZE = 9, 32  # of the run that conftest.py makes
+STEPS, FRAMES, SIZE = 60, 9, 32  # of the run that conftest.py makes
 LEFT_OPEN = {"meta", "link", "img", "source", "br", "path", "line", "circle"}
 
 
@@ -270,17 +271,19 @@ def test_metrics_under_trl_s_names_are_drawn_with_their_kind(run):
         ("dpo", "the loss of dpo is 0.6931"),
         ("ipo", "the loss of ipo is 0.25"),
         ("hinge", "the loss of hinge is 1"),
+        ("poly_dpo", "the loss of poly_dpo is 1.193"),
+        ("winner_guarded", "there is no value that it starts from"),
         ("sft", "The plain denoising loss of the winners."),
     ],
 )
 def test_the_loss_is_explained_for_its_objective(run, name, words):
-    (run / "config.yaml").write_text(f"objective: {{name: {name}, beta: 5000}}\n")
+    (run / "config.yaml").write_text(f"objective: {{name: {name}, beta: 5000, poly_alpha: 1.0}}\n")
     text = page_of(run).text
     assert words in text and f"aligned with {OBJECTIVES[name]}" in text
 
 
 def test_every_objective_has_a_title():
-    assert OBJECTIVES.keys() == OBJECTIVE_KEYS.keys()
+    assert OBJECTIVES.keys() == config.OBJECTIVES.keys()
 
 
 @pytest.mark.parametrize(
@@ -307,6 +310,18 @@ def test_metrics_that_an_objective_does_not_have_are_left_out(run):
     text = page_of(run).text
     assert "Denoising error" in text and "Learning rate" in text
     assert not any(title in text for title in ("Implicit accuracy", "Gap of the", "Logits", "Rewards", "saturation"))
+
+
+def test_a_chains_stages_are_shown_one_after_the_other(run):
+    (run / "config.yaml").write_text("stages: [{name: sft}, {name: localdpo}]\n")
+    rows = (run / "train" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "train")
+    for name in ("01-sft", "02-localdpo"):
+        (run / "stages" / name / "train").mkdir(parents=True)
+        (run / "stages" / name / "train" / "metrics.jsonl").write_bytes(rows)
+    read = read_run(run)
+    assert [row["step"] for row in read.metrics] == list(range(1, 2 * STEPS + 1))
+    assert "aligned with supervised fine-tuning, then LocalDPO" in page_of(run).text
 
 
 def test_the_page_stays_small_with_many_large_pictures(make_run, tmp_path):

@@ -18,7 +18,7 @@ from alignkit.training.export import export_folder, export_lora
 from alignkit.training.loop import train, train_folder
 from alignkit.training.lora import add_lora
 from alignkit.training.metrics import read_metrics
-from alignkit.training.weights import base_weights
+from alignkit.training.weights import open_start
 
 PRESETS = ("zero2", "zero3", "zero3-offload")
 KINDS = ("full", "lora", "merged")
@@ -122,8 +122,8 @@ def test_gradients_of_many_micro_batches_are_added_up_in_fp32(small_config, pres
         keys = f"deepspeed.preset={preset}", "model.dtype=bf16", "train.micro_batch_size=1", "train.learning_rate=0"
         config = small_config(*keys, f"train.global_batch_size={accumulated}")
         model = load_model(config.model, with_transformer=False, with_encoders=False)
-        weights = base_weights(config.model, model)
-        policy = start_policy(config, process, load_network(config, process, model, weights)[0], weights)
+        start = open_start(config, model)
+        policy = start_policy(config, process, load_network(config, process, model, start)[0], start)
         text, found = torch.ones(1, 64, policy.module.config.text_dim, dtype=torch.bfloat16), []
         for number, state in enumerate(states, 1):
             prediction = family_module("wan").predict(policy, state, torch.tensor([500.0]), text)

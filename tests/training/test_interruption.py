@@ -9,9 +9,9 @@ from functools import partial
 
 import pytest
 
+from alignkit.commands import run_command
 from alignkit.config import OutputSection
 from alignkit.experiments import localdpo
-from alignkit.stages import run_stage
 from alignkit.training.distributed import start_process
 from alignkit.training.export import export_folder
 from alignkit.training.loop import train, train_folder
@@ -92,7 +92,7 @@ def test_what_calls_a_training_that_is_stopped_stops_too_and_goes_on_later(run_w
     """The demo's next stages would fail without a model, or take an older one; the experiment would start over."""
     pairs, _ = run_with_pairs("pairs")
     out = pairs.output.dir if caller == "stage" else pairs.output.dir.parent / "arm"
-    config, call = pairs.model_copy(update={"output": OutputSection(dir=out)}), partial(run_stage, "train")
+    config, call = pairs.model_copy(update={"output": OutputSection(dir=out)}), partial(run_command, "train")
     if caller == "experiment":
         call = partial(localdpo._train, store=pairs.output.dir)
     write = MetricsLog.write

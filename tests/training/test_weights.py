@@ -16,7 +16,7 @@ from alignkit.errors import ModelError
 from alignkit.models import load_model, shipped_model
 from alignkit.training import engine
 from alignkit.training.distributed import free_port, start_process
-from alignkit.training.weights import base_weights
+from alignkit.training.weights import open_start
 
 PROCESSES = 2
 MEASURE = """
@@ -111,7 +111,7 @@ def test_weights_are_those_of_a_plain_load(small_config):
     process = start_process()
     config = small_config()
     model = load_model(config.model, with_transformer=False, with_encoders=False)
-    partitioned, _ = engine.load_network(config, process, model, base_weights(config.model, model))
+    partitioned, _ = engine.load_network(config, process, model, open_start(config, model))
     plain = load_model(config.model, with_encoders=False).transformer
     for (name, ours), (expected, theirs) in zip(partitioned.named_parameters(), plain.named_parameters(), strict=True):
         ours.all_gather()
@@ -141,4 +141,4 @@ def test_damaged_weights_are_refused_by_the_files_name(small_config, tmp_path, f
     config = small_config(f"model.path={folder}")
     model = load_model(config.model, with_transformer=False, with_encoders=False)
     with pytest.raises(ModelError, match=re.escape(str(named))):
-        engine.load_network(config, start_process(), model, base_weights(config.model, model))
+        engine.load_network(config, start_process(), model, open_start(config, model))

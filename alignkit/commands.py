@@ -1,4 +1,4 @@
-"""The stages of a run, each timed, each reading what the one before left in `output.dir`."""
+"""What each `alignkit` command does, timed: each reads what the one before left in `output.dir`."""
 
 import json
 import resource
@@ -16,6 +16,7 @@ from alignkit.localdpo.sources import check_count, check_masks, find_usable
 from alignkit.models import load_model
 from alignkit.progress import say
 from alignkit.report.pictures import StoredPair, write_pair, write_preview
+from alignkit.stages import stage_configs
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import Pair, PairStore
 from alignkit.training.distributed import lone_worker, set_threads, start_process
@@ -24,10 +25,10 @@ from alignkit.training.engine import accumulation_steps
 PAIRS_IN_REPORT = 6
 
 
-def run_stage(name: str, config: Config) -> None:
-    """Run one of STAGES and record how long it took and how much memory the process has used at most."""
+def run_command(name: str, config: Config) -> None:
+    """Run one of COMMANDS and record how long it took and how much memory the process has used at most."""
     start = time.perf_counter()
-    STAGES[name](config)
+    COMMANDS[name](config)
     seconds = time.perf_counter() - start
     if not lone_worker().main:
         return
@@ -57,7 +58,8 @@ def validate(config: Config) -> None:
 
 def check_train(config: Config, processes: int) -> None:
     """What can be wrong with a training run before any process is started."""
-    accumulation_steps(config, processes)
+    for _, stage in stage_configs(config) if config.stages else [("", config)]:
+        accumulation_steps(stage, processes)
     PairStore(pairs_folder(config, "train"))
 
 
@@ -97,9 +99,11 @@ def _decoded(model, pair: Pair) -> StoredPair:
 
 
 def _train(config: Config) -> None:
+    from alignkit.stages.chain import run_chain
     from alignkit.training.loop import train
 
-    if not train(config, start_process()):
+    process = start_process()
+    if not (run_chain(config, process) if config.stages else train(config, process)):
         raise SystemExit(0)
 
 
@@ -152,4 +156,4 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-STAGES = {"pairs": _pairs, "train": _train, "sample": _sample, "eval": _eval, "report": _report}
+COMMANDS = {"pairs": _pairs, "train": _train, "sample": _sample, "eval": _eval, "report": _report}

@@ -1,0 +1,77 @@
+"""At which states a pair is compared: its point of the path, its noise and its caption.
+
+Each noise source is a file of this package; a new one is its file, a line in SOURCES and a name in `noise.source`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignkit.config import Config
+from alignkit.models import VideoModel
+from alignkit.objectives.laws import Law, PathPoints
+from alignkit.objectives.states.noised import Noised, noise_alike
+from alignkit.objectives.states.shared import shared
+from alignkit.stores.pairs import PairBatch
+from alignkit_kernels import NoiseKey, NoiseSource, Stream, keyed_rand
+
+Source = Callable[[Config, Law, PairBatch, Tensor], Noised]
+"""From the run's settings and timestep law, B pairs and the epochs they are in (int64 [B]) to their noised videos."""
+
+SOURCES: dict[str, Source] = {"shared": shared}
+"""By `noise.source`."""
+
+
+@dataclass(frozen=True)
+class States:
+    """What the network is shown for B pairs, winners first, and what the errors are taken against.
+
+    inputs: [2B, ...]; timesteps: fp32 [2B]; text: [2B, L, D]; coefficients: fp64 [B, 4], of both sides.
+    noise_w, noise_l: of each side, None for the winner's own. weight: fp64 [B], by which a pair's loss is multiplied;
+    None for 1.
+    """
+
+    inputs: Tensor
+    timesteps: Tensor
+    text: Tensor
+    coefficients: Tensor
+    noise_w: NoiseSource
+    noise_l: NoiseSource | None = None
+    weight: Tensor | None = None
+
+
+def show(model: VideoModel, noised: Noised, text: list[Tensor], dtype: torch.dtype) -> States:
+    """The states of noised pairs with a text each, as a network in `dtype` takes them."""
+    device = noised.winner.device
+    padded = model.pad_text(text).to(device, dtype)
+    return States(
+        inputs=torch.cat([noised.winner, noised.loser]).to(dtype),
+        timesteps=noised.timesteps.to(device, torch.float32).repeat(2),
+        text=padded.repeat(2, 1, 1),
+        **{name: getattr(noised, name) for name in ("coefficients", "noise_w", "noise_l", "weight")},
+    )
+
+
+def training_states(
+    config: Config, model: VideoModel, law: Law, batch: PairBatch, epochs: Tensor, empty_text: Tensor,
+    dtype: torch.dtype,
+) -> States:  # fmt: skip
+    """The states that training visits in `epochs` (int64 [B]), by the noise source and timestep law of the run.
+
+    A share `train.caption_dropout` of pairs is shown with `empty_text` [tokens, D], winner and loser together:
+    a function of (seed, pair id, epoch).
+    """
+    key = NoiseKey(config.train.seed, batch.ids, epochs, Stream.CAPTION_DROPOUT)
+    dropped = keyed_rand((len(batch), 1), key, device="cpu", dtype=torch.float64)[:, 0] < config.train.caption_dropout
+    text = [empty_text if drop else own for own, drop in zip(batch.text, dropped.tolist(), strict=True)]
+    noised = SOURCES[config.noise.source](config, law, batch, epochs)
+    return show(model, noised, text, dtype)
+
+
+def evaluation_states(
+    model: VideoModel, batch: PairBatch, coefficients: Tensor, timesteps: Tensor, key: NoiseKey, dtype: torch.dtype
+) -> States:
+    """Both videos of each pair with the noise of `key` at one point, coefficients [B, 4], timesteps [B]."""
+    return show(model, noise_alike(batch, PathPoints(coefficients, timesteps), key), batch.text, dtype)

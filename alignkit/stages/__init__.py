@@ -1,0 +1,39 @@
+"""Stages of a chain, `stages: [...]`: training runs one after the other, each from the fp32 weights of the one before.
+
+Each stage is a file of this package; a new one is its file, a line in STAGES and a name in `StageSection.name`.
+"""
+
+from collections.abc import Callable
+
+from alignkit.config import Config, changed
+from alignkit.errors import ConfigError
+from alignkit.stages.localdpo import localdpo
+from alignkit.stages.sft import sft
+
+STAGES: dict[str, Callable[[Config], dict]] = {"localdpo": localdpo, "sft": sft}
+"""By name: what the stage changes of the configuration around it, by section; its own entry goes on top."""
+
+
+def stage_configs(config: Config) -> list[tuple[str, Config]]:
+    """Name and configuration of every stage, each with a folder of its own: output.dir/stages/01-NAME, and so on.
+
+    All train on the pairs of the chain. Raises ConfigError for an entry that does not fit, before anything is loaded.
+    """
+    stages = []
+    for number, entry in enumerate(config.stages or (), 1):
+        where = f"stages: entry {number} ({entry.name})"
+        around = changed(config.model_copy(update={"stages": None}), STAGES[entry.name](config), where)
+        places = {
+            "output": {"dir": str(config.output.dir / "stages" / f"{number:02d}-{entry.name}")},
+            "pairs": {"folder": str(config.pairs.folder or config.output.dir / "pairs")},
+        }
+        stage = changed(around, entry.model_dump(exclude={"name"}) | places, where)
+        if stage.train.lora != config.train.lora:
+            raise ConfigError(f"{where}: train.lora: hands on adapters or all weights, so set it once, for all stages")
+        if number > 1 and stage.reference.strategy == "adapter":
+            raise ConfigError(
+                f"{where}: reference.strategy: with its adapters off the model is the base, not what this stage starts "
+                "from; leave it at auto"
+            )
+        stages.append((entry.name, stage))
+    return stages

@@ -1,0 +1,28 @@
+"""Runs a chain of stages, or what is left of it."""
+
+from pathlib import Path
+
+from alignkit.config import Config, dump_config
+from alignkit.files import write_atomically
+from alignkit.progress import say
+from alignkit.stages import stage_configs
+from alignkit.training.distributed import Process
+from alignkit.training.export import export_folder
+from alignkit.training.loop import Link, train, train_folder
+
+
+def run_chain(config: Config, process: Process) -> bool:
+    """Train every stage of `config.stages` that is not done; the last one exports to output.dir/export. Every process
+    calls this. False if a signal ended it early; the same call goes on where it was."""
+    stages = stage_configs(config)
+    if process.main:
+        config.output.dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
+    before: Path | None = None
+    for number, (name, stage) in enumerate(stages, 1):
+        if process.main:
+            say(f"stage {number} of {len(stages)}: {name}")
+        if not train(stage, process, Link(before, export_folder(config) if number == len(stages) else None)):
+            return False
+        before = train_folder(stage)
+    return True

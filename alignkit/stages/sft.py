@@ -1,0 +1,7 @@
+"""`sft`: supervised fine-tuning on the winners of the pairs."""
+
+from alignkit.config import Config
+
+
+def sft(config: Config) -> dict:
+    return {"objective": {"name": "sft"}}

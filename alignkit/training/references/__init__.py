@@ -1,0 +1,43 @@
+"""The frozen model that the policy is compared with.
+
+Each strategy is a file of this package; a new one is its file, a line in STRATEGIES and a name in
+`reference.strategy`.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from alignkit.config import Config
+from alignkit.models import VideoModel
+from alignkit.objectives.preference import needs_reference
+from alignkit.objectives.states import States
+from alignkit.training.distributed import Process
+from alignkit.training.references.adapter import AdapterOff
+from alignkit.training.references.copy import Copy
+from alignkit.training.weights import Start
+
+
+class Reference(Protocol):
+    """One that changes has `after_step(policy)` too, called after each optimizer step, and `state` and `load_state`."""
+
+    def answer(self, states: States) -> tuple[Tensor, Tensor]:
+        """Its predictions for winners and losers, [B, ...] each, without gradients."""
+
+
+STRATEGIES: dict[str, Callable[..., Reference]] = {"copy": Copy, "adapter": AdapterOff}
+"""By `reference.strategy`: from the run's configuration, process, policy engine, model and start."""
+
+
+def start_reference(config: Config, process: Process, policy, model: VideoModel, start: Start) -> Reference | None:
+    """The reference of `config.reference`; None where the objective compares with nothing. Every process calls this.
+
+    auto: "adapter" where the policy's adapters can be switched off and what is left is where the run started.
+    """
+    if not needs_reference(config.objective):
+        return None
+    strategy = config.reference.strategy
+    if strategy == "auto":
+        strategy = "adapter" if config.train.lora and start.adapters is None else "copy"
+    return STRATEGIES[strategy](config, process, policy, model, start)

@@ -1,0 +1,36 @@
+"""`reference.strategy: adapter`: the policy itself with its adapters off, a reference that costs no memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from alignkit.config import Config
+from alignkit.models import VideoModel, family_module
+from alignkit.objectives.states import States
+from alignkit.training.distributed import Process
+from alignkit.training.weights import Start
+
+
+class AdapterOff:
+    def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
+        self._predict, self._engine = family_module(model.family).predict, policy
+
+    @torch.no_grad()
+    def answer(self, states: States) -> tuple[Tensor, Tensor]:
+        with _adapters_off(self._engine.module):
+            return self._predict(self._engine, states.inputs, states.timesteps, states.text).chunk(2)
+
+
+@contextmanager
+def _adapters_off(network: torch.nn.Module) -> Iterator[None]:
+    layers = [layer for layer in network.modules() if hasattr(layer, "_disable_adapters")]
+    # peft's own switch also turns requires_grad off and on, which ZeRO-3 must not see in the middle of a step
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

@@ -1,0 +1,42 @@
+"""`reference.strategy: copy`: a second, frozen model, partitioned and rounded as the policy is."""
+
+import torch
+from torch import Tensor
+
+from alignkit.config import Config
+from alignkit.models import VideoModel, family_module
+from alignkit.objectives.states import States
+from alignkit.training.distributed import Process
+from alignkit.training.engine import deepspeed_config, load_network, put_adapters
+from alignkit.training.weights import Start
+
+
+class Copy:
+    """Goes through the same wrapper as the policy: ZeRO-3 replaces `F.linear`, and a plain module differs from a
+    wrapped one by up to 0.17 logits at β = 5000. Under ZeRO-2 the policy computes as a plain module, and so does this.
+    """
+
+    def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
+        import deepspeed
+
+        self._predict = family_module(model.family).predict
+        network = load_network(config, process, model, start)[0]
+        if start.adapters is not None:
+            put_adapters(network, config, start)
+        self.network = network.requires_grad_(False).eval()
+        settings = deepspeed_config(config, process)
+        if settings["zero_optimization"]["stage"] < 3:
+            return
+        zero = {key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"}
+        frozen = {
+            "train_micro_batch_size_per_gpu": settings["train_micro_batch_size_per_gpu"],
+            "zero_optimization": zero,
+            "bf16": settings["bf16"],
+            "steps_per_print": None,
+        }
+        self.network = deepspeed.initialize(model=network, config=frozen, dist_init_required=False)[0]
+        self.network.eval()
+
+    @torch.no_grad()
+    def answer(self, states: States) -> tuple[Tensor, Tensor]:
+        return self._predict(self.network, states.inputs, states.timesteps, states.text).chunk(2)

@@ -1,0 +1,160 @@
+"""A training run: what it is put together from, and one step of it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignkit.config import Config
+from alignkit.errors import AlignkitError
+from alignkit.models import VideoModel, family_module
+from alignkit.objectives.beta import AutoBeta
+from alignkit.objectives.diagnostics import diagnostics
+from alignkit.objectives.laws import Law, start_law
+from alignkit.objectives.preference import TrainingLoss, preference_loss, supervised_loss
+from alignkit.objectives.states import States, training_states
+from alignkit.stores.pairs import PairBatch, PairStore, collate
+from alignkit.training.distributed import Process
+from alignkit.training.engine import accumulation_steps, start_policy
+from alignkit.training.order import global_batch, rank_share
+from alignkit.training.references import Reference, start_reference
+from alignkit.training.weights import Start
+
+NOISE_BUCKETS = 4  # quarters of the noise level, for the error by timestep
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of one step: means over the global batch, its (row, epoch) pairs, whether the optimizer took it."""
+
+    metrics: dict
+    rows: list[tuple[int, int]]
+    applied: bool
+
+
+@dataclass
+class Run:
+    """The policy's engine and all that a step needs beside it. Each of `law`, `beta` and `reference` may have a
+    state, which checkpoints hold (`parts`), and a hook that is called after each step that the optimizer took."""
+
+    config: Config
+    process: Process
+    model: VideoModel
+    store: PairStore
+    policy: torch.nn.Module
+    reference: Reference | None
+    law: Law
+    beta: AutoBeta | None
+
+    @property
+    def parts(self) -> dict[str, object]:
+        return {"law": self.law, "beta": self.beta, "reference": self.reference}
+
+    def step(self, number: int) -> Step:
+        """Step `number`, counted from 0: every micro-batch through loss and backward, then the optimizer."""
+        config, process = self.config, self.process
+        rows = global_batch(len(self.store), config.train.seed, number, config.train.global_batch_size)
+        share = rank_share(rows, process.rank, process.world_size)
+        self._set_learning_rate(number)
+        micro_batches = _chunks(share, accumulation_steps(config, process.world_size))
+        numbers = [self._forward_backward(micro, number) for micro in micro_batches]
+        # DeepSpeed skips the step, on every process, when a gradient is not finite
+        applied = bool(self.policy.was_step_applied())
+        metrics = mean_over_processes(numbers, process)
+        metrics |= {
+            "lr": self.policy.optimizer.param_groups[0]["lr"],
+            "epoch": rows[-1][1],
+            "skipped": int(not applied),
+        }
+        metrics["grad_norm"] = float(self.policy.get_global_grad_norm()) if applied else math.nan
+        if applied:
+            for part in (self.law, self.beta):
+                if hasattr(part, "observe"):
+                    part.observe(metrics)
+            if hasattr(self.reference, "after_step"):
+                self.reference.after_step(self.policy)
+        return Step(metrics, rows, applied)
+
+    def states(self, batch: PairBatch, epochs: Tensor) -> States:
+        """The states at which a micro-batch is compared in `epochs`, int64 [B]."""
+        dtype = next(self.policy.module.parameters()).dtype
+        return training_states(self.config, self.model, self.law, batch, epochs, self.store.empty_text, dtype)
+
+    def loss(self, batch: PairBatch, states: States) -> TrainingLoss:
+        """The loss of a micro-batch: one forward of each network over both sides, or of the policy over the winners."""
+        predict, inputs = family_module(self.model.family).predict, (states.inputs, states.timesteps, states.text)
+        if self.reference is None:
+            return supervised_loss(predict(self.policy, *(x[: len(batch)] for x in inputs)), batch, states)
+        references = self.reference.answer(states)
+        predictions = predict(self.policy, *inputs).chunk(2)
+        beta = None if self.beta is None else self.beta.value
+        return preference_loss(self.config.objective, predictions, references, batch, states, beta)
+
+    def _forward_backward(self, micro: list[tuple[int, int]], number: int) -> dict[str, Tensor]:
+        batch = load_rows(self.store, [row for row, _ in micro], self.process.device)
+        states = self.states(batch, torch.tensor([epoch for _, epoch in micro]))
+        result = self.loss(batch, states)
+        if number == 0:
+            check_first_logits(result.logits)
+        self.policy.backward(result.loss)
+        self.policy.step()
+        return diagnostics(self.config.objective, result, states)
+
+    def _set_learning_rate(self, number: int) -> None:
+        warmup = self.config.train.warmup_steps
+        rate = self.config.train.learning_rate * min(1.0, (number + 1) / warmup if warmup else 1.0)
+        for group in self.policy.optimizer.param_groups:
+            group["lr"] = rate
+
+
+def start_run(config: Config, process: Process, model: VideoModel, store: PairStore, start: Start) -> Run:
+    """The run at its first step; `model.transformer`, as `load_network` gave it, becomes the policy. Every process
+    calls this."""
+    policy = start_policy(config, process, model.transformer, start)
+    reference = start_reference(config, process, policy, model, start)
+    beta = AutoBeta(config.objective) if reference is not None and config.objective.beta == "auto" else None
+    return Run(config, process, model, store, policy, reference, start_law(config, model), beta)
+
+
+def load_rows(store: PairStore, rows: list[int], device: torch.device) -> PairBatch:
+    batch = collate([store[row] for row in rows])
+    return PairBatch(
+        batch.ids, batch.winner.to(device), batch.loser.to(device), batch.mask.to(device), batch.text, batch.strength
+    )
+
+
+def check_first_logits(logits: dict[str, Tensor]) -> None:
+    """Policy and reference are the same weights before the first update: any logit but 0 is a fault of the set-up.
+
+    A logit that is not finite comes from the pair itself, and its step is skipped like any other such step.
+    An objective without a reference has none.
+    """
+    largest = max((z.nan_to_num(0.0, 0.0, 0.0).abs().max().item() for z in logits.values()), default=0.0)
+    if largest != 0.0:
+        raise AlignkitError(
+            f"step 0: policy and reference differ by {largest:g} logits where they must agree exactly; they do not run "
+            "in the same precision, attention or partitioning (is a key of deepspeed.config the cause?)"
+        )
+
+
+def mean_over_processes(parts: list[dict[str, Tensor]], process: Process) -> dict:
+    """Means over the global batch, in fp64, and the winner's error by noise level (None where no pair fell)."""
+    names = list(parts[0])
+    values = torch.stack([torch.cat([part[name] for part in parts]) for name in names])  # [metric, pair]
+    bucket = (values[names.index("noise_level")] * NOISE_BUCKETS).long().clamp(max=NOISE_BUCKETS - 1)
+    member = torch.nn.functional.one_hot(bucket, NOISE_BUCKETS).double()  # [pair, bucket]
+    count = torch.tensor([values.shape[1]], dtype=torch.float64, device=values.device)
+    sums = torch.cat([values.sum(dim=1), count, values[names.index("error_w")] @ member, member.sum(dim=0)])
+    if process.world_size > 1:
+        torch.distributed.all_reduce(sums)
+    means, (total, *rest) = sums[: len(names)].tolist(), sums[len(names) :].tolist()
+    by_noise = zip(rest[:NOISE_BUCKETS], rest[NOISE_BUCKETS:], strict=True)
+    return {name: value / total for name, value in zip(names, means, strict=True)} | {
+        "error_by_timestep": [error / pairs if pairs else None for error, pairs in by_noise]
+    }
+
+
+def _chunks(rows: list, count: int) -> list[list]:
+    size = len(rows) // count
+    return [rows[i * size : (i + 1) * size] for i in range(count)]

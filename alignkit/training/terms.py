@@ -1,0 +1,50 @@
+"""What a run and the one that resumes it must share, and what its pairs must fit."""
+
+from alignkit.config import OBJECTIVES, Config
+from alignkit.errors import DataError
+from alignkit.stores.pairs import PairStore
+
+
+def run_terms(config: Config, store: PairStore, model) -> dict:
+    """By name; how long to train and how often to save are free. Raises DataError for pairs of another model."""
+    _check_store(store, model, config)
+    train = config.train.model_dump(
+        mode="json", exclude={"steps", "checkpoint_every", "keep_checkpoints", "max_bad_steps"}
+    )
+    return {
+        "model": model.fingerprint(),
+        "pairs": store.fingerprint,
+        **{f"train.{key}": value for key, value in train.items()},
+        **{f"objective.{key}": value for key, value in config.objective.model_dump(mode="json").items()},
+        **{f"noise.{key}": value for key, value in config.noise.model_dump(mode="json").items()},
+        "dtype": config.model.dtype,
+        "deepspeed": config.deepspeed.model_dump(mode="json"),
+    }
+
+
+def difference(stored: dict, now: dict) -> str | None:
+    """The first term that is not what it was, in words; None where all are."""
+    for key, value in now.items():
+        if stored.get(key) != value:
+            return f"{key} = {stored.get(key)!r}, now it is {value!r}"
+    return None
+
+
+def _check_store(store: PairStore, model, config: Config) -> None:
+    """Pairs must come from this family's VAE, and from this network where a network made them."""
+    for name in ("family", "model", "vae"):
+        theirs = getattr(store.info, name)
+        ours = model.family if name == "family" else model.fingerprint("transformer" if name == "model" else name)
+        if theirs not in (None, ours):
+            raise DataError(
+                f"{store.folder}: its pairs were made with {name} {theirs!r}, but model.path "
+                f"{config.model.path!r} is {ours!r}; build the pairs again with this model"
+            )
+    if "strength_range" in OBJECTIVES[config.objective.name]:
+        low, high = config.objective.strength_range
+        for strength in {value for value in store.rows["strength"] if value is not None}:
+            if not low <= strength <= high:
+                raise DataError(
+                    f"{store.folder}: has pairs of strength {strength:g}, outside objective.strength_range "
+                    f"[{low:g}, {high:g}]; widen it, or build the pairs with other pairs.strengths"
+                )

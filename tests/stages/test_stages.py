@@ -1,0 +1,72 @@
+"""`stages: [...]`: what each stage trains with, and what is refused before anything is loaded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignkit.config import ConfigError, StageSection, load_config
+from alignkit.stages import STAGES, stage_configs
+from alignkit.stores.folders import pairs_folder
+
+CHAIN = "stages=[sft, {name: localdpo, train: {steps: 7, betas: [0.8, 0.9]}, objective: {beta: 300}}]"
+
+
+def settings(small_config, *more):
+    return stage_configs(small_config(*more))
+
+
+def test_every_name_of_the_configuration_is_a_stage():
+    assert set(StageSection.model_fields["name"].annotation.__args__) == set(STAGES)
+
+
+def test_each_stage_is_the_configuration_around_it_with_its_own_changes(small_config):
+    around = small_config(CHAIN, "train.learning_rate=1e-4", "objective.weight_region=0.5")
+    (first, sft), (second, localdpo) = stage_configs(around)
+    assert (first, second) == ("sft", "localdpo")
+    assert sft.objective.name == "sft" and sft.train.steps == around.train.steps == 6
+    assert localdpo.train.steps == 7 and localdpo.train.betas == (0.8, 0.9)
+    assert localdpo.train.learning_rate == sft.train.learning_rate == 1e-4
+    assert localdpo.objective == around.objective.model_copy(update={"beta": 300.0})
+    out = around.output.dir
+    assert [stage.output.dir for stage in (sft, localdpo)] == [out / "stages/01-sft", out / "stages/02-localdpo"]
+    assert {pairs_folder(stage, "train") for stage in (around, sft, localdpo)} == {out / "pairs/train"}
+    assert sft.stages is localdpo.stages is None
+
+
+def test_localdpo_in_a_chain_of_sft_has_its_own_defaults(small_config):
+    _, (_, localdpo) = settings(small_config, "stages=[sft, localdpo]", "objective={name: sft}")
+    assert localdpo.objective.name == "local_dpo" and localdpo.objective.weight_sft == 0.1
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        (["stages=[{name: sft, train: {stepz: 4}}]"], ["entry 1 (sft)", "train.stepz", "'steps'"]),
+        (["stages=[sft, {name: localdpo, train: {steps: 0}}]"], ["entry 2 (localdpo)", "train.steps"]),
+        (["stages=[sft, {name: localdpo, train: {lora: {rank: 4}}}]"], ["entry 2", "train.lora", "for all stages"]),
+        (
+            ["stages=[sft, localdpo]", "train.lora={}", "reference.strategy=adapter"],
+            ["entry 2 (localdpo)", "reference.strategy", "auto"],
+        ),
+    ],
+)
+def test_an_entry_that_does_not_fit_is_named_in_one_line(small_config, entries, words):
+    with pytest.raises(ConfigError) as caught:
+        settings(small_config, *entries)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_refused_chain_changes_nothing_and_exits_with_2(overrides, config_file, command, tmp_path):
+    out = tmp_path / "run"
+    bad = "stages=[sft, {name: localdpo, train: {stepz: 4}}]"
+    for name in ("train", "pairs"):
+        result = command(name, config_file, *overrides(out, bad))
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and "train.stepz" in result.stderr
+    assert not out.exists()
+
+
+def test_reading_a_chain_loads_no_model(monkeypatch, small_config):
+    monkeypatch.setattr(torch, "load", lambda *_: pytest.fail("loaded"))
+    assert [name for name, _ in settings(small_config, CHAIN)] == ["sft", "localdpo"]
+    assert load_config(Path("configs/wan-tiny-localdpo.yaml"), ["data.videos=x"]).stages is None

@@ -1,0 +1,130 @@
+"""A chain of stages: each starts from the fp32 weights of the one before, and a broken chain ends like a whole one."""
+
+import json
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignkit.errors import CheckpointError
+from alignkit.models import shipped_model
+from alignkit.models.folder import LORA_FILE
+from alignkit.stages import stage_configs
+from alignkit.stages.chain import run_chain
+from alignkit.training.distributed import start_process
+from alignkit.training.export import export_folder
+from alignkit.training.loop import train_folder
+from alignkit.training.masters import MASTERS, RECORD
+from alignkit.training.metrics import MetricsLog, read_metrics
+
+CHAIN = ("stages=[{name: sft, train: {steps: 3}}, {name: localdpo, train: {steps: 2}}]", "train.learning_rate=1e-3")
+LORA = "train.lora={rank: 4, alpha: 8}"
+
+
+@pytest.fixture
+def process():
+    return start_process()
+
+
+def results(config) -> dict[str, bytes]:
+    """Every byte that a chain is for: the curves of its stages and what it hands on and exports."""
+    files = [train_folder(stage) / name for _, stage in stage_configs(config) for name in ("metrics.jsonl", MASTERS)]
+    files += export_folder(config).glob("transformer/*.safetensors")
+    found = {str(file.relative_to(config.output.dir)): file.read_bytes() for file in files}
+    for file in export_folder(config).glob(LORA_FILE):  # its header's entries stand in no fixed order
+        found |= {name: value.numpy().tobytes() for name, value in load_file(file).items()}
+    return found
+
+
+@pytest.mark.parametrize("keys", [(), ("model.dtype=bf16",), (LORA,)], ids=["fp32", "bf16", "lora"])
+def test_each_stage_starts_where_the_one_before_ended(run_with_pairs, process, keys):
+    config, _ = run_with_pairs("run", *CHAIN, *keys)
+    assert run_chain(config, process)
+    (_, sft), (_, localdpo) = stage_configs(config)
+    first, second = (read_metrics(train_folder(stage) / "metrics.jsonl") for stage in (sft, localdpo))
+    assert [row["step"] for row in first] == [1, 2, 3] and [row["step"] for row in second] == [1, 2]
+    # the reference is the stage's start, with the adapters that were trained before
+    assert second[0]["rewards/margins"] == second[0]["region/logit"] == 0.0 and second[1]["rewards/margins"] != 0.0
+    handed = [load_file(train_folder(stage) / MASTERS) for stage in (sft, localdpo)]
+    assert handed[0].keys() == handed[1].keys()
+    assert all(value.dtype == torch.float32 for value in handed[0].values())
+    assert not export_folder(sft).exists() and not export_folder(localdpo).exists()
+    if keys != (LORA,):
+        exported = load_file(next(export_folder(config).glob("transformer/*.safetensors")))
+        assert all(torch.equal(value, handed[1][name]) for name, value in exported.items())
+
+    # with a rate of 0 the second stage hands on exactly what it was handed
+    still = CHAIN[0].replace("{steps: 2}", "{steps: 1, learning_rate: 0}")
+    config, _ = run_with_pairs("still", still, CHAIN[1], *keys)
+    assert run_chain(config, process)
+    masters = [load_file(train_folder(stage) / MASTERS) for _, stage in stage_configs(config)]
+    assert all(torch.equal(value, masters[1][name]) for name, value in masters[0].items())
+    if keys != (LORA,):
+        base = load_file(next(shipped_model("wan").glob("transformer/*.safetensors")))
+        assert any(not torch.equal(value, base[name]) for name, value in masters[1].items())
+
+
+@pytest.mark.parametrize("keys", [(), (LORA,)], ids=["full", "lora"])
+def test_a_chain_that_is_broken_anywhere_ends_like_a_whole_one(run_with_pairs, process, monkeypatch, keys):
+    whole, _ = run_with_pairs("whole", *CHAIN, *keys)
+    assert run_chain(whole, process)
+    broken, _ = run_with_pairs("broken", *CHAIN, *keys)
+    write, stops = MetricsLog.write, [2, 5]
+
+    def stop_twice(log, step, *numbers):
+        write(log, step, *numbers)
+        stop_twice.count += 1
+        if stop_twice.count in stops:
+            signal.raise_signal(signal.SIGTERM)
+
+    stop_twice.count = 0
+    monkeypatch.setattr(MetricsLog, "write", stop_twice)
+    assert not run_chain(broken, process), "stopped in the first stage"
+    assert not (train_folder(stage_configs(broken)[0][1]) / RECORD).exists()
+    assert not run_chain(broken, process), "stopped at the last step of the second"
+    assert run_chain(broken, process)
+    assert results(broken) == results(whole)
+    assert stop_twice.count == 5, "no step was made twice"
+    before = {file: file.stat().st_mtime_ns for file in broken.output.dir.rglob("*.safetensors")}
+    assert run_chain(broken, process) and stop_twice.count == 5
+    assert before == {file: file.stat().st_mtime_ns for file in broken.output.dir.rglob("*.safetensors")}
+
+
+def test_an_earlier_stage_that_was_changed_is_noticed(run_with_pairs, process):
+    config, _ = run_with_pairs("run", *CHAIN)
+    assert run_chain(config, process)
+
+    def changed(**keys):
+        stages = tuple(s.model_copy(update={"train": s.train | keys} if s.name == "sft" else {}) for s in config.stages)
+        return config.model_copy(update={"stages": stages})
+
+    with pytest.raises(CheckpointError, match=r"01-sft/train: this stage was done with train\.learning_rate = 0\.001"):
+        run_chain(changed(learning_rate=1e-4), process)
+    with pytest.raises(CheckpointError, match=r"02-localdpo/train: this stage was done with stage before = "):
+        run_chain(changed(steps=4), process)  # trained on, which changes what the next one starts from
+
+
+@pytest.mark.parametrize("file", [MASTERS, RECORD])
+def test_what_was_handed_on_and_is_damaged_is_refused(run_with_pairs, process, file):
+    config, _ = run_with_pairs("run", *CHAIN)
+    assert run_chain(config, process)
+    target = train_folder(stage_configs(config)[0][1]) / file
+    data = bytearray(target.read_bytes())
+    data[len(data) // 2] ^= 0x20 if file == MASTERS else 0xFF
+    target.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=file):
+        run_chain(config, process)
+
+
+def test_two_processes_run_a_chain_like_one(run_with_pairs, process, command, config_file):
+    one, _ = run_with_pairs("one", *CHAIN)
+    assert run_chain(one, process)
+    two, settings = run_with_pairs("two", *CHAIN)
+    result = command("train", config_file, *settings, "--nproc", "2")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((train_folder(stage_configs(two)[1][1]) / "run.json").read_text())["processes"] == 2
+    for (_, a), (_, b) in zip(stage_configs(one), stage_configs(two), strict=True):
+        rows = zip(*(read_metrics(train_folder(stage) / "metrics.jsonl") for stage in (a, b)), strict=True)
+        for x, y in rows:  # the same numbers summed in another order, as without stages; rates are larger here
+            assert x["error_w"] == pytest.approx(y["error_w"], rel=1e-3)
