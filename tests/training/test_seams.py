@@ -6,6 +6,7 @@ What trajectory matching needs of them is tried with the smallest thing of each 
 import pytest
 import torch
 
+from alignkit.config import OBJECTIVES, NoiseSection, ObjectiveSection, ReferenceSection
 from alignkit.models import family_module
 from alignkit.objectives import laws, states, terms
 from alignkit.objectives.laws import PathPoints
@@ -107,3 +108,19 @@ def test_new_kinds_train_and_resume_as_one(run_with_pairs, extended):
     assert all(0 < row["error_w"] < 3 and 0 < row["error_l"] < 3 for row in rows)
     assert rows[0]["loss"] == pytest.approx(2 * 0.6931471805599453 + 3 * rows[0]["error_l"], rel=1e-12)
     assert len({row["noise_level"] for row in rows}) > 2
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "known"),
+    [
+        (NoiseSection, "source", states.SOURCES),
+        (NoiseSection, "timesteps", laws.LAWS),
+        (ReferenceSection, "strategy", {**references.STRATEGIES, "auto": None}),
+    ],
+)
+def test_the_names_of_the_configuration_are_those_that_exist(section, key, known):
+    assert set(section.model_fields[key].annotation.__args__) == set(known)
+
+
+def test_every_term_has_a_key_that_weighs_it():
+    assert all(key in OBJECTIVES["local_dpo"] and key in ObjectiveSection.model_fields for key in terms.TERMS)
