@@ -6,6 +6,7 @@ from pathlib import Path
 from alignkit.commands import COMMANDS, run_command
 from alignkit.config import Config, Family, ModelSection, load_config, shipped_config
 from alignkit.progress import progress, say
+from alignkit.stages import stage_configs
 from alignkit.tiny.clips import write_clips
 
 CLIPS = 160
@@ -23,6 +24,7 @@ def run_demo(family: Family, videos: Path | None, out: Path | None, overrides: l
     folder = videos or out / "clips"
     settings = [f"data.videos={json.dumps(str(folder))}", f"output.dir={json.dumps(str(out))}", *overrides]
     config = load_config(shipped_config(f"{family}-tiny-localdpo.yaml"), settings)
+    stage_configs(config)  # refused before anything slow starts
     if videos is None:
         draw_clips(folder)
     for number, name in enumerate(COMMANDS, 1):

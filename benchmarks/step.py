@@ -77,8 +77,8 @@ class TimedAnswer:
     def __init__(self, reference, clock: Clock):
         self.reference, self.clock = reference, clock
 
-    def answer(self, states):
-        return self.clock.timed("reference", self.reference.answer, states)
+    def answer(self, batch, states):
+        return self.clock.timed("reference", self.reference.answer, batch, states)
 
 
 def random_folder(name: str, folder: Path, device: torch.device) -> str:

@@ -115,7 +115,7 @@ def test_every_stage_in_turn_leaves_a_report(command, config_file, run_with_pair
 def test_a_demo_on_own_videos_does_not_meet_what_the_plain_one_left(monkeypatch, clips):
     ran = []
     monkeypatch.setattr(demo, "draw_clips", lambda folder: None)
-    monkeypatch.setattr(demo, "run_stage", lambda name, config: ran.append(config.output.dir))
+    monkeypatch.setattr(demo, "run_command", lambda name, config: ran.append(config.output.dir))
     monkeypatch.setattr(demo, "_conclude", lambda config: None)
     for family in ("wan", "cogvideox"):
         for videos in (None, clips):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from alignkit import __version__
@@ -118,9 +119,9 @@ def thumbnails(frames: Tensor) -> np.ndarray:
     """uint8 [B, F, H, W, 3] of any size to what the shipped classifier looks at."""
     if frames.shape[1:4] != (FRAMES, SIZE, SIZE):
         times = torch.linspace(0, frames.shape[1] - 1, FRAMES).round().long()
-        pictures = frames[:, times].flatten(0, 1).permute(0, 3, 1, 2).float()
+        pictures = rearrange(frames[:, times], "b f h w c -> (b f) c h w").float()
         small = torch.nn.functional.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
-        frames = small.round().to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (len(frames), FRAMES))
+        frames = rearrange(small.round().to(torch.uint8), "(b f) c h w -> b f h w c", f=FRAMES)
     return frames.numpy()
 
 

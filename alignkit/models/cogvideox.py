@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXP
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from einops import rearrange
 from torch import Tensor, nn
 
 from alignkit.errors import ConfigError, ModelError
@@ -80,12 +81,12 @@ class CogVideoXModel(ModelFolder):
         video has none of.
         """
         latents = self.vae.encode(to_unit(frames, self.vae)).latent_dist.mode().float()
-        return (latents * self.vae.config.scaling_factor).permute(0, 2, 1, 3, 4).contiguous()
+        return rearrange(latents * self.vae.config.scaling_factor, "b c f h w -> b f c h w").contiguous()
 
     @torch.no_grad()
     def decode_video(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, F, C, H, W] to frames, uint8 [B, F, H, W, 3] on CPU."""
-        latents = latents.to(self.vae.device, self.vae.dtype).permute(0, 2, 1, 3, 4)
+        latents = rearrange(latents.to(self.vae.device, self.vae.dtype), "b f c h w -> b c f h w")
         return to_frames(self.vae.decode(1 / self.vae.config.scaling_factor * latents).sample)
 
     def new_scheduler(self) -> CogVideoXDDIMScheduler:

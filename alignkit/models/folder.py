@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
+from einops import rearrange
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
@@ -121,13 +122,13 @@ def grid_of(num_frames: int, height: int, width: int, *, temporal: int, spatial:
 
 def to_unit(frames: Tensor, like: nn.Module) -> Tensor:
     """uint8 [B, F, H, W, 3] to [B, 3, F, H, W] in [-1, 1], where `like` lies and in its precision."""
-    return frames.to(like.device).permute(0, 4, 1, 2, 3).to(like.dtype) / 127.5 - 1
+    return rearrange(frames.to(like.device), "b f h w c -> b c f h w").to(like.dtype) / 127.5 - 1
 
 
 def to_frames(video: Tensor) -> Tensor:
     """[B, 3, F, H, W] in [-1, 1] to uint8 [B, F, H, W, 3] on CPU."""
     frames = (video.float().clamp(-1, 1) + 1) * 127.5
-    return frames.round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+    return rearrange(frames.round().to(torch.uint8), "b c f h w -> b f h w c").cpu()
 
 
 def frozen(module: nn.Module) -> nn.Module:

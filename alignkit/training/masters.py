@@ -37,9 +37,7 @@ def handed_on(folder: Path) -> dict | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / RECORD}: {error}; delete it, and the stage is finished again") from None
     if not whole:
-        raise CheckpointError(
-            f"{folder / MASTERS}: damaged; delete {RECORD}, and the stage is finished again"
-        )
+        raise CheckpointError(f"{folder / MASTERS}: damaged; delete {RECORD}, and the stage is finished again")
     return record
 
 

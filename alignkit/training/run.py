@@ -86,7 +86,7 @@ class Run:
         predict, inputs = family_module(self.model.family).predict, (states.inputs, states.timesteps, states.text)
         if self.reference is None:
             return supervised_loss(predict(self.policy, *(x[: len(batch)] for x in inputs)), batch, states)
-        references = self.reference.answer(states)
+        references = self.reference.answer(batch, states)
         predictions = predict(self.policy, *inputs).chunk(2)
         beta = None if self.beta is None else self.beta.value
         return preference_loss(self.config.objective, predictions, references, batch, states, beta)

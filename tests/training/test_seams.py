@@ -57,7 +57,7 @@ class Following:
         self.predict, self.policy, self.scale = family_module(model.family).predict, policy, 1.0
 
     @torch.no_grad()
-    def answer(self, shown):
+    def answer(self, batch, shown):
         answer = self.predict(self.policy, shown.inputs, shown.timesteps, shown.text)
         return (self.scale * answer).chunk(2)
 

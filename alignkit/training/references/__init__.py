@@ -13,6 +13,7 @@ from alignkit.config import Config
 from alignkit.models import VideoModel
 from alignkit.objectives.preference import needs_reference
 from alignkit.objectives.states import States
+from alignkit.stores.pairs import PairBatch
 from alignkit.training.distributed import Process
 from alignkit.training.references.adapter import AdapterOff
 from alignkit.training.references.copy import Copy
@@ -22,8 +23,8 @@ from alignkit.training.weights import Start
 class Reference(Protocol):
     """One that changes has `after_step(policy)` too, called after each optimizer step, and `state` and `load_state`."""
 
-    def answer(self, states: States) -> tuple[Tensor, Tensor]:
-        """Its predictions for winners and losers, [B, ...] each, without gradients."""
+    def answer(self, batch: PairBatch, states: States) -> tuple[Tensor, Tensor]:
+        """Its predictions for winners and losers of `batch` as shown in `states`, [B, ...] each, without gradients."""
 
 
 STRATEGIES: dict[str, Callable[..., Reference]] = {"copy": Copy, "adapter": AdapterOff}

@@ -9,6 +9,7 @@ from torch import Tensor
 from alignkit.config import Config
 from alignkit.models import VideoModel, family_module
 from alignkit.objectives.states import States
+from alignkit.stores.pairs import PairBatch
 from alignkit.training.distributed import Process
 from alignkit.training.weights import Start
 
@@ -18,7 +19,7 @@ class AdapterOff:
         self._predict, self._engine = family_module(model.family).predict, policy
 
     @torch.no_grad()
-    def answer(self, states: States) -> tuple[Tensor, Tensor]:
+    def answer(self, batch: PairBatch, states: States) -> tuple[Tensor, Tensor]:
         with _adapters_off(self._engine.module):
             return self._predict(self._engine, states.inputs, states.timesteps, states.text).chunk(2)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from alignkit.config import Config
 from alignkit.models import VideoModel, family_module
 from alignkit.objectives.states import States
+from alignkit.stores.pairs import PairBatch
 from alignkit.training.distributed import Process
 from alignkit.training.engine import deepspeed_config, load_network, put_adapters
 from alignkit.training.weights import Start
@@ -38,5 +39,5 @@ class Copy:
         self.network.eval()
 
     @torch.no_grad()
-    def answer(self, states: States) -> tuple[Tensor, Tensor]:
+    def answer(self, batch: PairBatch, states: States) -> tuple[Tensor, Tensor]:
         return self._predict(self.network, states.inputs, states.timesteps, states.text).chunk(2)
