@@ -5,12 +5,14 @@ the file and the key. `load_config` is the only way in; commands get a frozen `C
 """
 
 import difflib
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from alignkit.errors import ConfigError
 
@@ -142,6 +144,16 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 computes is the function of its name in `alignkit.objectives.heads`."""
 
 
+def _beta(value: Any) -> float | str:
+    try:
+        beta = value if value == "auto" else float(value)
+    except (TypeError, ValueError):
+        beta = math.nan
+    if beta != "auto" and not 0 < beta < math.inf:
+        raise ValueError("should be a number greater than 0, or auto")
+    return beta
+
+
 class ObjectiveSection(Section):
     """The loss; see docs/losses.md for the objectives, what each key does and how betas convert.
 
@@ -149,7 +161,7 @@ class ObjectiveSection(Section):
     """
 
     name: Literal[*OBJECTIVES] = "local_dpo"  # type: ignore[valid-type]
-    beta: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(5000.0, description="a number, or auto")
+    beta: Annotated[float | Literal["auto"], BeforeValidator(_beta)] = Field(5000.0, description="a number, or auto")
     beta_min: Annotated[float, Field(gt=0)] = Field(50.0, description="with beta: auto, the lowest it may get")
     beta_max: Annotated[float, Field(gt=0)] = Field(5000.0, description="the highest, and what it starts from")
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(0.0, description="share of swapped labels")
@@ -428,6 +440,10 @@ def _describe(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{where}: missing; set it in the file or as {where}=...{more}"
     message = problem["msg"].removeprefix("Value error, ")
+    message = re.sub(r"valid dictionary or instance of \w+", "section of keys", message)
+    message = (
+        message.replace("valid tuple", "list").replace("Tuple", "List").replace("valid dictionary", "section of keys")
+    )
     if not where:
         return message + more
     got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"  # else it names the keys itself
