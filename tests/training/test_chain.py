@@ -14,12 +14,13 @@ from alignkit.stages import stage_configs
 from alignkit.stages.chain import run_chain
 from alignkit.training.distributed import start_process
 from alignkit.training.export import export_folder
-from alignkit.training.loop import train_folder
+from alignkit.training.loop import train, train_folder
 from alignkit.training.masters import MASTERS, RECORD
 from alignkit.training.metrics import MetricsLog, read_metrics
 
 CHAIN = ("stages=[{name: sft, train: {steps: 3}}, {name: localdpo, train: {steps: 2}}]", "train.learning_rate=1e-3")
 LORA = "train.lora={rank: 4, alpha: 8}"
+EXPORTED = "transformer/*.safetensors", LORA_FILE
 
 
 @pytest.fixture
@@ -63,6 +64,21 @@ def test_each_stage_starts_where_the_one_before_ended(run_with_pairs, process, k
     if keys != (LORA,):
         base = load_file(next(shipped_model("wan").glob("transformer/*.safetensors")))
         assert any(not torch.equal(value, base[name]) for name, value in masters[1].items())
+
+
+@pytest.mark.parametrize("keys", [("model.dtype=bf16",), (LORA,)], ids=["bf16", "lora"])
+def test_after_a_stage_that_trains_nothing_comes_the_plain_run(run_with_pairs, process, keys):
+    """To the last bit: handing on loses nothing, whatever the network's dtype."""
+    plain, _ = run_with_pairs("plain", "train.steps=3", *keys)
+    train(plain, process)
+    stages = "stages=[{name: sft, train: {steps: 1, learning_rate: 0}}, {name: localdpo, train: {steps: 3}}]"
+    config, _ = run_with_pairs("chain", stages, *keys)
+    assert run_chain(config, process)
+    runs = plain, stage_configs(config)[1][1]
+    curves = [(train_folder(run) / "metrics.jsonl").read_bytes() for run in runs]
+    assert curves[0] == curves[1]
+    exports = [load_file(next(export_folder(run).glob(EXPORTED[keys == (LORA,)]))) for run in (plain, config)]
+    assert all(torch.equal(value, exports[1][name]) for name, value in exports[0].items())
 
 
 @pytest.mark.parametrize("keys", [(), (LORA,)], ids=["full", "lora"])
