@@ -59,9 +59,8 @@ def run(out: Path, *, smoke: bool) -> Path:
     plan = SMOKE if smoke else Plan()
     out = out / "manifold"
     _check_plan(plan, out)
-    bases = [(base, seed) for seed in plan.seeds for base in dict.fromkeys(arm.base for arm in ARMS)]
-    files = [weights_file(out, *base) for base in bases]
-    share_out(files, lambda i: write_atomically(files[i], save(_pretrain(plan, *bases[i], show=worker.main))))
+    bases = [weights_file(out, seed) for seed in plan.seeds]
+    share_out(bases, lambda i: write_atomically(bases[i], save(_pretrain(plan, plan.seeds[i], show=worker.main))))
     runs = [(arm, seed) for seed in plan.seeds for arm in ARMS]
     results = [result_file(out, arm.name, seed) for arm, seed in runs]
     share_out(results, lambda i: _make(plan, out, *runs[i], show=worker.main))
@@ -69,8 +68,8 @@ def run(out: Path, *, smoke: bool) -> Path:
         return write_up(plan, ARMS, out)
 
 
-def weights_file(out: Path, base: str, seed: int) -> Path:
-    return out / f"seed-{seed}" / "weights" / f"{base}.safetensors"
+def weights_file(out: Path, seed: int) -> Path:
+    return out / f"seed-{seed}" / "weights" / "base.safetensors"
 
 
 def _check_plan(plan: Plan, out: Path) -> None:
@@ -84,13 +83,13 @@ def _check_plan(plan: Plan, out: Path) -> None:
         raise DataError(f"{out}: holds results of another plan; choose another --out or delete it")
 
 
-def _pretrain(plan: Plan, base: str, seed: int, *, show: bool) -> dict[str, Tensor]:
+def _pretrain(plan: Plan, seed: int, *, show: bool) -> dict[str, Tensor]:
     network = new_network(seed)
 
     def loss(uniforms: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return COORDINATES * losses.sft(_mean_error(network, points_of(uniforms[:, :2], base), t, noise))
+        return COORDINATES * losses.sft(_mean_error(network, points_of(uniforms[:, :2], "pairs"), t, noise))
 
-    title = f"manifold: base ({base}), seed {seed}"
+    title = f"manifold: base, seed {seed}"
     _descend(plan, network, loss, seed, PRETRAINING, plan.pretraining, plan.pretraining_rate, math.inf, title, show)
     return network.state_dict()
 
@@ -100,7 +99,7 @@ def _make(plan: Plan, out: Path, arm: Arm, seed: int, *, show: bool) -> None:
     start = time.monotonic()
     base, policy = new_network(seed), new_network(seed)
     for network in (base, policy):
-        network.load_state_dict(load_file(weights_file(out, arm.base, seed)))
+        network.load_state_dict(load_file(weights_file(out, seed)))
     base.requires_grad_(False)
 
     def loss(uniforms: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -190,7 +189,8 @@ def _descend(
 def arm_loss(
     arm: Arm, policy: nn.Module, base: nn.Module, winners: Tensor, losers: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
-    """The loss of each pair, fp64 [B]; winner and loser share noise and t."""
+    """The loss of each pair, fp64 [B]; winner and loser share noise and t. FlowDPO's β is β · (1 − t)²: velocity errors
+    times (1 − t)² are those of the noise."""
     if arm.beta is None and arm.tau is None:
         return arm.sft * COORDINATES * losses.sft(_mean_error(policy, winners, t, noise))
     rows = path_rows(t)
@@ -205,12 +205,12 @@ def arm_loss(
         beta = head_beta(1 / arm.tau)
         logits = losses.logits_of(gap_w, gap_l, beta)
         return arm.tau * losses.winner_guarded(logits, error_w, beta, (1 - t) ** 2)
-    logits = losses.logits_of(gap_w, gap_l, head_beta(arm.beta))
+    logits = (1 - t) ** 2 * losses.logits_of(gap_w, gap_l, head_beta(arm.beta))
     return losses.dpo(logits) + arm.sft * COORDINATES * losses.sft(error_w)
 
 
 def head_beta(beta: float) -> float:
-    """The heads' β for the paper's, whose logit is −β (gap_w − gap_l) of summed gaps: ours takes half of β and means
+    """The heads' β for the paper's, whose logit has −β (gap_w − gap_l) of summed gaps: ours takes half of β and means
     over the three coordinates, so 2 · 3 times as much. A temperature τ of summed errors is a β of 1 / τ."""
     return 2 * COORDINATES * beta
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-X_REACH, Y_REACH = 5.0, 1.0
+X_REACH, Y_REACH = 5.0, 1.0  # the surface; points are drawn from three pieces of it
 WINNERS, RADIUS = 3.0, 1.0  # winners lie within RADIUS of x = ±WINNERS, losers within RADIUS of 0
 ON_SURFACE = 0.15
 COORDINATES = 3
@@ -16,8 +16,7 @@ COORDINATES = 3
 class Arm:
     """One row of the table. `beta` is theirs, of summed errors without a half; `tau` is the guarded loss's.
 
-    sft: the weight of the winner's summed error. published: StrictScore in the paper's table 2. base: the points that
-    what it starts from was trained on, a side of `points_of`.
+    sft: the weight of the winner's summed error. published: StrictScore in the paper's table 2.
     """
 
     name: str
@@ -26,7 +25,6 @@ class Arm:
     beta: float | None = None
     sft: float = 0.0
     tau: float | None = None
-    base: str = "pairs"
 
     @property
     def trained(self) -> bool:
@@ -42,9 +40,6 @@ ARMS = (
     Arm("dpo-sft-1", "FlowDPO + fine-tuning, β = 1", 0.857, beta=1, sft=1),
     Arm("dpo-sft-100", "FlowDPO + fine-tuning, β = 100", 0.676, beta=100, sft=1),
     Arm("guarded", "winner-guarded, w = (1 − t)², τ = 1", 0.899, tau=1),
-    Arm("whole-base", "base, trained on the whole surface", None, base="whole"),
-    Arm("whole-dpo-100", "FlowDPO, β = 100, from that base", 0.629, beta=100, base="whole"),
-    Arm("whole-dpo-sft-100", "FlowDPO + fine-tuning, β = 100, from that base", 0.676, beta=100, sft=1, base="whole"),
 )
 
 
@@ -88,12 +83,10 @@ def surface_points(x: Tensor, y: Tensor) -> Tensor:
 def points_of(uniforms: Tensor, side: str) -> Tensor:
     """Points [B, 3, 1, 1] from uniform numbers [B, 2], uniform in y and, within their side, in x.
 
-    side: "whole" (of the surface), "winners", "losers", or "pairs": the two hills and the valley, each as often.
+    side: "winners", "losers", or "pairs": the two hills and the valley, each as often.
     """
     x, y = (2 * uniforms - 1).unbind(1)
-    if side == "whole":
-        x = X_REACH * x
-    elif side == "pairs":
+    if side == "pairs":
         third = torch.floor(3 * uniforms[:, 0])
         x = (third - 1) * WINNERS + RADIUS * (2 * (3 * uniforms[:, 0] - third) - 1)
     elif side == "losers":

@@ -74,8 +74,7 @@ def _cell(values: list[float], digits: int) -> str:
 
 
 def _plot(plan: Plan, arms: tuple[Arm, ...], out: Path, file: Path) -> list[str]:
-    """Samples of the first seed from the side, of the arms that start from the usual base; the surface is a band, since
-    its height depends on y a little."""
+    """Samples of the first seed from the side; the surface is a band, since its height depends on y a little."""
     try:
         import matplotlib
     except ImportError:
@@ -86,7 +85,6 @@ def _plot(plan: Plan, arms: tuple[Arm, ...], out: Path, file: Path) -> list[str]
 
     x = torch.linspace(-X_REACH, X_REACH, 400)
     edges = [height(x, torch.full_like(x, y)).numpy() for y in (0.0, 1.0)]
-    arms = tuple(arm for arm in arms if arm.base == Arm.base)
     columns = -(-len(arms) // 2)
     figure, panels = plt.subplots(2, columns, figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
     for panel, arm in zip(panels.flat, arms, strict=False):
