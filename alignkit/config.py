@@ -146,7 +146,7 @@ computes is the function of its name in `alignkit.objectives.heads`."""
 
 def _beta(value: Any) -> float | str:
     try:
-        beta = value if value == "auto" else float(value)
+        beta = value if value == "auto" else float(math.nan if isinstance(value, bool) else value)
     except (TypeError, ValueError):
         beta = math.nan
     if beta != "auto" and not 0 < beta < math.inf:
@@ -339,7 +339,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _strengths_in_range(self) -> "Config":
-        if self.data.pairs or "strength_range" not in OBJECTIVES[self.objective.name]:
+        if self.data.pairs or self.stages or "strength_range" not in OBJECTIVES[self.objective.name]:
             return self
         low, high = self.objective.strength_range
         for k in self.pairs.strengths:
@@ -383,9 +383,12 @@ def changed(config: Config, changes: dict[str, dict], where: str) -> Config:
     An objective of another name begins with its own defaults.
     """
     tree = config.model_dump(mode="json")
-    for section, keys in changes.items():
-        fresh = section == "objective" and keys.get("name", config.objective.name) != config.objective.name
-        tree[section] = _merge({} if fresh else tree[section], keys)
+    objective = changes.get("objective", {})
+    if objective.get("name", config.objective.name) != config.objective.name:
+        tree["objective"] = {}
+    if objective.get("beta", "auto") != "auto":  # its limits were for an automatic one
+        tree["objective"] = {k: v for k, v in tree["objective"].items() if k not in ("beta_min", "beta_max")}
+    tree = merged(tree, changes)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -405,9 +408,9 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _merge(tree: dict, changes: dict) -> dict:
+def merged(tree: dict, changes: dict) -> dict:
     both = {key for key, value in changes.items() if isinstance(value, dict) and isinstance(tree.get(key), dict)}
-    return tree | {key: _merge(tree[key], value) if key in both else value for key, value in changes.items()}
+    return tree | {key: merged(tree[key], value) if key in both else value for key, value in changes.items()}
 
 
 def _apply(tree: dict, override: str) -> None:

@@ -49,6 +49,7 @@ GOOD = "output: {dir: out}\n"
         ("a: [", [], ["not valid YAML"]),
         (GOOD + "objective: {beta: automatic}", [], ["objective.beta: should be a number", "or auto, got 'automatic'"]),
         (GOOD + "objective: {beta: 0}", [], ["objective.beta", "greater than 0"]),
+        (GOOD + "objective: {beta: true}", [], ["objective.beta", "or auto", "True"]),
         (GOOD + "objective: {beta: [1]}", [], ["objective.beta", "or auto", "[1]"]),
         (GOOD + "objective: null", [], ["objective: input should be a section of keys", "None"]),
         (GOOD + "objective: {beta_min: 5}", [], ["beta_min", "beta: auto"]),

@@ -42,7 +42,7 @@ class TrainingLoss:
 
 def needs_reference(objective: ObjectiveSection) -> bool:
     """Whether it compares winner and loser with a reference; `sft` does not."""
-    return hasattr(heads, objective.name)
+    return "beta" in OBJECTIVES[objective.name]
 
 
 def preference_loss(
@@ -74,7 +74,7 @@ def preference_loss(
     pairs, kept = Scored(objective, objective.beta if beta is None else beta, batch, states, sums), None
     if objective.loser_safeguard is not None:
         kept = _share_of_loser(pairs)
-        # no loss reads error_l: the gap is the only way to the loser's prediction
+        # no head reads error_l: the gap is the only way to the loser's prediction
         pairs = replace(pairs, sums=sums._replace(gap_l=losses.scale_gradient(sums.gap_l, kept[:, None])))
     per_pair, sigmoids = _loss(pairs)
     loss = per_pair.mean() if states.weight is None else (states.weight.to(per_pair.device) * per_pair).mean()

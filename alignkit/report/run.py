@@ -40,7 +40,7 @@ def read_run(folder: Path) -> Run:
         summary=_summary(folder / "summary.json"),
         config_text=config_text,
         config=_yaml(config_text),
-        metrics=_metrics(folder),
+        metrics=_metrics(folder, _yaml(config_text)),
         evaluation=_object(_text(folder / "eval.json")),
         pairs=sorted((folder / "report_pairs").glob("*.npz")),
         samples=_lines(folder / "samples" / "samples.jsonl"),
@@ -48,10 +48,13 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _metrics(folder: Path) -> list[dict]:
+def _metrics(folder: Path, config: dict) -> list[dict]:
     """Of the run, or of a chain's stages one after the other, their steps counted on."""
     rows: list[dict] = []
-    for file in [folder / "train" / "metrics.jsonl", *sorted(folder.glob("stages/*/train/metrics.jsonl"))]:
+    stages = config.get("stages")
+    names = [stage.get("name") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    runs = [folder / "stages" / f"{number:02d}-{name}" for number, name in enumerate(names, 1)] or [folder]
+    for file in [run / "train" / "metrics.jsonl" for run in runs]:
         before = number(rows[-1], "step") or 0 if rows else 0
         rows += [row | {"step": row["step"] + before} for row in _lines(file) if number(row, "step") is not None]
     return rows

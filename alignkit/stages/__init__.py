@@ -5,7 +5,7 @@ Each stage is a file of this package; a new one is its file, a line in STAGES an
 
 from collections.abc import Callable
 
-from alignkit.config import Config, changed
+from alignkit.config import OBJECTIVES, Config, changed, merged
 from alignkit.errors import ConfigError
 from alignkit.stages.localdpo import localdpo
 from alignkit.stages.sft import sft
@@ -22,15 +22,19 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
     stages = []
     for number, entry in enumerate(config.stages or (), 1):
         where = f"stages: entry {number} ({entry.name})"
-        around = changed(config.model_copy(update={"stages": None}), STAGES[entry.name](config), where)
         places = {
             "output": {"dir": str(config.output.dir / "stages" / f"{number:02d}-{entry.name}")},
             "pairs": {"folder": str(config.pairs.folder or config.output.dir / "pairs")},
         }
-        stage = changed(around, entry.model_dump(exclude={"name"}) | places, where)
+        own = merged(STAGES[entry.name](config), entry.model_dump(exclude={"name"}))
+        stage = changed(config.model_copy(update={"stages": None}), own | places, where)
+        for section, keys in STAGES[entry.name](stage).items():
+            for key, value in keys.items():
+                raise ConfigError(f"{where}: {section}.{key}: this stage trains with {value!r}; leave it out")
         if stage.train.lora != config.train.lora:
             raise ConfigError(f"{where}: train.lora: hands on adapters or all weights, so set it once, for all stages")
-        if number > 1 and stage.reference.strategy == "adapter":
+        compares = "beta" in OBJECTIVES[stage.objective.name]
+        if number > 1 and compares and stage.reference.strategy == "adapter":
             raise ConfigError(
                 f"{where}: reference.strategy: with its adapters off the model is the base, not what this stage starts "
                 "from; leave it at auto"

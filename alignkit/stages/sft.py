@@ -4,4 +4,4 @@ from alignkit.config import Config
 
 
 def sft(config: Config) -> dict:
-    return {"objective": {"name": "sft"}}
+    return {} if config.objective.name == "sft" else {"objective": {"name": "sft"}}

@@ -1,6 +1,7 @@
 """DeepSpeed: its settings, the network that policy and reference copy are both built from, and the policy's engine."""
 
 import copy
+import gc
 from typing import Any
 
 import torch
@@ -52,7 +53,12 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},  # 16 micro-batches added up in bf16 are off by half a percent
         "steps_per_print": None,
     }
-    return _merged(base, config.deepspeed.config)
+    settings = _merged(base, config.deepspeed.config)
+    if settings["zero_optimization"]["stage"] == 0 and settings["bf16"]["enabled"]:
+        raise ConfigError(
+            "deepspeed.config: zero_optimization.stage 0 keeps no fp32 weights beside bf16 ones; use 1, 2 or 3"
+        )
+    return settings
 
 
 def load_network(config: Config, process: Process, model, start: Start) -> tuple[nn.Module, str]:
@@ -106,6 +112,21 @@ def start_policy(config: Config, process: Process, transformer: nn.Module, start
     if working_dtype(config.model, process.device) != torch.float32:
         set_masters(engine, start.base.share if adapters is None else lambda name, _, device: adapters[name].to(device))
     return engine
+
+
+def release(engine) -> None:
+    """Free what an engine holds, its network included, for the next one in this process: DeepSpeed's hooks keep all of
+    it alive otherwise, weights, gradients and moments."""
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            tensor.data = tensor.new_empty(0)
+    if engine.optimizer is not None:
+        engine.optimizer.__dict__.clear()
+    engine.__dict__.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def full_precision_weights(engine) -> dict[str, torch.Tensor]:

@@ -21,6 +21,11 @@ def export_folder(config: Config) -> Path:
     return config.output.dir / "export"
 
 
+def export_record(target: Path) -> Path:
+    """Beside an export: which stage's weights it holds, where a chain made it."""
+    return target.with_name(f"{target.name}.json")
+
+
 def aligned_section(config: Config) -> ModelSection:
     """The `model` section that loads what `config`'s run exported. Raises DataError before it has."""
     folder, section = export_folder(config), config.model

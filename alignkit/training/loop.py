@@ -1,5 +1,6 @@
 """`alignkit train`: iterates over a run's steps, saves, logs and exports."""
 
+import json
 import math
 import resource
 import signal
@@ -20,7 +21,7 @@ from alignkit.stores.pairs import PairStore
 from alignkit.training import checkpoints
 from alignkit.training.distributed import Process, on_main
 from alignkit.training.engine import accumulation_steps, full_precision_weights, load_network
-from alignkit.training.export import export, export_folder, export_lora
+from alignkit.training.export import export, export_folder, export_lora, export_record
 from alignkit.training.masters import MASTERS, hand_on, handed_on
 from alignkit.training.metrics import MetricsLog
 from alignkit.training.run import Run, start_run
@@ -83,19 +84,33 @@ def train(config: Config, process: Process, link: Link | None = None) -> bool:
         )
     run = start_run(config, process, model, store, start)
     del start  # the first process may hold a copy
-    if not _iterate(run, folder, terms):
-        return False
-    weights = full_precision_weights(run.policy)
-    if process.main:
-        target = link.export if link else export_folder(config)
-        if target and config.train.lora:
-            export_lora(model, weights, config.train.lora, target)
-        elif target:
-            export(model, weights, target)
-        if link:
-            hand_on(folder, weights, terms, config.train.steps)
-    torch.distributed.barrier()
+    try:
+        if not _iterate(run, folder, terms, chained=link is not None):
+            return False
+        weights = full_precision_weights(run.policy)
+        if process.main:
+            _finish(run, weights, terms, link)
+        torch.distributed.barrier()
+    finally:
+        run.release()
     return True
+
+
+def _finish(run: Run, weights: dict[str, torch.Tensor], terms: dict, link: Link | None) -> None:
+    """Export what was trained and hand it on, each where it is to go. For the first process alone."""
+    config = run.config
+    target = link.export if link else export_folder(config)
+    if target:
+        record = export_record(target)
+        record.unlink(missing_ok=True)  # whose export it was
+        if config.train.lora:
+            export_lora(run.model, weights, config.train.lora, target)
+        else:
+            export(run.model, weights, target)
+    if link:
+        digest = hand_on(train_folder(config), weights, terms, config.train.steps)
+        if target:
+            write_json(record, {"masters": digest})
 
 
 def _terms_of(config: Config, store: PairStore, model, folder: Path, link: Link | None) -> tuple[dict, bool]:
@@ -106,21 +121,36 @@ def _terms_of(config: Config, store: PairStore, model, folder: Path, link: Link 
     if link.start:
         terms["stage before"] = handed_on(link.start)["sha256"]
     record = handed_on(folder)
-    exported = link.export is None or link.export.is_dir()
-    if record is None or record["steps"] != config.train.steps or not exported:
+    if record is None or record["steps"] < config.train.steps:
         return terms, False
+    if record["steps"] > config.train.steps:
+        raise CheckpointError(_too_far(folder, record["steps"], config.train.steps))
     changed = difference(record["terms"], terms)
     if changed:
         raise CheckpointError(
             f"{folder}: this stage was done with {changed}; put it back, or choose another output.dir"
         )
-    return terms, True
+    return terms, link.export is None or _exported(link.export) == record["sha256"]
 
 
-def _iterate(run: Run, folder: Path, terms: dict) -> bool:
+def _exported(target: Path) -> str | None:
+    """The digest of the masters that `target` was exported from, if a chain's last stage exported it."""
+    try:
+        return json.loads(export_record(target).read_text())["masters"] if target.is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _too_far(folder: Path, done: int, steps: int) -> str:
+    return f"{folder}: this stage was trained for {done} steps, more than its train.steps, {steps}; put it back"
+
+
+def _iterate(run: Run, folder: Path, terms: dict, *, chained: bool) -> bool:
     """Every step that is left, each logged, some of them saved; False if a signal ended it early."""
     config, process, policy = run.config, run.process, run.policy
     done = checkpoints.load_latest(policy, folder / "checkpoints", terms, run.parts)
+    if chained and done > config.train.steps:
+        raise CheckpointError(_too_far(folder, done, config.train.steps))
     if done and process.main:
         say(f"resuming after step {done}")
     log = MetricsLog(folder, done) if process.main else None

@@ -14,14 +14,17 @@ from alignkit.files import flush, write_json
 MASTERS, RECORD = "masters.safetensors", "masters.json"
 
 
-def hand_on(folder: Path, weights: dict[str, Tensor], terms: dict, steps: int) -> None:
-    """Write `weights`, fp32 by name, and how they were trained. For the first process alone."""
+def hand_on(folder: Path, weights: dict[str, Tensor], terms: dict, steps: int) -> str:
+    """Write `weights`, fp32 by name, and how they were trained; returns the file's digest. For the first process
+    alone."""
     partial = folder / f".partial-{MASTERS}"
     save_file({name: value.contiguous() for name, value in weights.items()}, partial)
     flush(partial)
     (folder / RECORD).unlink(missing_ok=True)
     os.replace(partial, folder / MASTERS)
-    write_json(folder / RECORD, {"terms": terms, "steps": steps, "sha256": _digest(folder / MASTERS)})
+    digest = _digest(folder / MASTERS)
+    write_json(folder / RECORD, {"terms": terms, "steps": steps, "sha256": digest})
+    return digest
 
 
 def handed_on(folder: Path) -> dict | None:

@@ -16,7 +16,7 @@ from alignkit.objectives.preference import TrainingLoss, preference_loss, superv
 from alignkit.objectives.states import States, training_states
 from alignkit.stores.pairs import PairBatch, PairStore, collate
 from alignkit.training.distributed import Process
-from alignkit.training.engine import accumulation_steps, start_policy
+from alignkit.training.engine import accumulation_steps, release, start_policy
 from alignkit.training.order import global_batch, rank_share
 from alignkit.training.references import Reference, start_reference
 from alignkit.training.weights import Start
@@ -100,6 +100,12 @@ class Run:
         self.policy.backward(result.loss)
         self.policy.step()
         return diagnostics(self.config.objective, result, states)
+
+    def release(self) -> None:
+        """Free the engines, for the next run of this process; this one ends with it."""
+        if hasattr(self.reference, "release"):
+            self.reference.release()
+        release(self.policy)
 
     def _set_learning_rate(self, number: int) -> None:
         warmup = self.config.train.warmup_steps

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alignkit.errors import CheckpointError
 from alignkit.files import write_json
 
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -31,7 +32,11 @@ def save_state(folder: Path, step: int, parts: dict[str, object]) -> None:
     for name, part in parts.items():
         if isinstance(part, Stateful):
             state = part.state()
-            tensors |= {f"{name}/{key}": value.cpu() for key, value in state.items() if isinstance(value, Tensor)}
+            tensors |= {
+                f"{name}/{key}": value.detach().cpu().contiguous()
+                for key, value in state.items()
+                if isinstance(value, Tensor)
+            }
             plain[name] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     write_json(folder / STATE, {"step": step, "parts": plain})
     save_file(tensors, folder / TENSORS)
@@ -43,9 +48,14 @@ def load_state(folder: Path, parts: dict[str, object]) -> None:
     for name, tensor in load_file(folder / TENSORS).items():
         part, _, key = name.partition("/")
         states[part][key] = tensor
-    for name, part in parts.items():
-        if isinstance(part, Stateful):
-            part.load_state(states[name])
+    stateful = {name: part for name, part in parts.items() if isinstance(part, Stateful)}
+    if stateful.keys() != states.keys():
+        raise CheckpointError(
+            f"{folder}: holds the states of {sorted(states) or 'nothing'}, this run has {sorted(stateful) or 'none'}; "
+            "resume with what it was written with, or start in another output.dir"
+        )
+    for name, part in stateful.items():
+        part.load_state(states[name])
 
 
 def state_damage(folder: Path, step: int, listed: dict[str, str]) -> str | None:

@@ -17,9 +17,18 @@ def run_terms(config: Config, store: PairStore, model) -> dict:
         **{f"train.{key}": value for key, value in train.items()},
         **{f"objective.{key}": value for key, value in config.objective.model_dump(mode="json").items()},
         **{f"noise.{key}": value for key, value in config.noise.model_dump(mode="json").items()},
+        **{f"reference.{key}": value for key, value in config.reference.model_dump(mode="json").items()},
+        "schedule": _schedule_of(config, model),
+        "model.max_sequence_length": config.model.max_sequence_length,
         "dtype": config.model.dtype,
         "deepspeed": config.deepspeed.model_dump(mode="json"),
     }
+
+
+def _schedule_of(config: Config, model) -> str | None:
+    """Of the sampler's steps, where the run trains at them."""
+    on_it = config.noise.timesteps == "schedule"
+    return model.schedule(config.sample.num_inference_steps).fingerprint if on_it else None
 
 
 def difference(stored: dict, now: dict) -> str | None:

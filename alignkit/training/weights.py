@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alignkit.config import Config, ModelSection
-from alignkit.errors import ModelError
+from alignkit.errors import AlignkitError, ModelError
 from alignkit.models import family_module, load_model
 
 SINGLE, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
@@ -117,6 +117,7 @@ def load_partitioned(
         partition(parameter)
         _put(network, name, parameter)
         _give_back_freed_memory()
+    _move_buffers(network, device)  # which DeepSpeed leaves where they are once parameters are partitioned
     return network.eval()
 
 
@@ -142,9 +143,14 @@ def set_masters(engine, values: Callable[[str, torch.Size, torch.device], Tensor
         _give_back_freed_memory()
 
 
-def _put(network: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def _move_buffers(network: nn.Module, device: torch.device) -> None:
+    for name, buffer in list(network.named_buffers()):
+        _put(network, name, buffer.to(device))
+
+
+def _put(network: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(network.get_submodule(owner), leaf, parameter)
+    setattr(network.get_submodule(owner), leaf, tensor)
 
 
 def _partitioner(first: nn.Parameter, settings: dict, dtype: torch.dtype):
@@ -167,18 +173,18 @@ def _give_back_freed_memory() -> None:
 
 
 def _agree(action, share: bool = True):
-    """`action()`'s result, taken on the first process, on all of them (`share`) or there alone, None elsewhere; the
-    ModelError that it raises is raised by all."""
+    """`action()`'s result, taken on the first process, on all of them (`share`) or there alone, None elsewhere; an
+    AlignkitError that it raises is raised by all."""
     result, problem = None, None
     if torch.distributed.get_rank() == 0:
         try:
             result = action()
-        except ModelError as error:
-            problem = str(error)
+        except AlignkitError as error:
+            problem = error
     told = [problem, result if share else None]
     torch.distributed.broadcast_object_list(told, src=0)
     if told[0]:
-        raise ModelError(told[0])
+        raise told[0]
     return told[1] if share else result
 
 

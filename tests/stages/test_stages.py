@@ -42,6 +42,11 @@ def test_localdpo_in_a_chain_of_sft_has_its_own_defaults(small_config):
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
+        (["stages=[{name: sft, objective: {name: dpo}}]"], ["entry 1 (sft)", "objective.name", "'sft'"]),
+        (
+            ["stages=[{name: localdpo, objective: {name: sft}}]"],
+            ["entry 1 (localdpo)", "objective.name", "'local_dpo'"],
+        ),
         (["stages=[{name: sft, train: {stepz: 4}}]"], ["entry 1 (sft)", "train.stepz", "'steps'"]),
         (["stages=[sft, {name: localdpo, train: {steps: 0}}]"], ["entry 2 (localdpo)", "train.steps"]),
         (["stages=[sft, {name: localdpo, train: {lora: {rank: 4}}}]"], ["entry 2", "train.lora", "for all stages"]),
@@ -55,6 +60,19 @@ def test_an_entry_that_does_not_fit_is_named_in_one_line(small_config, entries, 
     with pytest.raises(ConfigError) as caught:
         settings(small_config, *entries)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ["objective.name=sft", "pairs.strengths=[1]", "stages=[sft, {name: localdpo, objective: {name: dpo}}]"],
+        ["pairs.strengths=[2]", "stages=[sft, {name: localdpo, objective: {strength_range: [0.4, 0.6]}}]"],
+        ["objective={beta: auto, beta_min: 10}", "stages=[{name: localdpo, objective: {beta: 500}}]"],
+        ["train.lora={}", "reference.strategy=adapter", "stages=[localdpo, sft]"],
+    ],
+)
+def test_an_entry_is_checked_as_it_will_be_trained(small_config, entries):
+    assert settings(small_config, *entries)
 
 
 def test_a_refused_chain_changes_nothing_and_exits_with_2(overrides, config_file, command, tmp_path):

@@ -1,12 +1,15 @@
 """A chain of stages: each starts from the fp32 weights of the one before, and a broken chain ends like a whole one."""
 
+import gc
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from alignkit.config import load_config
 from alignkit.errors import CheckpointError
 from alignkit.models import shipped_model
 from alignkit.models.folder import LORA_FILE
@@ -20,6 +23,7 @@ from alignkit.training.metrics import MetricsLog, read_metrics
 
 CHAIN = ("stages=[{name: sft, train: {steps: 3}}, {name: localdpo, train: {steps: 2}}]", "train.learning_rate=1e-3")
 LORA = "train.lora={rank: 4, alpha: 8}"
+CONFIG = Path(__file__).parents[2] / "configs" / "wan-tiny-localdpo.yaml"
 EXPORTED = "transformer/*.safetensors", LORA_FILE
 
 
@@ -144,3 +148,52 @@ def test_two_processes_run_a_chain_like_one(run_with_pairs, process, command, co
         rows = zip(*(read_metrics(train_folder(stage) / "metrics.jsonl") for stage in (a, b)), strict=True)
         for x, y in rows:  # the same numbers summed in another order, as without stages; rates are larger here
             assert x["error_w"] == pytest.approx(y["error_w"], rel=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["zero2", "zero3", "zero3-offload"])
+def test_a_stage_leaves_no_weights_in_memory_for_the_next(run_with_pairs, process, preset):
+    """DeepSpeed's hooks keep an engine alive that nobody holds: two stages of 14B would need the memory of both."""
+
+    def held() -> int:
+        gc.collect()
+        return sum(x.numel() for x in gc.get_objects() if isinstance(x, torch.Tensor))
+
+    before = held()
+    config, _ = run_with_pairs("run", f"deepspeed.preset={preset}", "train.steps=1")
+    train(config, process)
+    left = held() - before
+    base = load_file(next(shipped_model("wan").glob("transformer/*.safetensors")))
+    assert left < 0.1 * sum(value.numel() for value in base.values())
+
+
+def test_fewer_steps_than_a_stage_has_are_refused(run_with_pairs, process):
+    config, settings = run_with_pairs("run", *CHAIN)
+    assert run_chain(config, process)
+    fewer = load_config(CONFIG, [*settings, CHAIN[0].replace("steps: 2", "steps: 1")])
+    with pytest.raises(CheckpointError, match="02-localdpo/train: this stage was trained for 2 steps, more than"):
+        run_chain(fewer, process)
+    (train_folder(stage_configs(config)[1][1]) / RECORD).unlink()
+    with pytest.raises(CheckpointError, match="02-localdpo/train: this stage was trained for 2 steps, more than"):
+        run_chain(fewer, process)
+
+
+def test_a_shorter_chain_and_a_run_without_one_export_their_own(run_with_pairs, process):
+    config, settings = run_with_pairs("run", *CHAIN)
+    assert run_chain(config, process)
+    alone = load_config(CONFIG, [*settings, "stages=[{name: sft, train: {steps: 3}}]"])
+
+    def exported():
+        return load_file(next(export_folder(config).glob("transformer/*.safetensors")))
+
+    def masters(number):
+        return load_file(train_folder(stage_configs(config)[number][1]) / MASTERS)
+
+    def same(a, b):
+        return all(torch.equal(value, b[name]) for name, value in a.items())
+
+    assert same(exported(), masters(1)) and not same(exported(), masters(0))
+    assert run_chain(alone, process) and same(exported(), masters(0))
+    plain = load_config(CONFIG, [*settings, "stages=null", "train.steps=1"])
+    train(plain, process)
+    assert not same(exported(), masters(0))
+    assert run_chain(config, process) and same(exported(), masters(1))

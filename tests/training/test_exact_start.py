@@ -9,11 +9,12 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file
 
 from alignkit.config import LoraSection, load_config
+from alignkit.errors import ConfigError
 from alignkit.files import write_json
 from alignkit.localdpo.build import build_pairs
 from alignkit.models import family_module, load_model
 from alignkit.training.distributed import start_process
-from alignkit.training.engine import load_network, start_policy
+from alignkit.training.engine import deepspeed_config, load_network, start_policy
 from alignkit.training.export import export_folder, export_lora
 from alignkit.training.loop import train, train_folder
 from alignkit.training.lora import add_lora
@@ -77,6 +78,12 @@ def test_a_learning_rate_of_0_exports_the_base_exactly(prepared, config_file, tm
         for name, value in want.items():
             assert got[name].dtype == torch.float32 and torch.equal(got[name], value), name
         assert any(not torch.equal(value, value.bfloat16().float()) for value in want.values()), "nothing to round"
+
+
+def test_bf16_without_fp32_masters_is_refused(small_config):
+    config = small_config("model.dtype=bf16", "deepspeed.config={zero_optimization: {stage: 0}}")
+    with pytest.raises(ConfigError, match=r"zero_optimization\.stage 0 keeps no fp32"):
+        deepspeed_config(config, start_process())
 
 
 def test_parts_that_processes_share_unequally_are_set_whole(prepared, config_file, command, tmp_path):

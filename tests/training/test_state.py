@@ -47,10 +47,17 @@ class Part:
 
 def test_json_and_tensors_come_back_and_parts_without_a_state_are_passed_over(tmp_path):
     part, other = Part(), Part()
-    part.numbers, part.word = torch.tensor([0.1, 1e-30, 7.0], dtype=torch.float64), "b"
+    part.numbers, part.word = torch.tensor([[0.1, 1e-30], [7.0, 2.0]], dtype=torch.float64).T, "b"
     save_state(tmp_path, 3, {"one": part, "none": None, "plain": object()})
     load_state(tmp_path, {"one": other, "none": None, "plain": object()})
     assert torch.equal(other.numbers, part.numbers) and other.numbers.dtype == torch.float64 and other.word == "b"
+
+
+def test_other_parts_than_were_saved_are_refused(tmp_path):
+    save_state(tmp_path, 3, {"one": Part()})
+    for parts in ({}, {"one": Part(), "two": Part()}):
+        with pytest.raises(CheckpointError, match=r"holds the states of \['one'\]"):
+            load_state(tmp_path, parts)
 
 
 def test_automatic_beta_follows_the_gaps_of_earlier_steps(run_with_pairs, process):

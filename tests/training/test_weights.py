@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from alignkit.errors import ModelError
 from alignkit.models import load_model, shipped_model
-from alignkit.training import engine
+from alignkit.training import engine, weights
 from alignkit.training.distributed import free_port, start_process
 from alignkit.training.weights import open_start
 
@@ -118,6 +118,19 @@ def test_weights_are_those_of_a_plain_load(small_config):
         assert name == expected and torch.equal(ours, theirs), name
     for (name, ours), (expected, theirs) in zip(partitioned.named_buffers(), plain.named_buffers(), strict=True):
         assert name == expected and torch.equal(ours, theirs), name
+
+
+def test_buffers_go_where_the_network_runs(monkeypatch, small_config):
+    """Once parameters are partitioned DeepSpeed moves nothing more, and Wan's rotary tables would stay on the CPU."""
+    moved = []
+    monkeypatch.setattr(weights, "_move_buffers", lambda network, device: moved.append((network, device)))
+    config, process = small_config(), start_process()
+    model = load_model(config.model, with_transformer=False, with_encoders=False)
+    network, _ = engine.load_network(config, process, model, open_start(config, model))
+    assert moved == [(network, process.device)]
+    monkeypatch.undo()
+    weights._move_buffers(network, torch.device("meta"))
+    assert {buffer.device.type for buffer in network.buffers()} == {"meta"}
 
 
 @pytest.mark.parametrize("fault", ["missing", "truncated", "no config", "wrong shape", "tensor missing"])

@@ -8,7 +8,7 @@ from alignkit.models import VideoModel, family_module
 from alignkit.objectives.states import States
 from alignkit.stores.pairs import PairBatch
 from alignkit.training.distributed import Process
-from alignkit.training.engine import deepspeed_config, load_network, put_adapters
+from alignkit.training.engine import deepspeed_config, load_network, put_adapters, release
 from alignkit.training.weights import Start
 
 
@@ -37,6 +37,11 @@ class Copy:
         }
         self.network = deepspeed.initialize(model=network, config=frozen, dist_init_required=False)[0]
         self.network.eval()
+
+    def release(self) -> None:
+        """Free a partitioned copy."""
+        if hasattr(self.network, "destroy"):
+            release(self.network)
 
     @torch.no_grad()
     def answer(self, batch: PairBatch, states: States) -> tuple[Tensor, Tensor]:
