@@ -1,7 +1,6 @@
 """DeepSpeed: its settings, the network that policy and reference copy are both built from, and the policy's engine."""
 
 import copy
-import gc
 from typing import Any
 
 import torch
@@ -124,7 +123,6 @@ def release(engine) -> None:
     if engine.optimizer is not None:
         engine.optimizer.__dict__.clear()
     engine.__dict__.clear()
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

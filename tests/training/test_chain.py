@@ -155,7 +155,6 @@ def test_a_stage_leaves_no_weights_in_memory_for_the_next(run_with_pairs, proces
     """DeepSpeed's hooks keep an engine alive that nobody holds: two stages of 14B would need the memory of both."""
 
     def held() -> int:
-        gc.collect()
         return sum(x.numel() for x in gc.get_objects() if isinstance(x, torch.Tensor))
 
     before = held()
