@@ -28,7 +28,8 @@ from alignkit.config import load_config
 from alignkit.models import family_module, load_model, shipped_model, working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.objectives.laws import start_law
-from alignkit.stores.pairs import Pair, PairStore, StoreInfo, open_for_building, write_block, write_empty_text
+from alignkit.stores.pairs import Pair, PairStore, write_block, write_texts
+from alignkit.stores.store import StoreInfo, open_for_building
 from alignkit.training.distributed import start_process
 from alignkit.training.engine import load_network
 from alignkit.training.run import load_rows, start_run
@@ -125,7 +126,7 @@ def write_pairs(config, model, network_config, folder: Path) -> PairStore:
         text = torch.randn(config.model.max_sequence_length, width, generator=generator)
         pairs.append(Pair(number, "random", "random", text, winner, loser, mask, 45, 0.9))
     write_block(folder, 0, pairs)
-    write_empty_text(folder, pairs[0].text)
+    write_texts(folder, pairs[0].text, pairs[0].text)
     return PairStore(folder)
 
 

@@ -31,7 +31,8 @@ from alignkit.stores.folders import (
     video_spec,
     write_skipped,
 )
-from alignkit.stores.pairs import LATENT_DTYPES, Pair, PairStore, StoreInfo, fault_of
+from alignkit.stores.pairs import LATENT_DTYPES, Pair, PairStore, fault_of
+from alignkit.stores.store import StoreInfo
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from alignkit.stores.folders import (
     video_spec,
     write_skipped,
 )
-from alignkit.stores.pairs import LATENT_DTYPES, Pair, PairStore, StoreInfo, fault_of
+from alignkit.stores.pairs import LATENT_DTYPES, Pair, PairStore, fault_of
+from alignkit.stores.store import StoreInfo
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from alignkit.config import ModelSection
 from alignkit.errors import ModelError
 from alignkit.models.attention import set_attention
+from alignkit.models.folder import Watch, unwatched
 from alignkit.schedules import Schedule
 
 
@@ -58,6 +59,18 @@ class VideoModel(Protocol):
     def training_path(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u in [0, 1], fp64 [B], to coefficients (a, s, c, d) fp64 [B, 4] and timesteps fp64 [B]; u = 1 is noise."""
 
+    def between(self, row: Tensor, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        """Points of the path from schedule rows, int64 [B], a share u in [0, 1), fp64 [B], of the way to the next ones:
+        coefficients fp64 [B, 4] and timesteps fp64 [B]."""
+
+    def first_order(self, num_steps: int) -> str | None:
+        """Why the model's own solver is not `schedules.one_step` from row to row of `schedule(num_steps)`; None if it
+        is."""
+
+    @property
+    def forgets_noise(self) -> str | None:
+        """Why videos of the model's own sampler do not follow from their starting noise; None if they do."""
+
     def sample(
         self,
         noise: Tensor,
@@ -67,8 +80,14 @@ class VideoModel(Protocol):
         num_steps: int,
         guidance: float,
         dynamic: bool = False,
+        solver: str = "model",
+        watch: Watch = unwatched,
     ) -> Tensor:
-        """Latents from starting noise, bit for bit what the family's diffusers pipeline makes of it."""
+        """Latents from starting noise, bit for bit what the family's diffusers pipeline makes of it.
+
+        solver: "model", the model's own, or "first_order" (Euler for flow, DDIM for v) on the same schedule.
+        watch(i, state) is called with what the network is shown at step i, and with the result as step number N.
+        """
 
     def merge_lora(self, folder: Path) -> None:
         """Add the adapters of `folder` to the transformer's weights."""

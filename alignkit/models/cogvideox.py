@@ -17,7 +17,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from alignkit.errors import ConfigError, ModelError
-from alignkit.models.folder import ModelFolder, frozen, grid_of, loading, settings_of, to_frames, to_unit
+from alignkit.models.folder import (
+    ModelFolder,
+    Watch,
+    first_order_sample,
+    frozen,
+    grid_of,
+    loading,
+    settings_of,
+    to_frames,
+    to_unit,
+    unwatched,
+)
 from alignkit.progress import say
 from alignkit.schedules import Schedule, v_coefficients
 
@@ -26,6 +37,8 @@ class CogVideoXModel(ModelFolder):
     """The parts of a CogVideoX folder."""
 
     family = "cogvideox"
+    stochastic = False
+    """Whether the folder's own scheduler is the DPM one, in whose place DDIM samples."""
 
     def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(F, H, W) of one video's latents. Raises ConfigError for sizes the model cannot take."""
@@ -110,6 +123,29 @@ class CogVideoXModel(ModelFolder):
         timesteps = (u * len(alphas)).long().clamp(max=len(alphas) - 1)
         return v_coefficients(alphas[timesteps]), timesteps.double()
 
+    def between(self, row: Tensor, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        """Points of the path a share u of the way from schedule rows to the next ones: coefficients and timesteps.
+
+        The network knows whole timesteps alone, so a point lies on the first of them at or below that share.
+        """
+        timesteps = torch.cat([self.schedule(num_steps).timesteps, torch.zeros(1, dtype=torch.float64)])
+        timestep = ((1 - u) * timesteps[row] + u * timesteps[row + 1]).floor()
+        return v_coefficients(self.scheduler.alphas_cumprod.double()[timestep.long()]), timestep
+
+    def first_order(self, num_steps: int) -> str | None:
+        trained = len(self.scheduler.alphas_cumprod)
+        if trained % num_steps:
+            return (
+                f"DDIM's own steps miss the schedule's unless their number divides {trained}, and {num_steps} does not"
+            )
+        return None
+
+    @property
+    def forgets_noise(self) -> str | None:
+        if self.stochastic:
+            return "CogVideoX's DPM draws new noise at every step and drops the starting noise at the first"
+        return None
+
     @torch.no_grad()
     def sample(
         self,
@@ -120,19 +156,32 @@ class CogVideoXModel(ModelFolder):
         num_steps: int,
         guidance: float,
         dynamic: bool = False,
+        solver: str = "model",
+        watch: Watch = unwatched,
     ) -> Tensor:
         """Latents [B, F, C, H, W] from starting noise by DDIM (η = 0), as `CogVideoXPipeline` does it.
 
         text, negative: padded embeddings [B, L, D]; guidance ≤ 1 runs the conditional branch alone; `dynamic`
-        is the pipeline's `use_dynamic_cfg`.
+        is the pipeline's `use_dynamic_cfg`. solver: "first_order" is the same DDIM in fp32 on the rows of `schedule`,
+        whatever the number of steps. `watch` as in `VideoModel`.
         """
+
+        def predict(state: Tensor, timesteps: Tensor) -> Tensor:
+            scale = guidance
+            if dynamic and guidance > 1:
+                scale = dynamic_guidance(guidance, timesteps[0].item(), num_steps)
+            return _guided(self.transformer, state, timesteps, text, negative, scale, guidance > 1)
+
+        if solver == "first_order":
+            return first_order_sample(noise, predict, self.schedule(num_steps), text.dtype, watch)
         scheduler = self.new_scheduler()
         scheduler.set_timesteps(num_steps, device=noise.device)
         latents = noise * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            scale = dynamic_guidance(guidance, t.item(), num_steps) if dynamic and guidance > 1 else guidance
-            velocity = _guided(self.transformer, latents, t.expand(len(latents)), text, negative, scale, guidance > 1)
+        for i, t in enumerate(scheduler.timesteps):
+            watch(i, latents.to(text.dtype))
+            velocity = predict(latents, t.expand(len(latents)))
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0].to(text.dtype)
+        watch(num_steps, latents)
         return latents
 
 
@@ -252,7 +301,7 @@ def load(
     Raises ModelError naming what is missing or wrong, ConfigError for a text length that the model cannot take.
     """
     with loading(path, CogVideoXPipeline, revision):
-        scheduler = _load_scheduler(path, revision)
+        scheduler, stochastic = _load_scheduler(path, revision)
         config = CogVideoXTransformer3DModel.load_config(path, subfolder="transformer", revision=revision)
         if config.get("patch_size_t") is not None:
             # Its patches are of two latent frames, but the VAE makes an odd number: the pipeline samples one more
@@ -271,20 +320,24 @@ def load(
         if with_encoders:
             pipeline = CogVideoXPipeline.from_pretrained(path, revision=revision, transformer=None, scheduler=scheduler)
             frozen(pipeline.vae.float()), frozen(pipeline.text_encoder.float())
-        return CogVideoXModel(path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision)
+        model = CogVideoXModel(path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision)
+        model.stochastic = stochastic
+        return model
 
 
-def _load_scheduler(path: str, revision: str | None) -> CogVideoXDDIMScheduler:
+def _load_scheduler(path: str, revision: str | None) -> tuple[CogVideoXDDIMScheduler, bool]:
+    """DDIM with the folder's settings, and whether the folder itself names DPM."""
     config = CogVideoXDDIMScheduler.load_config(path, subfolder="scheduler", revision=revision)
     where = f"model.path: {path}/scheduler"
     if config.get("prediction_type") != "v_prediction":
         raise ModelError(f"{where}: prediction_type is {config.get('prediction_type')}, CogVideoX predicts v")
     if not config.get("set_alpha_to_one", True):
         raise ModelError(f"{where}: set_alpha_to_one is off, so its last step does not end at the clean latents")
-    if config.get("_class_name") == "CogVideoXDPMScheduler":
+    stochastic = config.get("_class_name") == "CogVideoXDPMScheduler"
+    if stochastic:
         say(f"{where}: DPM's first step multiplies the starting noise by 0; sampling with DDIM of the same config")
     # clip_sample and its kin are not read by CogVideoX's DDIM.
-    return CogVideoXDDIMScheduler.from_config(config)
+    return CogVideoXDDIMScheduler.from_config(config), stochastic
 
 
 def _check_text_length(config: dict, length: int) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,10 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError, ConfigError, ModelError
+from alignkit.schedules import Schedule, one_step
 
 REMEMBERED_PROMPTS = 64  # an embedding of a full model takes megabytes
+Watch = Callable[[int, Tensor], None]
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 
 
@@ -104,6 +106,31 @@ class ModelFolder:
         self.transformer.fuse_lora()
         self.transformer.unload_lora()
         frozen(self.transformer)
+
+
+def unwatched(i: int, state: Tensor) -> None:
+    """For nobody to see."""
+
+
+@torch.no_grad()
+def first_order_sample(
+    noise: Tensor,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    dtype: torch.dtype,
+    watch: Watch,
+) -> Tensor:
+    """Walk `schedule` from starting noise by `one_step`, fp32; predict(state, timesteps [B]) is the guided network.
+
+    dtype: the network's, in which `watch` sees its inputs.
+    """
+    state = noise.float()
+    for i in range(len(schedule)):
+        timesteps = schedule.timesteps[i].expand(len(state)).to(state.device, torch.float32)
+        watch(i, state.to(dtype))
+        state = one_step(state, predict(state, timesteps).float(), *schedule.coefficients[i : i + 2])
+    watch(len(schedule), state)
+    return state
 
 
 def grid_of(num_frames: int, height: int, width: int, *, temporal: int, spatial: int, patch: int) -> tuple:

@@ -9,7 +9,18 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from torch import Tensor, nn
 
 from alignkit.errors import ConfigError, ModelError
-from alignkit.models.folder import ModelFolder, frozen, grid_of, loading, settings_of, to_frames, to_unit
+from alignkit.models.folder import (
+    ModelFolder,
+    Watch,
+    first_order_sample,
+    frozen,
+    grid_of,
+    loading,
+    settings_of,
+    to_frames,
+    to_unit,
+    unwatched,
+)
 from alignkit.schedules import Schedule, flow_coefficients, flow_shift
 
 
@@ -88,6 +99,19 @@ class WanModel(ModelFolder):
         sigmas = flow_shift(u, self.scheduler.config.flow_shift)
         return flow_coefficients(sigmas), sigmas * self.scheduler.config.num_train_timesteps
 
+    def between(self, row: Tensor, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        """Points of the path a share u of the way from schedule rows to the next ones: coefficients and timesteps."""
+        schedule = self.schedule(num_steps)
+        sigmas = schedule.coefficients[:, 1]
+        timesteps = torch.cat([schedule.timesteps, schedule.timesteps.new_zeros(1)])
+        sigma, timestep = ((1 - u) * x[row] + u * x[row + 1] for x in (sigmas, timesteps))
+        return flow_coefficients(sigma), timestep
+
+    def first_order(self, num_steps: int) -> str | None:
+        return "UniPC uses the predictions of earlier steps too"
+
+    forgets_noise = None
+
     @torch.no_grad()
     def sample(
         self,
@@ -98,21 +122,32 @@ class WanModel(ModelFolder):
         num_steps: int,
         guidance: float,
         dynamic: bool = False,
+        solver: str = "model",
+        watch: Watch = unwatched,
     ) -> Tensor:
-        """Latents [B, C, F, H, W] from starting noise by the model's own solver, as `WanPipeline` does it.
+        """Latents [B, C, F, H, W] from starting noise by the model's own solver, as `WanPipeline` does it, or by Euler.
 
-        text, negative: padded embeddings [B, L, D]; guidance ≤ 1 runs the conditional branch alone. Raises
-        ConfigError for `dynamic`, which the pipeline does not know.
+        text, negative: padded embeddings [B, L, D]; guidance ≤ 1 runs the conditional branch alone. `watch` as in
+        `VideoModel`: the predictor's states, not UniPC's corrected ones. Raises ConfigError for `dynamic`, which the
+        pipeline does not know.
         """
         if dynamic:
             dynamic_guidance(guidance, 0, num_steps)
+        if solver == "first_order":
+
+            def predict(state: Tensor, timesteps: Tensor) -> Tensor:
+                return guided(self.transformer, state, timesteps, text, negative, guidance)
+
+            return first_order_sample(noise, predict, self.schedule(num_steps), text.dtype, watch)
         scheduler = self.new_scheduler()
         scheduler.set_timesteps(num_steps, device=noise.device)
         scheduler.set_begin_index(0)
         latents = noise
-        for t in scheduler.timesteps:
+        for i, t in enumerate(scheduler.timesteps):
+            watch(i, latents.to(text.dtype))
             velocity = guided(self.transformer, latents, t.expand(len(latents)), text, negative, guidance)
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+        watch(num_steps, latents)
         return latents
 
 

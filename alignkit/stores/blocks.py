@@ -1,10 +1,11 @@
-"""Builds a pair store block by block, on one process or many: each block is made once and appears whole."""
+"""Builds stores block by block, on one process or many: each block is made once and appears whole."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,21 +14,12 @@ from alignkit.models import VideoModel
 from alignkit.progress import progress, say
 from alignkit.sharing import share_out
 from alignkit.stores.folders import check_membership, show_pairs
-from alignkit.stores.pairs import (
-    LATENT_DTYPES,
-    Pair,
-    PairStore,
-    StoreInfo,
-    block_file,
-    check_terms,
-    missing_blocks,
-    open_for_building,
-    write_block,
-    write_empty_text,
-)
+from alignkit.stores.pairs import LATENT_DTYPES, Pair, PairStore, write_block, write_texts
+from alignkit.stores.store import StoreInfo, block_file, check_terms, missing_blocks, open_for_building
 
 Made = tuple[list[Pair], list[Problem]]
-Make = Callable[[range, Callable[[int], None]], Made]
+Make = Callable[[range, Callable[[int], None]], tuple[list[Any], list[Problem]]]
+Write = Callable[[Path, int, list[Any], list[Problem], torch.dtype], None]
 
 
 def build_store(
@@ -38,28 +30,29 @@ def build_store(
     make: Make,
     title: str,
     *,
+    negative_prompt: str = "",
     preview: Callable[[VideoModel, PairStore], None] | None = None,
     show: bool = True,
 ) -> None:
-    """Make what is missing of the store in `folder`, on one process or many.
+    """Make what is missing of the pair store in `folder`, on one process or many.
 
     members: what identifies the videos and texts it is made from; another build of the same folder must have the same.
-    make: as for `build_blocks`. preview(model, store) is called with the first block when it is there, and with the
-    whole store at the end.
+    make: as for `build_blocks`. negative_prompt: which guided training is to use. preview(model, store) is called with
+    the first block when it is there, and with the whole store at the end.
 
     Raises DataError for a folder that holds pairs made under other terms or of other members.
     """
     open_for_building(folder, info)
     check_membership(folder, members)
     look = partial(show_pairs, preview, model, folder)
-    with _one_thread(model.vae.device):
-        write_empty_text(folder, model.encode_text([""])[0])
+    with one_thread(model.vae.device):
+        write_texts(folder, *model.encode_text(["", negative_prompt]))
         build_blocks(folder, info, make, title, first=partial(look, (0,)), show=show)
     look()
 
 
 @contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def one_thread(device: torch.device) -> Iterator[None]:
     """On some processors the bits of a convolution depend on how many threads share it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if device.type == "cpu" else before)
@@ -75,23 +68,22 @@ def build_blocks(
     make: Make,
     title: str,
     *,
+    write: Write = write_block,
     first: Callable[[], None] | None = None,
     show: bool = True,
 ) -> None:
     """Have every block of the store in `folder` made; returns when all are there, whichever process made them.
 
-    make(rows, advance) returns the pairs of the planned rows `rows` and the problems of those left out, and calls
-    advance(count) as they get done. It must depend on nothing but the rows, so that any process makes the same bytes.
+    make(rows, advance) returns what stands in the planned rows `rows` and the problems of those left out, and calls
+    advance(count) as they get done; write(folder, block, made, problems, dtype) stores it. It must depend on nothing
+    but the rows, so that any process makes the same bytes.
     first() is called as soon as the first block is there, for people to look at.
 
     Raises what `make` raises, and DataError where the file system has no locks.
     """
 
-    def rows(block: int) -> range:
-        return range(block * info.block_size, min((block + 1) * info.block_size, info.pairs))
-
     def done() -> int:
-        return info.pairs - sum(len(rows(block)) for block in missing_blocks(folder, info))
+        return info.pairs - sum(len(info.rows(block)) for block in missing_blocks(folder, info))
 
     before = shown = done()
     started = time.monotonic()
@@ -100,12 +92,12 @@ def build_blocks(
         def advance(count: int) -> None:
             nonlocal shown
             shown += count
-            bar.advance(count, note=f"{(shown - before) / (time.monotonic() - started):.2g} pairs/s")
+            bar.advance(count, note=f"{(shown - before) / (time.monotonic() - started):.2g} {info.holds}/s")
 
         def make_block(block: int) -> None:
-            pairs, skipped = make(rows(block), advance)
+            made, skipped = make(info.rows(block), advance)
             check_terms(folder, info)  # before any block is locked, another build may replace them
-            write_block(folder, block, pairs, skipped, LATENT_DTYPES[info.dtype])
+            write(folder, block, made, skipped, LATENT_DTYPES[info.dtype])
             for problem in skipped:
                 say(f"left out {problem.video}: {problem.reason}")
 
@@ -119,3 +111,33 @@ def build_blocks(
 
         files = [block_file(folder, block) for block in range(info.blocks)]
         share_out(files, make_block, look)
+
+
+def build_together(
+    folder: Path,
+    info: StoreInfo,
+    make: Callable[[range], list[Any]],
+    title: str,
+    *,
+    write: Write,
+    rank: int,
+    world_size: int,
+    agree: Callable[[Callable[[], list[int]]], list[int]],
+    show: bool = True,
+) -> None:
+    """The same by the processes of one group in step, for work in which each of them must take part each time, as in
+    every forward under ZeRO-3: with no block left for a process, it makes one over again and throws it away.
+
+    make(rows) must run equally many forwards for every block. agree(look) is what look() returns on the first process,
+    for all of them.
+    """
+    blocks = agree(lambda: missing_blocks(folder, info))
+    with progress(title, info.blocks, done=info.blocks - len(blocks), show=show) as bar:
+        for first in range(0, len(blocks), world_size):
+            number = first + rank
+            block = blocks[min(number, len(blocks) - 1)]
+            made = make(info.rows(block))
+            if number < len(blocks):
+                write(folder, block, made, [], LATENT_DTYPES[info.dtype])
+            bar.advance(min(world_size, len(blocks) - first))
+    agree(list)  # nobody reads before all is written

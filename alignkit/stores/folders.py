@@ -15,7 +15,8 @@ from alignkit.media.captions import Problem
 from alignkit.media.videos import VideoSpec
 from alignkit.models import VideoModel, load_model
 from alignkit.progress import say
-from alignkit.stores.pairs import PairStore, has_blocks, skipped_pairs
+from alignkit.stores.pairs import PairStore
+from alignkit.stores.store import has_blocks, skipped_rows
 
 SPLITS = ("train", "heldout")
 SKIPPED = "skipped.jsonl"
@@ -38,11 +39,12 @@ def video_spec(config: Config) -> VideoSpec:
 def stored_dtype(config: Config, network: torch.dtype) -> str:
     """What latents and text are stored in (`pairs.dtype`), for a network that runs in `network`.
 
-    By itself fp32 where the network does, else fp16: more digits than bf16, and range enough for latents.
+    By itself fp32 where the network does, or where noise is solved for, which magnifies their rounding; else fp16: more
+    digits than bf16, and range enough for latents.
     """
     if config.pairs.dtype != "auto":
         return config.pairs.dtype
-    return "fp32" if network == torch.float32 else "fp16"
+    return "fp32" if network == torch.float32 or config.noise.source != "shared" else "fp16"
 
 
 def latent_grid(config: Config) -> tuple[int, int, int]:
@@ -103,7 +105,7 @@ def write_skipped(config: Config, problems: list[Problem]) -> None:
 
 def add_skipped_pairs(config: Config) -> None:
     """Pairs that could not be made join skipped.jsonl."""
-    made = [problem for split in SPLITS for problem in skipped_pairs(pairs_folder(config, split))]
+    made = [problem for split in SPLITS for problem in skipped_rows(pairs_folder(config, split))]
     file = config.output.dir / SKIPPED
     before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     write_lines(file, [row for row in before if Problem(**row) not in made] + [asdict(problem) for problem in made])

@@ -8,14 +8,11 @@ from huggingface_hub import HfApi, hf_hub_download
 
 from alignkit.errors import DataError
 from alignkit.files import write_atomically
-from alignkit.stores.pairs import (
-    EMPTY_TEXT,
-    INFO,
-    PairStore,
-    block_file,
-    open_for_building,
-    read_info,
-)
+from alignkit.stores.pairs import EMPTY_TEXT, NEGATIVE_TEXT, PairStore
+from alignkit.stores.store import block_file, open_for_building, read_info, terms_file
+
+FILES = (terms_file(Path(), "pairs").name, EMPTY_TEXT, NEGATIVE_TEXT)
+"""What a store holds beside its blocks."""
 
 
 def push_to_hub(folder: Path, repo_id: str, split: str, *, private: bool = True) -> None:
@@ -25,7 +22,7 @@ def push_to_hub(folder: Path, repo_id: str, split: str, *, private: bool = True)
     """
     store = PairStore(folder)
     store.rows.push_to_hub(repo_id, split=split, private=private)
-    for name in (INFO, EMPTY_TEXT):
+    for name in FILES:
         HfApi().upload_file(
             path_or_fileobj=Path(folder) / name,
             path_in_repo=f"{split}/{name}",
@@ -44,14 +41,15 @@ def pull_from_hub(repo_id: str, split: str, folder: Path, *, revision: str | Non
         raise DataError(f"{folder}: holds pairs already; choose another folder or delete it")
     parts = {
         name: Path(hf_hub_download(repo_id, f"{split}/{name}", repo_type="dataset", revision=revision))
-        for name in (INFO, EMPTY_TEXT)
+        for name in FILES
     }
     rows = datasets.load_dataset(repo_id, split=split, revision=revision)
-    info = replace(read_info(parts[INFO].parent), pairs=len(rows))
+    info = replace(read_info(parts[FILES[0]].parent), pairs=len(rows))
     open_for_building(folder, info)
-    write_atomically(folder / EMPTY_TEXT, parts[EMPTY_TEXT].read_bytes())
+    for name in FILES[1:]:
+        write_atomically(folder / name, parts[name].read_bytes())
     for block in range(info.blocks):
-        chosen = range(block * info.block_size, min((block + 1) * info.block_size, len(rows)))
+        chosen = info.rows(block)
         partial = block_file(folder, block).with_suffix(".partial")
         with datasets.arrow_writer.ArrowWriter(path=str(partial), features=rows.features) as writer:
             for row in rows.select(chosen):

@@ -16,7 +16,8 @@ from alignkit.media.captions import Problem
 from alignkit.sharing import one_at_a_time
 from alignkit.stores import blocks
 from alignkit.stores.blocks import build_blocks
-from alignkit.stores.pairs import Pair, PairStore, StoreInfo, block_file, open_for_building, skipped_pairs
+from alignkit.stores.pairs import Pair, PairStore
+from alignkit.stores.store import StoreInfo, block_file, open_for_building, skipped_rows
 
 INFO = StoreInfo("local_dpo", "wan", "m", "v", "t", pairs=11, block_size=2)
 BAD = 7
@@ -62,7 +63,7 @@ def whole(tmp_path):
 def test_all_pairs_are_made_but_those_that_cannot_be_which_are_listed(tmp_path):
     build(tmp_path)
     assert PairStore(tmp_path).ids == [row for row in range(11) if row != BAD]
-    assert skipped_pairs(tmp_path) == [Problem("7.mp4", "bad")]
+    assert skipped_rows(tmp_path) == [Problem("7.mp4", "bad")]
     assert not list(tmp_path.glob("*.lock")) and not list(tmp_path.glob("*.partial*"))
 
 

@@ -11,16 +11,11 @@ from alignkit.stores.pairs import (
     LATENT_DTYPES,
     Pair,
     PairStore,
-    StoreInfo,
-    block_file,
     collate,
     fault_of,
-    missing_blocks,
-    open_for_building,
-    read_info,
-    skipped_pairs,
     write_block,
 )
+from alignkit.stores.store import StoreInfo, block_file, missing_blocks, open_for_building, read_info, skipped_rows
 
 INFO = StoreInfo(
     kind="local_dpo",
@@ -152,7 +147,7 @@ def test_a_block_made_anew_leaves_nothing_of_its_first_try(tmp_path):
     (tmp_path / "block-00000.partial-of-a-killed-process").write_bytes(b"half")
     block_file(tmp_path, 0).unlink()
     write_block(tmp_path, 0, [make_pair(0), make_pair(1)])
-    assert skipped_pairs(tmp_path) == []
+    assert skipped_rows(tmp_path) == []
     assert {file.name for file in tmp_path.iterdir()} == {"pairs.json", "block-00000.arrow"}
 
 
@@ -167,7 +162,7 @@ def test_a_folder_without_pairs_says_what_to_run(tmp_path):
     problem = Problem("a.mp4", "useless")
     open_for_building(tmp_path, dataclasses.replace(INFO, pairs=1))
     write_block(tmp_path, 0, [], [problem])
-    assert skipped_pairs(tmp_path) == [problem]
+    assert skipped_rows(tmp_path) == [problem]
     with pytest.raises(DataError, match="holds no pairs; the reasons are in its block"):
         PairStore(tmp_path)
 

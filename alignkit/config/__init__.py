@@ -1,0 +1,46 @@
+"""The one configuration of a run: nested sections read from YAML, with ``section.key=value`` overrides.
+
+Every section refuses unknown keys and wrong types before any model is loaded, in one line that names
+the file and the key. `load_config` is the only way in; commands get a frozen `Config`.
+"""
+
+from alignkit.config.noise import NoiseSection, ReferenceSection, RolloutSection, Sampler
+from alignkit.config.objective import OBJECTIVES, ObjectiveSection
+from alignkit.config.reading import changed, dump_config, load_config, merged, shipped_config
+from alignkit.config.sections import (
+    DataSection,
+    EvaluationSection,
+    Family,
+    LoraSection,
+    MaskSection,
+    ModelSection,
+    PairsSection,
+    SampleSection,
+    TrainSection,
+)
+from alignkit.config.whole import Config, StageSection
+
+__all__ = [
+    "OBJECTIVES",
+    "Config",
+    "DataSection",
+    "EvaluationSection",
+    "Family",
+    "LoraSection",
+    "MaskSection",
+    "ModelSection",
+    "NoiseSection",
+    "ObjectiveSection",
+    "PairsSection",
+    "ReferenceSection",
+    "RolloutSection",
+    "SampleSection",
+    "Sampler",
+    "StageSection",
+    "TrainSection",
+    "changed",
+    "dump_config",
+    "load_config",
+    "merged",
+    "shipped_config",
+]

@@ -1,0 +1,143 @@
+"""At which states pairs are compared, what videos are sampled for training, and the model compared with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from alignkit.config.sections import Count, Fraction, NonNegative, Positive, Section
+
+HIGH_NOISE = (0.75, 0.95)
+"""t ∈ [750, 950] of 1000, which nearly matches the whole range in LPO's ablation (arXiv 2502.01051)."""
+
+_STORED = ("path_steps", "inversion_guidance", "max_inversion_error")
+NOISE_KEYS: dict[str, tuple[str, ...]] = {
+    "shared": (),
+    "initial": (*_STORED, "anchor", "guided"),
+    "path": (*_STORED, "path_between", "anchor", "guided"),
+    "inversion": (*_STORED, "path_between"),
+}
+"""By `noise.source`: the keys that it reads beside `timesteps` and `interval`, which all do."""
+
+
+class NoiseSection(Section):
+    """At which states the pair is compared (what is drawn is keyed by pair and epoch); see docs/apo.md."""
+
+    source: Literal[*NOISE_KEYS] = Field(  # type: ignore[valid-type]
+        "shared",
+        description="shared: one fresh noise for both sides; initial: what each side was sampled from; path: states "
+        "that its sampler visited; inversion: states that lead to it",
+    )
+    timesteps: Literal["logit_normal", "uniform", "schedule", "adaptive"] = Field(
+        "logit_normal", description="schedule: the sampler's own steps; adaptive: those that teach most, among them"
+    )
+    interval: tuple[Fraction, Fraction] | Literal["high_noise"] | None = Field(
+        None, description="of the network's timesteps as shares of its range, 1 is noise; high_noise: [0.75, 0.95]"
+    )
+    path_steps: Positive = Field(4, description="states stored of each video, at steps drawn for its prompt")
+    path_between: bool = Field(False, description="store the states after them too, and train in between")
+    anchor: Literal["inversion", "shared"] = Field(
+        "inversion", description="for a real video beside a sampled one: its inversion, or the pair's fresh noise"
+    )
+    guided: bool = Field(False, description="train the guided prediction instead of the conditional one")
+    inversion_guidance: NonNegative = Field(1.0, description="above 1 inversion drifts: what it undoes is amplified")
+    max_inversion_error: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="relative round-trip error from which a pair is flagged and counted"
+    )
+
+    @model_validator(mode="after")
+    def _interval_rises(self) -> "NoiseSection":
+        if isinstance(self.interval, tuple) and not self.interval[0] < self.interval[1]:
+            raise ValueError(f"interval must rise, got [{self.interval[0]:g}, {self.interval[1]:g}]")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_are_read(self) -> "NoiseSection":
+        optional = {key for keys in NOISE_KEYS.values() for key in keys}
+        for key in type(self).model_fields:
+            unread = key in optional and key not in NOISE_KEYS[self.source]
+            if unread and getattr(self, key) != type(self).model_fields[key].default:
+                readers = ", ".join(name for name, keys in NOISE_KEYS.items() if key in keys)
+                raise ValueError(f"{key} is not read by the source {self.source!r}, only by {readers}; leave it out")
+        return self
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """`interval` as numbers."""
+        if isinstance(self.interval, tuple):
+            return self.interval
+        return (0.0, 1.0) if self.interval is None else HIGH_NOISE
+
+    @property
+    def stores_states(self) -> bool:
+        """Whether rollouts keep states of their paths for this source."""
+        return self.source == "path"
+
+    def inverts(self, kind: str) -> bool:
+        """Whether this source wants the inversion of a side whose origin is `kind`."""
+        sampled = kind in ("rollout", "regenerated") if self.source == "initial" else kind == "rollout"
+        if self.source == "inversion":
+            return True
+        return self.source != "shared" and self.anchor == "inversion" and not sampled
+
+
+class RolloutSection(Section):
+    """Videos sampled for training, `alignkit rollout`; null: as in `sample`."""
+
+    folder: Path | None = Field(None, description="where they are, to be shared by runs; null: output.dir/rollouts")
+    per_prompt: Positive = Field(4, description="videos sampled for each prompt, from different noise")
+    seed: Count = 0
+    round: Count = Field(0, description="which rollouts of these prompts: another round starts from other noise")
+    solver: Literal["model", "first_order"] = Field(
+        "model", description="the model's own; or Euler (flow) and DDIM (v) on the same steps"
+    )
+    num_inference_steps: Positive | None = None
+    guidance_scale: NonNegative | None = None
+    dynamic_guidance: bool | None = Field(None, description="CogVideoX's use_dynamic_cfg")
+    negative_prompt: str | None = None
+    block_size: Positive = Field(32, description="videos in one file: the unit that is made and resumed whole")
+    batch_size: Positive = Field(1, description="videos sampled at once; a smaller last batch is filled up")
+    previews: Count = Field(4, description="videos written for people to look at")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How videos are sampled for training: `rollout`, with what it leaves open taken from `sample`."""
+
+    solver: str
+    num_steps: int
+    guidance: float
+    dynamic: bool
+    negative_prompt: str
+
+
+class ReferenceSection(Section):
+    """The frozen model that the policy is compared with."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    strategy: Literal["auto", "copy", "adapter", "cached", "ema", "sync"] = Field(
+        "auto",
+        description="copy: a second model; adapter: the policy with its LoRA off; cached: errors that alignkit "
+        "cache-reference computed; ema: a second model that follows it; sync: one set equal to it now and then; "
+        "auto: adapter where there is one, else copy",
+    )
+    cache: Path | None = Field(None, description="folder of the cached errors; null: output.dir/reference")
+    every: Positive = Field(1, description="with ema and sync: steps from one move of the reference to the next")
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.99, description="with ema: what is kept at each move")
+    from_: Literal["stage", "base"] = Field(
+        "stage", alias="from", description="in a chain: what the stage starts from, or the model under all stages"
+    )
+
+    @model_validator(mode="after")
+    def _keys_are_read(self) -> "ReferenceSection":
+        readers = {"cache": ("cached",), "every": ("ema", "sync"), "decay": ("ema",), "from_": ("copy", "ema", "sync")}
+        for key, names in readers.items():
+            field = type(self).model_fields[key]
+            if self.strategy not in names and getattr(self, key) != field.default:
+                raise ValueError(
+                    f"{field.alias or key} is not read by the strategy {self.strategy!r}, only by {', '.join(names)}; "
+                    "leave it out"
+                )
+        return self

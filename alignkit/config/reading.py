@@ -1,0 +1,137 @@
+"""Configurations from YAML and back; what is wrong with one is said in one line."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from alignkit.config.noise import NOISE_KEYS
+from alignkit.config.whole import Config
+from alignkit.errors import ConfigError
+
+
+def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read `path` (YAML) and apply `overrides` ("train.steps=20"; values are YAML).
+
+    Raises ConfigError for a missing or malformed file, an unknown key (with the nearest known one),
+    a value of the wrong type or range.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as 'model:' and 'train:', got {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_describe(error)}") from None
+
+
+def changed(config: Config, changes: dict[str, dict], where: str) -> Config:
+    """`config` with the keys of `changes` (by section) changed, checked as a whole; `where` begins a ConfigError.
+
+    An objective of another name begins with its own defaults, and so does a noise source and a reference.
+    """
+    tree = config.model_dump(mode="json")
+    objective = changes.get("objective", {})
+    if objective.get("name", config.objective.name) != config.objective.name:
+        tree["objective"] = {}
+    if objective.get("beta", "auto") != "auto":  # its limits were for an automatic one
+        tree["objective"] = {k: v for k, v in tree["objective"].items() if k not in ("beta_min", "beta_max")}
+    source = changes.get("noise", {}).get("source", config.noise.source)
+    if source != config.noise.source:
+        optional = {key for keys in NOISE_KEYS.values() for key in keys} - set(NOISE_KEYS.get(source, ()))
+        tree["noise"] = {key: value for key, value in tree["noise"].items() if key not in optional}
+    strategy = changes.get("reference", {}).get("strategy", config.reference.strategy)
+    if strategy != config.reference.strategy:
+        tree["reference"] = {}
+    tree = merged(tree, changes)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_describe(error)}") from None
+
+
+def shipped_config(name: str) -> Path:
+    """Path of a configuration that comes with alignkit: `configs/`, which a link makes part of the package."""
+    path = Path(__file__).parent.parent / "configs" / name
+    if not path.is_file():
+        raise ConfigError(f"{path}: this configuration should come with alignkit but is missing; reinstall it")
+    return path
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def merged(tree: dict, changes: dict) -> dict:
+    both = {key for key, value in changes.items() if isinstance(value, dict) and isinstance(tree.get(key), dict)}
+    return tree | {key: merged(tree[key], value) if key in both else value for key, value in changes.items()}
+
+
+def _apply(tree: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r}: expected section.key=value, for example train.steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    for part in parts[:-1]:
+        child = tree.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
+        tree = child
+    tree[parts[-1]] = value
+
+
+def _describe(error: ValidationError) -> str:
+    """The first problem as one line; unknown keys get the nearest known name."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}{more}"
+    if problem["type"] == "missing":
+        return f"{where}: missing; set it in the file or as {where}=...{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = re.sub(r"valid dictionary or instance of \w+", "section of keys", message)
+    message = (
+        message.replace("valid tuple", "list").replace("Tuple", "List").replace("valid dictionary", "section of keys")
+    )
+    if not where:
+        return message + more
+    got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"  # else it names the keys itself
+    return f"{where}: {message[0].lower()}{message[1:]}{got}{more}"
+
+
+def _known_keys(location: tuple) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, str):  # a number is a place in a list
+            section = next(_sections_in(section.model_fields[part].annotation))
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)

@@ -1,0 +1,125 @@
+"""All sections together, and what must hold between them."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from alignkit.config.noise import NoiseSection, ReferenceSection, RolloutSection, Sampler
+from alignkit.config.objective import OBJECTIVES, ObjectiveSection
+from alignkit.config.sections import (
+    DataSection,
+    DeepSpeedSection,
+    EvaluationSection,
+    ModelSection,
+    OutputSection,
+    PairsSection,
+    SampleSection,
+    Section,
+    TrainSection,
+)
+
+
+class StageSection(Section):
+    """One stage of a chain: its name, and what it changes of the sections around it."""
+
+    name: Literal["localdpo", "sft"]
+    noise: dict[str, Any] = Field(default_factory=dict)
+    objective: dict[str, Any] = Field(default_factory=dict)
+    reference: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    pairs: PairsSection = PairsSection()
+    noise: NoiseSection = NoiseSection()
+    rollout: RolloutSection = RolloutSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    reference: ReferenceSection = ReferenceSection()
+    train: TrainSection = TrainSection()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    sample: SampleSection = SampleSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    output: OutputSection
+    stages: tuple[StageSection, ...] | None = Field(
+        None, min_length=1, description="trained one after the other, each from the weights of the one before"
+    )
+
+    @property
+    def sampler(self) -> Sampler:
+        """How training's rollouts are sampled."""
+        own, usual = self.rollout, self.sample
+
+        def choose(name: str):
+            return getattr(usual if getattr(own, name) is None else own, name)
+
+        names = ("num_inference_steps", "guidance_scale", "dynamic_guidance", "negative_prompt")
+        return Sampler(own.solver, *(choose(name) for name in names))
+
+    @model_validator(mode="after")
+    def _each_stage_once(self) -> "Config":
+        names = [stage.name for stage in self.stages or ()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"stages: {twice!r} stands there twice; a stage's folder bears its name")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_to_switch_off(self) -> "Config":
+        if self.reference.strategy == "adapter" and self.train.lora is None:
+            raise ValueError("reference.strategy: 'adapter' needs train.lora; without it use 'copy'")
+        return self
+
+    @model_validator(mode="after")
+    def _adaptive_learns_from_pairs(self) -> "Config":
+        if self.noise.timesteps == "adaptive":
+            if self.reference.strategy == "cached":
+                raise ValueError(
+                    "noise.timesteps: 'adaptive' visits states that depend on the training itself, so "
+                    "reference.strategy 'cached' cannot know them; use 'copy', or another law"
+                )
+            if "beta" not in OBJECTIVES[self.objective.name]:
+                raise ValueError(f"noise.timesteps: 'adaptive' needs pairs compared; {self.objective.name!r} does not")
+        return self
+
+    @model_validator(mode="after")
+    def _one_prediction_to_guide(self) -> "Config":
+        if self.noise.guided:
+            if self.train.caption_dropout:
+                raise ValueError("noise.guided: with train.caption_dropout both branches would be the same; use one")
+            if self.sampler.dynamic:
+                raise ValueError("noise.guided: not with dynamic_guidance, which has another scale at every step")
+            if self.sampler.guidance <= 1:
+                raise ValueError(
+                    f"noise.guided: a guidance_scale of {self.sampler.guidance:g} guides nothing; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _masks_of_one_source(self) -> "Config":
+        if self.data.pairs and self.pairs.mask.files:
+            raise ValueError("pairs.mask.files: is for data.videos; with data.pairs give masks in its column 'mask'")
+        return self
+
+    @model_validator(mode="after")
+    def _strengths_in_range(self) -> "Config":
+        if self.data.pairs or self.stages or "strength_range" not in OBJECTIVES[self.objective.name]:
+            return self
+        low, high = self.objective.strength_range
+        for k in self.pairs.strengths:
+            alpha = k / self.pairs.num_inference_steps
+            if not low <= alpha <= high:
+                raise ValueError(
+                    f"pairs.strengths: {k} of {self.pairs.num_inference_steps} steps is a strength of {alpha:g}, "
+                    f"outside objective.strength_range [{low:g}, {high:g}]"
+                )
+        return self

@@ -1,0 +1,70 @@
+"""Where a video of a pair came from, and what is known of the path that led to it."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from alignkit_kernels import NoiseKey
+
+Kind = Literal["real", "regenerated", "rollout", "given"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One side's origin.
+
+    kind: "real"; "regenerated" (LocalDPO's loser); "rollout" (sampled by a model); "given" (a user's own, of which
+    nothing is known).
+    key: (seed, sample id, draw, stream) of the keyed noise it was made from; None for real and given ones.
+    first: the row of the schedule that this noise was put in at: 0 for rollouts, N − k for regenerated ones.
+    recipe: of regenerated and sampled ones, how: schedule (fingerprint), solver, steps, guidance, dynamic,
+    negative_prompt, network (fingerprint), regime (engine, dtype, attention, batch), versions.
+    """
+
+    kind: Kind
+    key: tuple[int, int, int, int] | None = None
+    first: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Origin":
+        stored = json.loads(text)
+        return cls(**stored | {"key": tuple(stored["key"]) if stored["key"] else None})
+
+
+REAL, GIVEN = Origin("real"), Origin("given")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Network inputs on the path that led to one side, at the pair's S rows of the schedule.
+
+    states, following: fp32 [S, ...], into those rows' steps, and into the ones after them (at the last row: the video
+    itself); following is None where it was not asked for. error: relative root-mean-square error of solving back from
+    the noisiest state, of an inversion; None of a rollout, which was there.
+    """
+
+    states: Tensor
+    following: Tensor | None = None
+    error: float | None = None
+
+
+def keys_of(origins: list[Origin]) -> Tensor:
+    """Words of the noise keys, int64 [B, 4]; a row of −1 where an origin has none."""
+    return torch.tensor([_signed(origin.key) if origin.key else (-1,) * 4 for origin in origins])
+
+
+def noise_key(words: Tensor) -> NoiseKey:
+    """The key of each row of int64 [B, 4], as `keys_of` gives them."""
+    return NoiseKey(words[:, 0], words[:, 1], words[:, 2], words[:, 3])
+
+
+def _signed(key: tuple[int, int, int, int]) -> tuple[int, ...]:
+    seed, *rest = key
+    return ((seed + 2**63) % 2**64 - 2**63, *rest)  # a seed may use all 64 bits

@@ -1,0 +1,179 @@
+"""A store: a folder of Arrow blocks that Hugging Face `datasets` maps into memory, and the terms they were made under.
+
+A block is a fixed range of planned rows; it is written whole or not at all, so a killed build continues with the
+blocks that are missing. Rows that had to be left out are listed in `block-NNNNN.skipped.jsonl`.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+
+from alignkit.errors import DataError
+from alignkit.files import write_atomically, write_lines
+from alignkit.media.captions import Problem
+
+FORMAT = 3
+COMMANDS = {"pairs": "alignkit pairs", "rollouts": "alignkit rollout", "reference": "alignkit cache-reference"}
+"""By what a store holds, which also names the file of its terms: what makes it."""
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What every row of a store has in common; a store made under other terms is refused, never mixed.
+
+    kind: how the rows came about (of pairs "local_dpo", "given", "rollouts", "generated"). model: fingerprint of the
+    network that made them, which must be the one that is trained; None where no network did. pairs: how many rows are
+    planned, of which some may be left out. dtype: what latents are stored in. made: every other term, by name. holds:
+    one of COMMANDS.
+    """
+
+    kind: str
+    family: str
+    model: str | None
+    vae: str
+    text_encoder: str
+    pairs: int
+    block_size: int
+    dtype: str = "fp32"
+    made: dict[str, Any] = field(default_factory=dict)
+    holds: str = "pairs"
+    format: int = FORMAT
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.pairs // self.block_size)
+
+    def rows(self, block: int) -> range:
+        """The planned rows of a block."""
+        return range(block * self.block_size, min((block + 1) * self.block_size, self.pairs))
+
+
+def open_for_building(folder: Path, info: StoreInfo) -> None:
+    """Create `folder`, or check that what it holds was made under the same terms (DataError names the difference).
+
+    Terms that no block was made under yet are replaced.
+    """
+    file = terms_file(folder, info.holds)
+    if file.exists() and has_blocks(folder):
+        check_terms(folder, info)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(asdict(info), indent=1).encode())
+
+
+def check_terms(folder: Path, info: StoreInfo) -> None:
+    """Raises DataError, naming the difference, unless `folder` is for rows made under these terms."""
+    stored, wanted = asdict(read_info(folder, info.holds)), json.loads(json.dumps(asdict(info)))
+    for name in {**stored["made"], **wanted["made"], **wanted}:
+        old, new = ((terms["made"] | terms).get(name) for terms in (stored, wanted))
+        if name != "made" and old != new:
+            raise DataError(
+                f"{folder}: holds {info.holds} made with {name} = {old!r}, now it is {new!r}; "
+                "choose another output.dir or delete that folder"
+            )
+
+
+def terms_file(folder: Path, holds: str) -> Path:
+    return folder / f"{holds}.json"
+
+
+def read_info(folder: Path, holds: str = "pairs") -> StoreInfo:
+    """The terms of the store in `folder`. Raises DataError where there is none, a damaged one or another format."""
+    file = terms_file(folder, holds)
+    try:
+        info = json.loads(file.read_text())
+    except OSError:
+        others = [other for other in COMMANDS if terms_file(folder, other).exists()]
+        found = f"holds {others[0]}, not {holds}" if others else f"no {holds} here"
+        raise DataError(f"{folder}: {found}; run '{COMMANDS[holds]}' with this configuration first") from None
+    except ValueError as error:
+        raise DataError(f"{file}: damaged ({error}); delete the folder and build again") from None
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        found = info.get("format") if isinstance(info, dict) else info
+        raise DataError(f"{folder}: written in pair format {found!r}, this version reads {FORMAT}")
+    try:
+        return StoreInfo(**info)
+    except TypeError as error:
+        raise DataError(f"{file}: damaged ({error}); delete the folder and build again") from None
+
+
+def has_blocks(folder: Path) -> bool:
+    """Whether a block is there or being made."""
+    return any(folder.glob("block-*"))
+
+
+def block_file(folder: Path, block: int) -> Path:
+    return folder / f"block-{block:05d}.arrow"
+
+
+def missing_blocks(folder: Path, info: StoreInfo) -> list[int]:
+    """Numbers of the blocks that are not there yet."""
+    return [number for number in range(info.blocks) if not block_file(folder, number).exists()]
+
+
+def write_rows(
+    folder: Path,
+    block: int,
+    rows: Iterable[dict[str, Any]],
+    features: datasets.Features,
+    skipped: list[Problem] | tuple[()] = (),
+) -> None:
+    """Store `rows` as block number `block`, whole or not at all.
+
+    An empty block is stored too: it is done. `skipped` lists what should have been in it and why it is not. What
+    processes that were killed left of this block is deleted: only the holder of its lock may call this.
+    """
+    target = block_file(folder, block)
+    for left in folder.glob(f"{target.stem}.partial-*"):
+        left.unlink()
+    partial = target.with_suffix(f".partial-{uuid.uuid4().hex}")
+    listed = target.with_suffix(".skipped.jsonl")
+    if skipped:
+        write_lines(listed, [asdict(problem) for problem in skipped])
+    else:
+        listed.unlink(missing_ok=True)
+    with datasets.arrow_writer.ArrowWriter(path=str(partial), features=features) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+    with partial.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(partial, target)
+
+
+def skipped_rows(folder: Path) -> list[Problem]:
+    """What finished blocks left out and why."""
+    files = sorted(Path(folder).glob("block-*.skipped.jsonl"))
+    return [Problem(**json.loads(line)) for file in files for line in file.read_text().splitlines()]
+
+
+def open_blocks(folder: Path, info: StoreInfo, blocks: Iterable[int] | None = None) -> datasets.Dataset:
+    """The rows of `blocks`, of a whole store unless told. Raises DataError for one that is not whole, or empty."""
+    missing = missing_blocks(folder, info) if blocks is None else []
+    command = COMMANDS[info.holds]
+    if missing:
+        raise DataError(
+            f"{folder}: {len(missing)} of {info.blocks} blocks of {info.holds} are not made yet; "
+            f"run '{command}' with this configuration again"
+        )
+    numbers = range(info.blocks) if blocks is None else blocks
+    opened = [_open_block(block_file(folder, number), command) for number in numbers]
+    opened = [block for block in opened if len(block)]
+    if not opened:
+        raise DataError(f"{folder}: holds no {info.holds}; the reasons are in its block-*.skipped.jsonl")
+    return datasets.concatenate_datasets(opened)
+
+
+def _open_block(file: Path, command: str) -> datasets.Dataset:
+    try:
+        return datasets.Dataset.from_file(str(file))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise DataError(f"{file}: damaged ({problem}); delete it and run '{command}' again") from None
