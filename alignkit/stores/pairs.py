@@ -156,9 +156,8 @@ class PairStore:
     @cached_property
     def origins(self) -> tuple[list[Origin], list[Origin]]:
         """Of every winner and of every loser, in the order of the rows."""
-        columns = [
-            self.rows[side] if side in self.rows.column_names else [None] * len(self) for side in ("origin_w", "origin_l")
-        ]
+        stored = self.rows.column_names
+        columns = [self.rows[name] if name in stored else [None] * len(self) for name in ("origin_w", "origin_l")]
         winners, losers = ([_origin(text) for text in column] for column in columns)
         return winners, losers
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from alignkit.config import Config
 from alignkit.errors import AlignkitError
-from alignkit.models import VideoModel, family_module
+from alignkit.models import VideoModel
 from alignkit.objectives.beta import AutoBeta
 from alignkit.objectives.diagnostics import diagnostics
 from alignkit.objectives.laws import Law, start_law
 from alignkit.objectives.preference import TrainingLoss, preference_loss, supervised_loss
-from alignkit.objectives.states import States, training_states
+from alignkit.objectives.states import States, predictions, training_states
 from alignkit.stores.pairs import PairBatch, PairStore, collate
 from alignkit.training.distributed import Process
 from alignkit.training.engine import accumulation_steps, release, start_policy
@@ -83,13 +83,12 @@ class Run:
 
     def loss(self, batch: PairBatch, states: States) -> TrainingLoss:
         """The loss of a micro-batch: one forward of each network over both sides, or of the policy over the winners."""
-        predict, inputs = family_module(self.model.family).predict, (states.inputs, states.timesteps, states.text)
         if self.reference is None:
-            return supervised_loss(predict(self.policy, *(x[: len(batch)] for x in inputs)), batch, states)
+            return supervised_loss(predictions(self.model, self.policy, states, len(batch)), batch, states)
         references = self.reference.answer(batch, states)
-        predictions = predict(self.policy, *inputs).chunk(2)
         beta = None if self.beta is None else self.beta.value
-        return preference_loss(self.config.objective, predictions, references, batch, states, beta)
+        predicted = predictions(self.model, self.policy, states).chunk(2)
+        return preference_loss(self.config.objective, predicted, references, batch, states, beta)
 
     def _forward_backward(self, micro: list[tuple[int, int]], number: int) -> dict[str, Tensor]:
         batch = load_rows(self.store, [row for row, _ in micro], self.process.device)

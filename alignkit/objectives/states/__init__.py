@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignkit.config import Config
-from alignkit.models import VideoModel
+from alignkit.models import VideoModel, family_module
 from alignkit.objectives.laws import Law, PathPoints
 from alignkit.objectives.states.noised import Noised, noise_alike
 from alignkit.objectives.states.shared import shared
@@ -30,7 +30,9 @@ class States:
 
     inputs: [2B, ...]; timesteps: fp32 [2B]; text: [2B, L, D]; coefficients: fp64 [B, 4], of both sides.
     noise_w, noise_l: of each side, None for the winner's own. weight: fp64 [B], by which a pair's loss is multiplied;
-    None for 1.
+    None for 1. rows: int64 [B], the rows of the sampler's schedule that the pairs are at; None off it. negative:
+    [2B, L, D], where predictions are guided, by `guidance`; else None. path_error: fp64 [B], the larger round-trip
+    error of a pair's inversions; None where nothing was inverted.
     """
 
     inputs: Tensor
@@ -40,6 +42,25 @@ class States:
     noise_w: NoiseSource
     noise_l: NoiseSource | None = None
     weight: Tensor | None = None
+    rows: Tensor | None = None
+    negative: Tensor | None = None
+    guidance: float = 1.0
+    path_error: Tensor | None = None
+
+
+def predictions(model: VideoModel, network: nn.Module, states: States, count: int | None = None) -> Tensor:
+    """What `network`, which may be an engine, answers to `states`, or to the first `count` of its inputs: [2B, ...].
+
+    Guided states take both branches in one forward, uncond + g·(cond − uncond); the sampler takes them one after the
+    other, which differs by rounding.
+    """
+    predict = family_module(model.family).predict
+    inputs, timesteps, text = (x[:count] for x in (states.inputs, states.timesteps, states.text))
+    if states.negative is None:
+        return predict(network, inputs, timesteps, text)
+    both = torch.cat([inputs] * 2), torch.cat([timesteps] * 2), torch.cat([states.negative[:count], text])
+    unconditional, conditional = predict(network, *both).float().chunk(2)
+    return unconditional + states.guidance * (conditional - unconditional)
 
 
 def show(model: VideoModel, noised: Noised, text: list[Tensor], dtype: torch.dtype) -> States:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from alignkit.config import Config
-from alignkit.models import VideoModel, family_module
-from alignkit.objectives.states import States
+from alignkit.models import VideoModel
+from alignkit.objectives.states import States, predictions
 from alignkit.stores.pairs import PairBatch
 from alignkit.training.distributed import Process
 from alignkit.training.weights import Start
@@ -16,12 +16,12 @@ from alignkit.training.weights import Start
 
 class AdapterOff:
     def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
-        self._predict, self._engine = family_module(model.family).predict, policy
+        self._model, self._engine = model, policy
 
     @torch.no_grad()
     def answer(self, batch: PairBatch, states: States) -> tuple[Tensor, Tensor]:
         with _adapters_off(self._engine.module):
-            return self._predict(self._engine, states.inputs, states.timesteps, states.text).chunk(2)
+            return predictions(self._model, self._engine, states).chunk(2)
 
 
 @contextmanager

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from alignkit.config import Config
-from alignkit.models import VideoModel, family_module
-from alignkit.objectives.states import States
+from alignkit.models import VideoModel
+from alignkit.objectives.states import States, predictions
 from alignkit.stores.pairs import PairBatch
 from alignkit.training.distributed import Process
 from alignkit.training.engine import deepspeed_config, load_network, put_adapters, release
@@ -20,7 +20,7 @@ class Copy:
     def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
         import deepspeed
 
-        self._predict = family_module(model.family).predict
+        self._model = model
         network = load_network(config, process, model, start)[0]
         if start.adapters is not None:
             put_adapters(network, config, start)
@@ -45,4 +45,4 @@ class Copy:
 
     @torch.no_grad()
     def answer(self, batch: PairBatch, states: States) -> tuple[Tensor, Tensor]:
-        return self._predict(self.network, states.inputs, states.timesteps, states.text).chunk(2)
+        return predictions(self._model, self.network, states).chunk(2)
