@@ -7,18 +7,23 @@ from functools import partial
 
 import torch
 
+from alignkit.apo.pairs import build_rollout_pairs, read_rankings
+from alignkit.apo.rollouts import build_rollouts, rollouts_folder
 from alignkit.config import Config, dump_config
 from alignkit.errors import DataError
+from alignkit.evaluation.samples import PLAYBACK_FPS
 from alignkit.files import write_atomically, write_json
 from alignkit.given.build import build_given_pairs, find_given
 from alignkit.localdpo.build import build_pairs, check_settings
 from alignkit.localdpo.sources import check_count, check_masks, find_usable
+from alignkit.media.videos import write_video
 from alignkit.models import load_model
 from alignkit.progress import say
 from alignkit.report.pictures import StoredPair, write_pair, write_preview
 from alignkit.stages import stage_configs
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import Pair, PairStore
+from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.distributed import lone_worker, set_threads, start_process
 from alignkit.training.engine import accumulation_steps
 
@@ -41,7 +46,9 @@ def run_command(name: str, config: Config) -> None:
 
 def validate(config: Config) -> None:
     """Say what cannot be used of the data; nothing is made. Raises DataError when there is anything."""
-    if config.data.pairs:
+    if config.data.rollouts:
+        _, problems = read_rankings(config.data.pairs, RolloutStore(config.data.rollouts))
+    elif config.data.pairs:
         _, problems = find_given(config)
     else:
         check_settings(config)
@@ -67,6 +74,7 @@ def _pairs(config: Config) -> None:
     """One of any number of processes that build the pairs between them; the first one speaks for all."""
     worker = lone_worker()
     build = build_given_pairs if config.data.pairs else build_pairs
+    build = build_rollout_pairs if config.data.rollouts else build
     preview = partial(_preview_pairs, config) if worker.main else None
     for split in build(config, worker.device, show=worker.main, preview=preview):
         if worker.main:
@@ -75,6 +83,33 @@ def _pairs(config: Config) -> None:
             say(f"{count} {split} pairs, {size:.3g} MB, in {folder}")
     if worker.main:
         write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
+
+
+def _rollout(config: Config) -> None:
+    """One of any number of processes that sample the rollouts between them; the first one speaks for all."""
+    worker = lone_worker()
+    preview = partial(_preview_rollouts, config) if worker.main else None
+    count = build_rollouts(config, worker.device, show=worker.main, preview=preview)
+    if worker.main:
+        folder, sampler = rollouts_folder(config), config.sampler
+        size = sum(file.stat().st_size for file in folder.glob("block-*.arrow")) / 1e6
+        guided = f"guided by {sampler.guidance:g}" if sampler.guidance > 1 else "without guidance"
+        say(f"{count} rollouts, {guided}, {size:.3g} MB, in {folder}")
+        write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
+
+
+def _preview_rollouts(config: Config, model, store: RolloutStore) -> None:
+    """Some rollouts as videos for people to check: previews/ID.mp4 beside them."""
+    folder = store.folder / "previews"
+    folder.mkdir(exist_ok=True)
+    rollouts = [store[i] for i in range(min(config.rollout.previews, len(store)))]
+    missing = {folder / f"{rollout.id:06d}.mp4": rollout for rollout in rollouts}
+    missing = {file: rollout for file, rollout in missing.items() if not file.exists()}
+    for file, rollout in missing.items():
+        video = model.decode_video(rollout.latents[None].to(model.vae.device))[0]
+        write_video(file, video, config.data.fps or PLAYBACK_FPS)
+    if missing:
+        say(f"previews: {folder}")
 
 
 def _preview_pairs(config: Config, model, store: PairStore) -> None:
@@ -156,4 +191,4 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-COMMANDS = {"pairs": _pairs, "train": _train, "sample": _sample, "eval": _eval, "report": _report}
+COMMANDS = {"rollout": _rollout, "pairs": _pairs, "train": _train, "sample": _sample, "eval": _eval, "report": _report}

@@ -74,12 +74,12 @@ class NoiseSection(Section):
         """Whether rollouts keep states of their paths for this source."""
         return self.source == "path"
 
-    def inverts(self, kind: str) -> bool:
-        """Whether this source wants the inversion of a side whose origin is `kind`."""
-        sampled = kind in ("rollout", "regenerated") if self.source == "initial" else kind == "rollout"
+    def inverts(self, kind: str, beside: str) -> bool:
+        """Whether this source wants the inversion of a side whose origin is `kind`, beside one of the kind `beside`."""
         if self.source == "inversion":
             return True
-        return self.source != "shared" and self.anchor == "inversion" and not sampled
+        anchored = kind == "real" and beside == "rollout"
+        return self.source != "shared" and self.anchor == "inversion" and anchored
 
 
 class RolloutSection(Section):

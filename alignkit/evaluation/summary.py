@@ -63,8 +63,11 @@ def _score_both(config: Config, device: torch.device) -> dict:
 
 
 def _real_clips(config: Config) -> Tensor:
-    """Frames of the held-out clips, uint8 [count, F, H, W, 3]."""
+    """Frames of the held-out clips, or of the winners where both sides were sampled, uint8 [count, F, H, W, 3]."""
     store = PairStore(pairs_folder(config, "heldout"))
+    if store.info.kind == "rollouts":
+        model = load_model(config.model, with_transformer=False)
+        return torch.cat([model.decode_video(pair.winner[None]) for pair in store])
     names = list(dict.fromkeys(store.rows["source"]))
     return torch.stack([decode_clip(source_folder(config) / name, video_spec(config)) for name in names])
 

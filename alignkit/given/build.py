@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from alignkit.apo.inversions import add_inversions, inversion_terms
 from alignkit.config import Config
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
 from alignkit.files import write_json
 from alignkit.given.preferences import Preference, read_preferences
 from alignkit.given.validation import NothingLeftError, split_preferences, validate_preferences
@@ -20,6 +21,8 @@ from alignkit.media.captions import Problem
 from alignkit.media.masks import mask_digest, mask_on_grid, read_mask
 from alignkit.media.videos import VideoFacts, VideoSpec, decode_clip, decode_with_facts
 from alignkit.models import VideoModel, load_model, working_dtype
+from alignkit.objectives.laws import Law
+from alignkit.objectives.states.checks import check_noise
 from alignkit.progress import progress, say
 from alignkit.sharing import one_at_a_time
 from alignkit.stores.blocks import Made, build_store
@@ -65,22 +68,26 @@ def build_given_pairs(
         if config.objective.name == "local_dpo" and not any(given.mask for given in splits["train"]):
             say("no pair has a mask, so both terms of local_dpo are the same; objective.name=dpo is for such pairs")
         say(f"loading {config.model.family}'s VAE and text encoder from {config.model.path}")
-    model = load_model(config.model, with_transformer=False, device=device)
+    inverted = config.noise.source == "inversion"
+    dtype = working_dtype(config.model, device)
+    model = load_model(config.model, with_transformer=inverted, device=device, dtype=dtype)
+    law = check_noise(config, model)
     shared = StoreInfo(
         kind="given",
         family=model.family,
-        model=None,
+        model=model.fingerprint() if inverted else None,
         vae=model.fingerprint("vae"),
         text_encoder=model.fingerprint("text_encoder"),
         pairs=0,
         block_size=config.pairs.block_size,
-        dtype=stored_dtype(config, working_dtype(config.model, device)),
-        made={"videos": asdict(video_spec(config)), "max_sequence_length": config.model.max_sequence_length},
+        dtype=stored_dtype(config, dtype),
+        made={"videos": asdict(video_spec(config)), "max_sequence_length": config.model.max_sequence_length}
+        | (inversion_terms(config, model) if inverted else {}),
     )
     for split, rows in splits.items():
         folder, info = pairs_folder(config, split), replace(shared, pairs=len(rows))
         members = [[given.pair_id, given.row.prompt, *given.digests, given.mask] for given in rows]
-        make = partial(_make_rows, config, model, LATENT_DTYPES[info.dtype], rows)
+        make = partial(_make_rows, config, model, law, LATENT_DTYPES[info.dtype], rows)
         title = f"encoding {split} pairs"
         build_store(folder, model, info, members, make, title, preview=preview, show=show)
     if show:
@@ -96,7 +103,13 @@ def find_given(config: Config, show: bool = True) -> tuple[dict[str, list[Given]
     row is left.
     """
     assert config.data.pairs is not None
+    if config.noise.source in ("initial", "path"):
+        raise ConfigError(
+            f"noise.source: {config.noise.source!r} needs to know where videos come from, and nothing is known of "
+            "given ones: use inversion or shared"
+        )
     grid = latent_grid(config)  # refuses sizes that the model cannot take before a video is looked at
+    check_noise(config, load_model(config.model, with_transformer=False, with_encoders=False))
     files = [file for file in (config.data.pairs, config.data.heldout_pairs) if file]
     alike = len({file.name for file in files}) < len(files)
     (train, problems), *other = (read_preferences(file, str(file) if alike else None) for file in files)
@@ -174,8 +187,9 @@ def _state(row: Preference) -> list:
 
 
 def _make_rows(
-    config: Config, model, stored: torch.dtype, tasks: list[Given], rows: range, advance: Callable[[int], None]
-) -> Made:
+    config: Config, model, law: Law, stored: torch.dtype, tasks: list[Given], rows: range,
+    advance: Callable[[int], None],
+) -> Made:  # fmt: skip
     spec = video_spec(config)
     made, problems = [], []
     for given in (tasks[number] for number in rows):
@@ -191,6 +205,7 @@ def _make_rows(
             continue
         (text,) = model.encode_text([row.prompt])
         pair = Pair(given.pair_id, str(row.chosen.absolute()), row.prompt, text, winner, loser, mask)
+        (pair,) = add_inversions(config, model, law, [pair])
         fault = fault_of(pair, stored)
         if fault:
             problems.append(Problem(row.where, fault))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alignkit.apo.inversions import add_inversions, inversion_terms
 from alignkit.config import Config
 from alignkit.errors import ConfigError, DataError
 from alignkit.localdpo.corruption import Predict, regenerate
@@ -18,6 +19,8 @@ from alignkit.media.captions import Problem
 from alignkit.media.masks import mask_digest, mask_on_grid, read_mask
 from alignkit.media.videos import Clip, VideoFacts, decode_with_facts
 from alignkit.models import VideoModel, family_module, load_model, working_dtype
+from alignkit.objectives.laws import Law
+from alignkit.objectives.states.checks import check_noise
 from alignkit.progress import say
 from alignkit.stores.blocks import Made, build_store
 from alignkit.stores.folders import (
@@ -29,6 +32,7 @@ from alignkit.stores.folders import (
     video_spec,
     write_skipped,
 )
+from alignkit.stores.origins import REAL, Origin
 from alignkit.stores.pairs import LATENT_DTYPES, Pair, PairStore, fault_of
 from alignkit.stores.store import StoreInfo
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
@@ -46,6 +50,12 @@ class Task(NamedTuple):
 def check_settings(config: Config) -> None:
     """What can be wrong with the settings, before a video is looked at or weights are loaded: raises ConfigError."""
     grid, data, pairs = latent_grid(config), config.data, config.pairs
+    if config.noise.source == "path":
+        raise ConfigError(
+            "noise.source: 'path' is for rollouts; a regenerated region has no path of its own from noise: use "
+            "initial, inversion or shared"
+        )
+    check_noise(config, load_model(config.model, with_transformer=False, with_encoders=False))
     if pairs.dynamic_guidance:
         family_module(config.model.family).dynamic_guidance(pairs.guidance_scale, 0, pairs.num_inference_steps)
     if pairs.mask.files is None:
@@ -75,6 +85,7 @@ def build_pairs(
     if show:
         say(f"loading {config.model.family} from {config.model.path}")
     model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
+    law = check_noise(config, model)
     per_clip, shared = config.pairs.per_clip, _store_info(config, model)
     counts = {}
     for split, numbers in zip(SPLITS, split_clips(len(sources), config.data.heldout, config.pairs.seed), strict=True):
@@ -82,8 +93,11 @@ def build_pairs(
         used = [sources[n] for n in numbers]
         members = [[s.clip.name, s.digest, s.clip.caption, mask_digest(s.mask)] for s in used]
         folder, info = pairs_folder(config, split), replace(shared, pairs=len(tasks))
-        make, title = partial(_make_rows, config, model, tasks), f"making {split} pairs"
-        build_store(folder, model, info, members, make, title, preview=preview, show=show)
+        make, title = partial(_make_rows, config, model, law, tasks), f"making {split} pairs"
+        build_store(
+            folder, model, info, members, make, title,
+            negative_prompt=config.pairs.negative_prompt, preview=preview, show=show,
+        )  # fmt: skip
         counts[split] = len(tasks)
     if show:
         add_skipped_pairs(config)
@@ -110,12 +124,13 @@ def _store_info(config: Config, model) -> StoreInfo:
             "max_sequence_length": config.model.max_sequence_length,
             "schedule": model.schedule(pairs.num_inference_steps).fingerprint,
             "videos": config.data.model_dump(mode="json", include={"height", "width", "num_frames", "fps", "heldout"}),
-        },
+        }
+        | (inversion_terms(config, model) if config.noise.source == "inversion" else {}),
     )
 
 
 def _make_rows(
-    config: Config, model, tasks: list[tuple[Source, int]], rows: range, advance: Callable[[int], None]
+    config: Config, model, law: Law, tasks: list[tuple[Source, int]], rows: range, advance: Callable[[int], None]
 ) -> Made:
     """The pairs of one block, in id order. Pairs of equal strength are regenerated together."""
     spec, pairs = video_spec(config), config.pairs
@@ -139,7 +154,7 @@ def _make_rows(
     for steps, group in sorted(by_strength.items()):
         for first in range(0, len(group), pairs.batch_size):
             batch = group[first : first + pairs.batch_size]
-            for pair in _make_batch(config, model, steps, batch):
+            for pair in add_inversions(config, model, law, _make_batch(config, model, steps, batch)):
                 fault = fault_of(pair, stored)
                 if fault:
                     problems.append(Problem(f"{pair.source} (pair {pair.id})", fault))
@@ -171,6 +186,7 @@ def _make_batch(config: Config, model, steps: int, batch: list[Task]) -> list[Pa
     key = NoiseKey(pairs.seed, torch.tensor([task.pair_id for task in batch]), 0, Stream.CORRUPTION)
     losers = regenerate(clean, masks, predict, model.schedule(pairs.num_inference_steps), key, steps)
     captions = model.encode_text([task.clip.caption for task in batch])
+    recipe = _recipe(config, model)
     return [
         Pair(
             id=task.pair_id,
@@ -182,9 +198,36 @@ def _make_batch(config: Config, model, steps: int, batch: list[Task]) -> list[Pa
             mask=task.mask,
             steps=steps,
             strength=steps / pairs.num_inference_steps,
+            origin_w=REAL,
+            origin_l=Origin(
+                "regenerated",
+                (pairs.seed, task.pair_id, 0, int(Stream.CORRUPTION)),
+                first=pairs.num_inference_steps - steps,
+                recipe=recipe,
+            ),
         )
         for i, task in enumerate(batch)
     ]
+
+
+def _recipe(config: Config, model) -> dict:
+    """How losers are regenerated, for their origins."""
+    pairs = config.pairs
+    return {
+        "schedule": model.schedule(pairs.num_inference_steps).fingerprint,
+        "solver": "first_order",
+        "steps": pairs.num_inference_steps,
+        "guidance": pairs.guidance_scale,
+        "dynamic": pairs.dynamic_guidance,
+        "negative_prompt": pairs.negative_prompt,
+        "network": model.fingerprint(),
+        "regime": {
+            "engine": "module",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attention": model.attention,
+            "batch": pairs.batch_size,
+        },
+    }
 
 
 def guided_network(config: Config, model, captions: list[str], device: torch.device) -> Predict:

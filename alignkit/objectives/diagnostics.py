@@ -7,6 +7,7 @@ from alignkit.config import ObjectiveSection
 from alignkit.objectives.beta import OBSERVED
 from alignkit.objectives.preference import TrainingLoss
 from alignkit.objectives.states import States
+from alignkit.stores.pairs import PairBatch
 
 SATURATED = 6.0  # |logit| from which σ(−z) is below 0.25 % or above 99.75 %: the pair no longer teaches
 
@@ -46,6 +47,22 @@ def diagnostics(objective: ObjectiveSection, result: TrainingLoss, states: State
         numbers["safeguard/factor"] = result.safeguard
     numbers |= {"error_w": result.error_w, "noise_level": states.coefficients[:, 1].double()}
     return {name: number.detach() for name, number in numbers.items()}
+
+
+def signal(result: TrainingLoss) -> Tensor:
+    """What the adaptive timestep law follows, fp64 [B]: σ(−z)·√(E_w + E_l), the size of a pair's gradient up to the
+    network's own part of it."""
+    z = result.logits["global"].detach()
+    return torch.sigmoid(-z) * (result.means.error_w + result.means.error_l).detach().sqrt()
+
+
+def inversion_numbers(batch: PairBatch, flagged_from: float | None) -> dict[str, Tensor]:
+    """The larger round-trip error of each pair's inversions, 0 without one, fp64 [B]; and which are flagged for it."""
+    paths = zip(batch.side_w.paths, batch.side_l.paths, strict=True)
+    errors = [max((path.error for path in pair if path and path.error is not None), default=0.0) for pair in paths]
+    error = torch.tensor(errors, dtype=torch.float64, device=batch.winner.device)
+    numbers = {"inversion/error": error}
+    return numbers if flagged_from is None else numbers | {"inversion/flagged": (error > flagged_from).double()}
 
 
 def accuracy(logits: Tensor) -> Tensor:

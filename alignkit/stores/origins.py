@@ -57,7 +57,8 @@ class Trajectory:
 
 def keys_of(origins: list[Origin]) -> Tensor:
     """Words of the noise keys, int64 [B, 4]; a row of −1 where an origin has none."""
-    return torch.tensor([_signed(origin.key) if origin.key else (-1,) * 4 for origin in origins])
+    words = [(signed(origin.key[0]), *origin.key[1:]) if origin.key else (-1,) * 4 for origin in origins]
+    return torch.tensor(words, dtype=torch.int64)
 
 
 def noise_key(words: Tensor) -> NoiseKey:
@@ -65,6 +66,6 @@ def noise_key(words: Tensor) -> NoiseKey:
     return NoiseKey(words[:, 0], words[:, 1], words[:, 2], words[:, 3])
 
 
-def _signed(key: tuple[int, int, int, int]) -> tuple[int, ...]:
-    seed, *rest = key
-    return ((seed + 2**63) % 2**64 - 2**63, *rest)  # a seed may use all 64 bits
+def signed(seed: int) -> int:
+    """A 64-bit seed, which may use all of its bits, as the int64 with those bits."""
+    return (seed + 2**63) % 2**64 - 2**63

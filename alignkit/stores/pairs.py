@@ -37,6 +37,7 @@ FEATURES = datasets.Features(
     origin_w=datasets.Value("string"),
     origin_l=datasets.Value("string"),
     path_rows=datasets.List(datasets.Value("int32")),
+    states=datasets.Value("string"),  # which sides have some: "w", "l", "wl" or ""
     error_w=datasets.Value("float64"),
     error_l=datasets.Value("float64"),
     tensors=datasets.Value("binary"),
@@ -109,6 +110,7 @@ def _row(pair: Pair, dtype: torch.dtype) -> dict:
         "origin_w": pair.origin_w.to_json(),
         "origin_l": pair.origin_l.to_json(),
         "path_rows": list(pair.path_rows),
+        "states": "".join(side for side, path in (("w", pair.path_w), ("l", pair.path_l)) if path),
         "error_w": pair.path_w and pair.path_w.error,
         "error_l": pair.path_l and pair.path_l.error,
         "tensors": save_tensors(_tensors(pair, dtype)),
@@ -161,6 +163,26 @@ class PairStore:
         winners, losers = ([_origin(text) for text in column] for column in columns)
         return winners, losers
 
+    @cached_property
+    def has_states(self) -> list[tuple[bool, bool]]:
+        """Of every pair, whether its winner and its loser have states of their paths."""
+        if "states" not in self.rows.column_names:
+            return [(False, False)] * len(self)
+        return [("w" in sides, "l" in sides) for sides in self.rows["states"]]
+
+    @cached_property
+    def inversion_errors(self) -> list[float | None]:
+        """Of every pair, the larger round-trip error of its inversions; None where it has none."""
+        if "error_w" not in self.rows.column_names:
+            return [None] * len(self)
+        both = zip(self.rows["error_w"], self.rows["error_l"], strict=True)
+        return [max((error for error in pair if error is not None), default=None) for pair in both]
+
+    @property
+    def inverted(self) -> bool:
+        """Whether any pair has an inversion."""
+        return any(error is not None for error in self.inversion_errors)
+
     @property
     def fingerprint(self) -> str:
         """Changes with the terms the pairs were made under and with which pairs there are."""
@@ -181,7 +203,8 @@ class PairStore:
     def select(self, rows: list[int]) -> "PairStore":
         """The same store with these rows alone."""
         chosen = copy.copy(self)
-        chosen.__dict__.pop("origins", None)
+        for cached in ("origins", "has_states", "inversion_errors"):
+            chosen.__dict__.pop(cached, None)
         chosen.rows, chosen.ids = self.rows.select(rows), [self.ids[row] for row in rows]
         return chosen
 
@@ -225,6 +248,12 @@ class PairStore:
         )
 
 
+def _side_by_side(rows: list[tuple[int, ...]]) -> Tensor | None:
+    """int64 [B, S], zeros for a pair that has none; None where none has any."""
+    size = max(map(len, rows))
+    return torch.tensor([one or (0,) * size for one in rows]) if size else None
+
+
 def _origin(text: str | None) -> Origin:
     """Pairs that were stored before origins were have none."""
     return GIVEN if text is None else Origin.from_json(text)
@@ -243,8 +272,8 @@ class PairBatch:
     """Pairs side by side: latents fp32 [B, ...], mask uint8 [B, ...], a text each, ids int64 [B], strength fp64 [B].
 
     strength is None for pairs that have none. path_rows: rows of the schedule for each pair, int64 [B, S], at which
-    sides have states; None where no pair has any. side_w, side_l: what each side came from; None of pairs that were
-    put together by hand.
+    sides have states; zeros of a pair without states, None where no pair has any. side_w, side_l: what each side came
+    from; None of pairs that were put together by hand.
     """
 
     ids: Tensor
@@ -270,7 +299,7 @@ def collate(pairs: list[Pair]) -> PairBatch:
         mask=torch.stack([pair.mask for pair in pairs]),
         text=[pair.text for pair in pairs],
         strength=None if None in strengths else torch.tensor(strengths, dtype=torch.float64),
-        path_rows=torch.tensor([pair.path_rows for pair in pairs]) if all(pair.path_rows for pair in pairs) else None,
+        path_rows=_side_by_side([pair.path_rows for pair in pairs]),
         side_w=Side([pair.origin_w for pair in pairs], [pair.path_w for pair in pairs]),
         side_l=Side([pair.origin_l for pair in pairs], [pair.path_l for pair in pairs]),
     )

@@ -15,6 +15,7 @@ from alignkit.config import Config, dump_config
 from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.files import write_atomically, write_json
 from alignkit.models import load_model
+from alignkit.objectives.states.checks import check_noise, check_origins
 from alignkit.progress import progress, say
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
@@ -67,6 +68,7 @@ def train(config: Config, process: Process, link: Link | None = None) -> bool:
     folder = train_folder(config)
     store = PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)
+    check_origins(config, model, check_noise(config, model), store)
     # reads all weights: once is enough
     terms, done = on_main(process, lambda: _terms_of(config, store, model, folder, link))
     if done:
@@ -82,6 +84,7 @@ def train(config: Config, process: Process, link: Link | None = None) -> bool:
             f"training on {process.world_size} process(es), {process.device}, {torch.get_num_threads()} threads each, "
             f"attention: {attention}"
         )
+        _say_inversions(config, store)
     run = start_run(config, process, model, store, start)
     del start  # the first process may hold a copy
     try:
@@ -94,6 +97,19 @@ def train(config: Config, process: Process, link: Link | None = None) -> bool:
     finally:
         run.release()
     return True
+
+
+def _say_inversions(config: Config, store: PairStore) -> None:
+    """How well the pairs' videos came back from their inversions, where they have some."""
+    errors = [error for error in store.inversion_errors if error is not None]
+    if not errors:
+        return
+    mean = sum(errors) / len(errors)
+    line = f"inversions of {len(errors)} pairs: round-trip error {mean:.3f}, largest {max(errors):.3f}"
+    most = config.noise.max_inversion_error
+    if most is not None:
+        line += f"; {sum(error > most for error in errors)} are flagged, above noise.max_inversion_error {most:g}"
+    say(line)
 
 
 def _finish(run: Run, weights: dict[str, torch.Tensor], terms: dict, link: Link | None) -> None:

@@ -1,7 +1,7 @@
 """A training run: what it is put together from, and one step of it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from alignkit.config import Config
 from alignkit.errors import AlignkitError
 from alignkit.models import VideoModel
 from alignkit.objectives.beta import AutoBeta
-from alignkit.objectives.diagnostics import diagnostics
-from alignkit.objectives.laws import Law, start_law
+from alignkit.objectives.diagnostics import diagnostics, inversion_numbers, signal
+from alignkit.objectives.laws import SIGNAL, Law, start_law
 from alignkit.objectives.preference import TrainingLoss, preference_loss, supervised_loss
 from alignkit.objectives.states import States, predictions, training_states
 from alignkit.stores.pairs import PairBatch, PairStore, collate
@@ -19,8 +19,10 @@ from alignkit.training.distributed import Process
 from alignkit.training.engine import accumulation_steps, release, start_policy
 from alignkit.training.order import global_batch, rank_share
 from alignkit.training.references import Reference, start_reference
+from alignkit.training.references.cached import Visited
 from alignkit.training.weights import Start
 
+ROW = "row"  # of the schedule, beside a pair's signal
 NOISE_BUCKETS = 4  # quarters of the noise level, for the error by timestep
 
 
@@ -36,7 +38,10 @@ class Step:
 @dataclass
 class Run:
     """The policy's engine and all that a step needs beside it. Each of `law`, `beta` and `reference` may have a
-    state, which checkpoints hold (`parts`), and a hook that is called after each step that the optimizer took."""
+    state, which checkpoints hold (`parts`), and a hook that is called after each step that the optimizer took.
+
+    starts_apart: the policy does not start where the reference does.
+    """
 
     config: Config
     process: Process
@@ -46,6 +51,7 @@ class Run:
     reference: Reference | None
     law: Law
     beta: AutoBeta | None
+    starts_apart: bool = False
 
     @property
     def parts(self) -> dict[str, object]:
@@ -61,6 +67,7 @@ class Run:
         numbers = [self._forward_backward(micro, number) for micro in micro_batches]
         # DeepSpeed skips the step, on every process, when a gradient is not finite
         applied = bool(self.policy.was_step_applied())
+        signals = self._signals(numbers) if SIGNAL in numbers[0] else {}
         metrics = mean_over_processes(numbers, process)
         metrics |= {
             "lr": self.policy.optimizer.param_groups[0]["lr"],
@@ -71,15 +78,15 @@ class Run:
         if applied:
             for part in (self.law, self.beta):
                 if hasattr(part, "observe"):
-                    part.observe(metrics)
+                    part.observe(metrics | signals)
             if hasattr(self.reference, "after_step"):
                 self.reference.after_step(self.policy)
         return Step(metrics, rows, applied)
 
-    def states(self, batch: PairBatch, epochs: Tensor) -> States:
+    def states(self, batch: PairBatch, epochs: Tensor) -> Visited:
         """The states at which a micro-batch is compared in `epochs`, int64 [B]."""
         dtype = next(self.policy.module.parameters()).dtype
-        return training_states(self.config, self.model, self.law, batch, epochs, self.store.empty_text, dtype)
+        return visited_states(self.config, self.model, self.law, self.store, batch, epochs, dtype)
 
     def loss(self, batch: PairBatch, states: States) -> TrainingLoss:
         """The loss of a micro-batch: one forward of each network over both sides, or of the policy over the winners."""
@@ -94,11 +101,29 @@ class Run:
         batch = load_rows(self.store, [row for row, _ in micro], self.process.device)
         states = self.states(batch, torch.tensor([epoch for _, epoch in micro]))
         result = self.loss(batch, states)
-        if number == 0:
+        if number == 0 and not self.starts_apart:
             check_first_logits(result.logits)
         self.policy.backward(result.loss)
         self.policy.step()
-        return diagnostics(self.config.objective, result, states)
+        numbers = diagnostics(self.config.objective, result, states)
+        if self.store.inverted:
+            numbers |= inversion_numbers(batch, self.config.noise.max_inversion_error)
+        if hasattr(self.law, "observe") and states.rows is not None:
+            numbers |= {SIGNAL: signal(result), ROW: states.rows.double()}
+        return numbers
+
+    def _signals(self, numbers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The sum of the step's signals and the number of its pairs by row of the schedule, fp64 [2, N], of all
+        processes; taken out of `numbers`."""
+        size = len(self.model.schedule(self.config.sampler.num_steps))
+        values = torch.cat([part.pop(SIGNAL) for part in numbers]).cpu()
+        rows = torch.cat([part.pop(ROW) for part in numbers]).long().cpu()
+        sums = torch.stack([torch.bincount(rows, weights, size) for weights in (values, torch.ones_like(values))])
+        if self.process.world_size > 1:
+            shared = sums.to(self.process.device)
+            torch.distributed.all_reduce(shared)
+            sums = shared.cpu()
+        return {SIGNAL: sums}
 
     def release(self) -> None:
         """Free the engines, for the next run of this process; this one ends with it."""
@@ -119,14 +144,24 @@ def start_run(config: Config, process: Process, model: VideoModel, store: PairSt
     policy = start_policy(config, process, model.transformer, start)
     reference = start_reference(config, process, policy, model, start)
     beta = AutoBeta(config.objective) if reference is not None and config.objective.beta == "auto" else None
-    return Run(config, process, model, store, policy, reference, start_law(config, model), beta)
+    apart = start.later and config.reference.from_ == "base"
+    return Run(config, process, model, store, policy, reference, start_law(config, model), beta, apart)
+
+
+def visited_states(
+    config: Config, model: VideoModel, law: Law, store: PairStore, batch: PairBatch, epochs: Tensor, dtype: torch.dtype
+) -> Visited:
+    """The states at which a network in `dtype` is shown a micro-batch of `store` in `epochs`, int64 [B]."""
+    texts = {"empty_text": store.empty_text}
+    if config.noise.guided:
+        texts["negative_text"] = store.negative_text
+    states = training_states(config, model, law, batch, epochs, dtype=dtype, **texts)
+    return Visited(**vars(states), epochs=epochs)
 
 
 def load_rows(store: PairStore, rows: list[int], device: torch.device) -> PairBatch:
     batch = collate([store[row] for row in rows])
-    return PairBatch(
-        batch.ids, batch.winner.to(device), batch.loser.to(device), batch.mask.to(device), batch.text, batch.strength
-    )
+    return replace(batch, **{name: getattr(batch, name).to(device) for name in ("winner", "loser", "mask")})
 
 
 def check_first_logits(logits: dict[str, Tensor]) -> None:

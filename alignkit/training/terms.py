@@ -16,7 +16,8 @@ def run_terms(config: Config, store: PairStore, model) -> dict:
         "pairs": store.fingerprint,
         **{f"train.{key}": value for key, value in train.items()},
         **{f"objective.{key}": value for key, value in config.objective.model_dump(mode="json").items()},
-        **{f"noise.{key}": value for key, value in config.noise.model_dump(mode="json").items()},
+        **_changed_from_default("noise", config.noise, "source", "timesteps"),
+        **({"noise.guidance": config.sampler.guidance} if config.noise.guided else {}),
         **{f"reference.{key}": value for key, value in config.reference.model_dump(mode="json").items()},
         "schedule": _schedule_of(config, model),
         "model.max_sequence_length": config.model.max_sequence_length,
@@ -27,15 +28,25 @@ def run_terms(config: Config, store: PairStore, model) -> dict:
 
 def _schedule_of(config: Config, model) -> str | None:
     """Of the sampler's steps, where the run trains at them."""
-    on_it = config.noise.timesteps == "schedule"
-    return model.schedule(config.sample.num_inference_steps).fingerprint if on_it else None
+    on_it = config.noise.timesteps in ("schedule", "adaptive") or config.noise.source != "shared"
+    return model.schedule(config.sampler.num_steps).fingerprint if on_it else None
+
+
+def _changed_from_default(name: str, section, *always: str) -> dict:
+    """The keys of a section that are not at their defaults, and `always`: a key that is new changes no older run."""
+    return {
+        f"{name}.{key}": value
+        for key, value in section.model_dump(mode="json").items()
+        if key in always or key in section.model_dump(mode="json", exclude_defaults=True)
+    }
 
 
 def difference(stored: dict, now: dict) -> str | None:
     """The first term that is not what it was, in words; None where all are."""
-    for key, value in now.items():
-        if stored.get(key) != value:
-            return f"{key} = {stored.get(key)!r}, now it is {value!r}"
+    left_out = [key for key in stored if key not in now and key.startswith("noise.")]  # now at its default
+    for key in [*now, *left_out]:
+        if stored.get(key) != now.get(key):
+            return f"{key} = {stored.get(key)!r}, now it is {now.get(key)!r}"
     return None
 
 

@@ -13,7 +13,8 @@ from alignkit_kernels import NoiseKey, NoiseSource, add_keyed_noise
 class Noised:
     """The videos of B pairs at points of the path, fp32 [B, ...] a side, and what they were noised with.
 
-    coefficients: fp64 [B, 4], where the videos lie; timesteps: fp64 [B]; noise_w, noise_l, weight: as in `States`.
+    coefficients: fp64 [B, 4], where the videos lie; timesteps: fp64 [B]; noise_w, noise_l, weight, rows: as in
+    `States`.
     """
 
     winner: Tensor
@@ -23,10 +24,11 @@ class Noised:
     noise_w: NoiseSource
     noise_l: NoiseSource | None = None
     weight: Tensor | None = None
+    rows: Tensor | None = None
 
 
 def noise_alike(batch: PairBatch, points: PathPoints, key: NoiseKey) -> Noised:
     """Both videos of each pair with the pair's own noise, at the pair's own point."""
     coefficients = points.coefficients.to(batch.winner.device)
     winner, loser = (add_keyed_noise(clean, coefficients, key) for clean in (batch.winner, batch.loser))
-    return Noised(winner, loser, coefficients, points.timesteps, key, weight=points.weight)
+    return Noised(winner, loser, coefficients, points.timesteps, key, weight=points.weight, rows=points.rows)

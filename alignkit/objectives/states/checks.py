@@ -1,0 +1,137 @@
+"""What a noise source needs of the model, before weights load, and of the pairs."""
+
+from torch import Tensor
+
+from alignkit.config import Config
+from alignkit.errors import ConfigError, DataError
+from alignkit.models import VideoModel, family_module
+from alignkit.objectives.laws import Law, start_law
+from alignkit.stores.origins import Origin
+from alignkit.stores.pairs import PairStore
+
+
+def check_noise(config: Config, model: VideoModel) -> Law:
+    """The timestep law of `config`, if its noise source can be had from `model`, whose weights are not read.
+
+    Raises ConfigError for what would make nonsense: noise that the sampler does not keep, points between the states of
+    a solver that walks no known line, states without noise in them, an interval without steps.
+    """
+    noise, sampler = config.noise, config.sampler
+    law = start_law(config, model)
+    if sampler.dynamic:
+        family_module(model.family).dynamic_guidance(sampler.guidance, 0, sampler.num_steps)
+    if noise.source == "initial" and sampler.solver == "model" and model.forgets_noise:
+        raise ConfigError(
+            f"noise.source: 'initial' trains on the noise that videos were sampled from, but {model.forgets_noise}; "
+            "set rollout.solver: first_order (DDIM), or noise.source: path"
+        )
+    if noise.path_between and noise.source == "path" and sampler.solver == "model":
+        reason = model.first_order(sampler.num_steps)
+        if reason:
+            raise ConfigError(
+                "noise.path_between: the path between two states is known of a first-order solver alone, and "
+                f"{reason}; set rollout.solver: first_order, or leave it out"
+            )
+    if noise.source != "shared":
+        masses = law.masses
+        possible = int((masses > 0).sum())
+        empty = [row for row in range(len(masses)) if masses[row] > 0 and not law.schedule.coefficients[row, 1] > 0]
+        if empty:
+            raise ConfigError(
+                f"noise.source: step {empty[0]} of the sampler has no noise (s = 0), so none can be solved for there; "
+                "leave it out by noise.interval"
+            )
+        if possible < noise.path_steps and noise.source != "initial":
+            raise ConfigError(
+                f"noise.path_steps: {noise.path_steps}, but only {possible} of the sampler's {len(masses)} steps can "
+                "be drawn; lower it, or widen noise.interval"
+            )
+    return law
+
+
+def sampler_terms(config: Config, model: VideoModel) -> dict:
+    """How training's videos are sampled, as an origin's recipe names it."""
+    sampler = config.sampler
+    return {
+        "schedule": model.schedule(sampler.num_steps).fingerprint,
+        "solver": sampler.solver,
+        "steps": sampler.num_steps,
+        "guidance": sampler.guidance,
+        "dynamic": sampler.dynamic,
+        "negative_prompt": sampler.negative_prompt,
+    }
+
+
+def check_origins(config: Config, model: VideoModel, law: Law, store: PairStore) -> None:
+    """Raises DataError unless every pair of `store` has what `noise.source` needs, sampled as `config` samples."""
+    source = config.noise.source
+    if source == "shared":
+        return
+    paths = store.has_states
+    wanted = sampler_terms(config, model)
+    starts: dict[tuple[int, int], str] = {}
+    for row, sides in enumerate(zip(*store.origins, strict=True)):
+        where = f"{store.folder}: pair {store.ids[row]}"
+        kinds = [origin.kind for origin in sides]
+        for origin, beside, has_states in zip(sides, kinds[::-1], paths[row], strict=True):
+            _check_side(config, origin, beside, has_states, where)
+            if origin.kind == "rollout" and source != "inversion":
+                _check_recipe(origin, wanted, where)
+            if source == "initial" and origin.kind == "regenerated":
+                starts.setdefault((origin.recipe["steps"], origin.first), where)
+        if config.noise.guided and "rollout" not in kinds:
+            raise DataError(f"{where}: noise.guided is for pairs of rollouts, whose guidance is known; leave it out")
+    _check_starts(law, model, starts)
+
+
+def _check_side(config: Config, origin: Origin, beside: str, has_states: bool, where: str) -> None:
+    source, kind = config.noise.source, origin.kind
+    if config.noise.inverts(kind, beside):
+        if not has_states:
+            raise DataError(
+                f"{where}: holds no inversion of its {kind} video, which noise.source {source!r} needs; build the "
+                "pairs with this configuration, in another folder"
+                + ("" if source == "inversion" else ", or set noise.anchor: shared")
+            )
+    elif kind == "given":
+        raise DataError(
+            f"{where}: nothing is known of where its given videos come from, which noise.source {source!r} needs; use "
+            "shared or inversion"
+        )
+    elif source == "path" and kind == "regenerated":
+        raise DataError(
+            f"{where}: its loser is a regenerated region, which has no path of its own from noise; noise.source 'path' "
+            "is for rollouts: use initial, inversion or shared"
+        )
+    elif source == "path" and kind == "rollout" and not has_states:
+        raise DataError(
+            f"{where}: its rollouts hold no states of their path; run alignkit rollout with noise.source=path in "
+            "another folder, and make the pairs from that"
+        )
+
+
+def _check_recipe(origin: Origin, wanted: dict, where: str) -> None:
+    for name, now in wanted.items():
+        then = origin.recipe.get(name)
+        if then != now:
+            raise DataError(
+                f"{where}: was sampled with {name} = {then!r}, the configuration trains on {now!r}; set `rollout` to "
+                "what it was, or sample again"
+            )
+
+
+def _check_starts(law: Law, model: VideoModel, starts: dict[tuple[int, int], str]) -> None:
+    """A regenerated video has known its noise from its first row on: noisier points are none of its path."""
+    for (steps, first), where in starts.items():
+        start = model.schedule(steps)
+        if _noisiness(law.noisiest) > _noisiness(start.coefficients[first]):
+            share = start.timesteps[first].item() / model.scheduler.config.num_train_timesteps
+            raise DataError(
+                f"{where}: its loser was regenerated from step {first} of {steps} on, so noise.source 'initial' knows "
+                f"no noisier point of its path; set noise.interval to end at {share:.3f} or below"
+            )
+
+
+def _noisiness(coefficients: Tensor) -> float:
+    a, s = coefficients[:2].tolist()
+    return s / a if a else float("inf")
