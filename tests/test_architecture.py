@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "config", "files", "progress", "sharing"},
     {"schedules", "models", "media", "tiny"},
     {"stores"},
-    {"given", "localdpo", "objectives"},
+    {"apo", "given", "localdpo", "objectives"},
     {"training"},
     {"evaluation", "report"},
     {"stages"},

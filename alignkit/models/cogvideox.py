@@ -126,10 +126,10 @@ class CogVideoXModel(ModelFolder):
     def between(self, row: Tensor, u: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
         """Points of the path a share u of the way from schedule rows to the next ones: coefficients and timesteps.
 
-        The network knows whole timesteps alone, so a point lies on the first of them at or below that share.
+        The network knows whole timesteps alone, so a point lies on the first of them at or above that share.
         """
         timesteps = torch.cat([self.schedule(num_steps).timesteps, torch.zeros(1, dtype=torch.float64)])
-        timestep = ((1 - u) * timesteps[row] + u * timesteps[row + 1]).floor()
+        timestep = ((1 - u) * timesteps[row] + u * timesteps[row + 1]).ceil()
         return v_coefficients(self.scheduler.alphas_cumprod.double()[timestep.long()]), timestep
 
     def first_order(self, num_steps: int) -> str | None:
