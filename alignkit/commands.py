@@ -24,8 +24,10 @@ from alignkit.stages import stage_configs
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import Pair, PairStore
 from alignkit.stores.rollouts import RolloutStore
+from alignkit.training.cache import build_cache, with_cache
 from alignkit.training.distributed import lone_worker, set_threads, start_process
 from alignkit.training.engine import accumulation_steps
+from alignkit.training.references import check_reference
 
 PAIRS_IN_REPORT = 6
 
@@ -67,7 +69,22 @@ def check_train(config: Config, processes: int) -> None:
     """What can be wrong with a training run before any process is started."""
     for _, stage in stage_configs(config) if config.stages else [("", config)]:
         accumulation_steps(stage, processes)
+    if not config.stages:
+        check_reference(config)
     PairStore(pairs_folder(config, "train"))
+
+
+def check_cache_reference(config: Config) -> None:
+    """The same of what the reference's errors are computed for."""
+    PairStore(pairs_folder(_run_to_cache(config), "train"))
+
+
+def _run_to_cache(config: Config) -> Config:
+    """The run whose reference can be cached: of a chain its first stage, since the others start from other weights."""
+    if config.stages:
+        name, stage = stage_configs(config)[0]
+        return with_cache(stage, f"cache-reference: stage {name}")
+    return with_cache(config, "cache-reference")
 
 
 def _pairs(config: Config) -> None:
@@ -133,6 +150,14 @@ def _decoded(model, pair: Pair) -> StoredPair:
     return StoredPair(winner, loser, model.frames_of_mask(pair.mask).numpy(), pair.prompt, pair.strength)
 
 
+def _cache_reference(config: Config) -> None:
+    process = start_process()
+    config.output.dir.mkdir(parents=True, exist_ok=True)
+    build_cache(_run_to_cache(config), process)
+    if config.reference.strategy != "cached" and process.main:
+        say("train with reference.strategy=cached to use them")
+
+
 def _train(config: Config) -> None:
     from alignkit.stages.chain import run_chain
     from alignkit.training.loop import train
@@ -191,4 +216,12 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-COMMANDS = {"rollout": _rollout, "pairs": _pairs, "train": _train, "sample": _sample, "eval": _eval, "report": _report}
+COMMANDS = {
+    "rollout": _rollout,
+    "pairs": _pairs,
+    "cache-reference": _cache_reference,
+    "train": _train,
+    "sample": _sample,
+    "eval": _eval,
+    "report": _report,
+}

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from alignkit.config import OBJECTIVES, ObjectiveSection
 from alignkit.objectives import heads
-from alignkit.objectives.scored import Logits, Scored
+from alignkit.objectives.scored import Answer, Logits, Scored, score
 from alignkit.objectives.states import States
 from alignkit.objectives.terms import TERMS
 from alignkit.stores.pairs import PairBatch
-from alignkit_kernels import losses, pair_region_errors, region_errors
+from alignkit_kernels import losses, region_errors
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,19 @@ def needs_reference(objective: ObjectiveSection) -> bool:
 def preference_loss(
     objective: ObjectiveSection,
     predictions: tuple[Tensor, Tensor],
-    references: tuple[Tensor, Tensor],
+    references: Answer,
     batch: PairBatch,
     states: States,
     beta: float | None = None,
 ) -> TrainingLoss:
-    """The loss from both networks' predictions for (winners, losers), each [B, ...] like the latents, any float dtype.
+    """The loss from predictions for (winners, losers), each [B, ...] like the latents, any float dtype: the policy's,
+    and the reference's or its errors.
 
     beta: the one in force; None for `objective.beta`. Differentiable in `predictions`. Raises
     `alignkit_kernels.InputError` for a strength outside `objective.strength_range` (local_dpo) and for shapes that do
     not fit.
     """
-    sums = pair_region_errors(
-        *predictions,
-        batch.winner,
-        batch.loser,
-        states.coefficients,
-        states.noise_w,
-        states.noise_l,
-        reference_w=references[0],
-        reference_l=references[1],
-        regions=batch.mask,
-        num_regions=2,
-    )
+    sums = score(predictions, references, batch, states)
     pairs, kept = Scored(objective, objective.beta if beta is None else beta, batch, states, sums), None
     if objective.loser_safeguard is not None:
         kept = _share_of_loser(pairs)

@@ -39,5 +39,10 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
                 f"{where}: reference.strategy: with its adapters off the model is the base, not what this stage starts "
                 "from; leave it at auto"
             )
+        if number > 1 and compares and stage.reference.strategy == "cached":
+            raise ConfigError(
+                f"{where}: reference.strategy: a cache holds errors of the base, not of what this stage starts from; "
+                "use copy"
+            )
         stages.append((entry.name, stage))
     return stages

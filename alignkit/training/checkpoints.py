@@ -11,11 +11,12 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from alignkit.errors import CheckpointError
 from alignkit.files import flush, write_json
 from alignkit.progress import say
-from alignkit.training.state import load_state, save_state, state_damage
+from alignkit.training.state import load_state, save_local_state, save_state, state_damage
 from alignkit.training.terms import difference
 
 MANIFEST = "manifest.json"
@@ -36,6 +37,7 @@ def save(engine, folder: Path, step: int, terms: dict, keep: int, parts: dict[st
         shutil.rmtree(partial, ignore_errors=True)
     torch.distributed.barrier()
     engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
+    save_local_state(partial, step, parts)
     torch.distributed.barrier()
     if first:
         save_state(partial, step, parts)
@@ -138,7 +140,7 @@ def _damage(path: Path) -> str | None:
                 return f"{name} does not match its hash"
         if manifest.get("format") == FORMAT:
             return state_damage(path, manifest["step"], manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
 

@@ -1,6 +1,8 @@
 """DeepSpeed: its settings, the network that policy and reference copy are both built from, and the policy's engine."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "offload_optimizer": {"device": "cpu", "pin_memory": True},
     },
 }
+
+
+@contextmanager
+def process_put_back() -> Iterator[None]:
+    """What a run changes for its whole process, later stages do not inherit: ZeRO-3 replaces `F.linear`, with other
+    rounding, and cached errors go with one thread."""
+    linear, threads = torch.nn.functional.linear, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+        torch.set_num_threads(threads)
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:

@@ -21,10 +21,12 @@ from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.training import checkpoints
 from alignkit.training.distributed import Process, on_main
-from alignkit.training.engine import accumulation_steps, full_precision_weights, load_network
+from alignkit.training.engine import accumulation_steps, full_precision_weights, load_network, process_put_back
 from alignkit.training.export import export, export_folder, export_lora, export_record
 from alignkit.training.masters import MASTERS, hand_on, handed_on
 from alignkit.training.metrics import MetricsLog
+from alignkit.training.references import check_reference, reads_cache
+from alignkit.training.references.cached import cache_digest, cache_info, check_cache
 from alignkit.training.run import Run, start_run
 from alignkit.training.terms import difference, run_terms
 from alignkit.training.weights import open_start
@@ -38,16 +40,6 @@ def train_folder(config: Config) -> Path:
     return config.output.dir / "train"
 
 
-@contextmanager
-def _linear_put_back():
-    """ZeRO-3 replaces `F.linear` for the whole process, with other rounding, which later stages must not inherit."""
-    linear = torch.nn.functional.linear
-    try:
-        yield
-    finally:
-        torch.nn.functional.linear = linear
-
-
 @dataclass(frozen=True)
 class Link:
     """A run's place in a chain of stages. start: the training folder of the stage before, None for the first.
@@ -57,7 +49,7 @@ class Link:
     export: Path | None
 
 
-@_linear_put_back()
+@process_put_back()
 def train(config: Config, process: Process, link: Link | None = None) -> bool:
     """Train from the newest whole checkpoint to `train.steps`, then export; returns True. Every process calls this.
 
@@ -65,12 +57,14 @@ def train(config: Config, process: Process, link: Link | None = None) -> bool:
     (`link`) it starts from the weights of the stage before and hands its own on; once it has, it is not run again.
     """
     accumulation_steps(config, process.world_size)  # refused before anything loads
+    if link is None:
+        check_reference(config)
     folder = train_folder(config)
     store = PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)
     check_origins(config, model, check_noise(config, model), store)
     # reads all weights: once is enough
-    terms, done = on_main(process, lambda: _terms_of(config, store, model, folder, link))
+    terms, done = on_main(process, lambda: _terms_of(config, process, store, model, folder, link))
     if done:
         return True
     start = open_start(config, model, link.start / MASTERS if link and link.start else None)
@@ -129,16 +123,25 @@ def _finish(run: Run, weights: dict[str, torch.Tensor], terms: dict, link: Link 
             write_json(record, {"masters": digest})
 
 
-def _terms_of(config: Config, store: PairStore, model, folder: Path, link: Link | None) -> tuple[dict, bool]:
-    """The run's terms, and whether it is a stage that is done. Raises CheckpointError if it is, under other terms."""
+def _terms_of(config: Config, process: Process, store: PairStore, model, folder: Path, link) -> tuple[dict, bool]:
+    """The run's terms, and whether it is a stage that is done. Raises CheckpointError if it is, under other terms, and
+    DataError for cached errors of another reference."""
     terms = run_terms(config, store, model)
-    if link is None:
-        return terms, False
-    if link.start:
+    cache = cache_info(config, process, model, store) if reads_cache(config) else None
+    if cache:
+        terms["reference.cache"] = cache_digest(cache)
+    if link and link.start:
         terms["stage before"] = handed_on(link.start)["sha256"]
+    done = link is not None and _is_done(config, terms, folder, link)
+    if cache and not done:
+        check_cache(config, cache, store)
+    return terms, done
+
+
+def _is_done(config: Config, terms: dict, folder: Path, link: Link) -> bool:
     record = handed_on(folder)
     if record is None or record["steps"] < config.train.steps:
-        return terms, False
+        return False
     if record["steps"] > config.train.steps:
         raise CheckpointError(_too_far(folder, record["steps"], config.train.steps))
     changed = difference(record["terms"], terms)
@@ -146,7 +149,7 @@ def _terms_of(config: Config, store: PairStore, model, folder: Path, link: Link 
         raise CheckpointError(
             f"{folder}: this stage was done with {changed}; put it back, or choose another output.dir"
         )
-    return terms, link.export is None or _exported(link.export) == record["sha256"]
+    return link.export is None or _exported(link.export) == record["sha256"]
 
 
 def _exported(target: Path) -> str | None:

@@ -1,12 +1,15 @@
 """What a run has learnt beside its weights: whatever has `state()` goes into every checkpoint, whole or absent with it.
 
-A state is a flat dict of JSON values and tensors; JSON goes to state.json, tensors to state.safetensors.
+A state is a flat dict of JSON values and tensors; JSON goes to state.json, tensors to state.safetensors. Tensors that
+are shared out among the processes, `local_state()`, go to state-rank-N.safetensors, a file a process.
 """
 
 import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +28,19 @@ class Stateful(Protocol):
         """Go on from what `state` returned."""
 
 
+@runtime_checkable
+class SharedOut(Stateful, Protocol):
+    def local_state(self) -> dict[str, Tensor]:
+        """This process's own tensors by name."""
+
+    def load_local_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what this process's `local_state` returned; every process calls it, after `load_state`."""
+
+
+def rank_file(rank: int) -> str:
+    return f"state-rank-{rank}.safetensors"
+
+
 def save_state(folder: Path, step: int, parts: dict[str, object]) -> None:
     """Write the states of those `parts` that have one, and the step they belong to. For the first process alone."""
     plain: dict[str, dict] = {}
@@ -32,18 +48,25 @@ def save_state(folder: Path, step: int, parts: dict[str, object]) -> None:
     for name, part in parts.items():
         if isinstance(part, Stateful):
             state = part.state()
-            tensors |= {
-                f"{name}/{key}": value.detach().cpu().contiguous()
-                for key, value in state.items()
-                if isinstance(value, Tensor)
-            }
+            tensors |= {f"{name}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
             plain[name] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
-    write_json(folder / STATE, {"step": step, "parts": plain})
-    save_file(tensors, folder / TENSORS)
+    shared_out = any(isinstance(part, SharedOut) for part in parts.values())
+    ranks = torch.distributed.get_world_size() if shared_out else 0
+    write_json(folder / STATE, {"step": step, "parts": plain, "rank_files": ranks})
+    save_file(_stored(tensors), folder / TENSORS)
+
+
+def save_local_state(folder: Path, step: int, parts: dict[str, object]) -> None:
+    """Write what this process holds of the states that are shared out, if there are any. Every process calls this."""
+    held = {name: part.local_state() for name, part in parts.items() if isinstance(part, SharedOut)}
+    if held:
+        tensors = {f"{name}/{key}": value for name, state in held.items() for key, value in state.items()}
+        file = folder / rank_file(torch.distributed.get_rank())
+        save_file(_stored(tensors), file, metadata={"step": str(step)})
 
 
 def load_state(folder: Path, parts: dict[str, object]) -> None:
-    """Give every part of `parts` that has a state the one that `save_state` wrote for it. Every process calls this."""
+    """Give every part of `parts` that has a state the one that was saved for it. Every process calls this."""
     states = json.loads((folder / STATE).read_text())["parts"]
     for name, tensor in load_file(folder / TENSORS).items():
         part, _, key = name.partition("/")
@@ -56,6 +79,13 @@ def load_state(folder: Path, parts: dict[str, object]) -> None:
         )
     for name, part in stateful.items():
         part.load_state(states[name])
+    shared_out = {name: part for name, part in parts.items() if isinstance(part, SharedOut)}
+    own: dict[str, dict[str, Tensor]] = {name: {} for name in shared_out}
+    for name, tensor in load_file(folder / rank_file(torch.distributed.get_rank())).items() if shared_out else ():
+        part, _, key = name.partition("/")
+        own[part][key] = tensor
+    for name, part in shared_out.items():
+        part.load_local_state(own[name])
 
 
 def state_damage(folder: Path, step: int, listed: dict[str, str]) -> str | None:
@@ -65,5 +95,15 @@ def state_damage(folder: Path, step: int, listed: dict[str, str]) -> str | None:
             return f"its manifest lists no {name}"
     if not any(name.endswith(".pt") for name in listed):
         return "its manifest lists no state of the engine"
-    found = json.loads((folder / STATE).read_text())["step"]
-    return None if found == step else f"{STATE} is of step {found}"
+    state = json.loads((folder / STATE).read_text())
+    found = {STATE: state["step"]}
+    for name in map(rank_file, range(state.get("rank_files", 0))):
+        if name not in listed:
+            return f"its manifest lists no {name}"
+        with safe_open(folder / name, "pt") as file:
+            found[name] = int(file.metadata()["step"])
+    return next((f"{name} is of step {other}" for name, other in found.items() if other != step), None)
+
+
+def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -18,7 +18,7 @@ def run_terms(config: Config, store: PairStore, model) -> dict:
         **{f"objective.{key}": value for key, value in config.objective.model_dump(mode="json").items()},
         **_changed_from_default("noise", config.noise, "source", "timesteps"),
         **({"noise.guidance": config.sampler.guidance} if config.noise.guided else {}),
-        **{f"reference.{key}": value for key, value in config.reference.model_dump(mode="json").items()},
+        **_changed_from_default("reference", config.reference.model_copy(update={"cache": None}), "strategy"),
         "schedule": _schedule_of(config, model),
         "model.max_sequence_length": config.model.max_sequence_length,
         "dtype": config.model.dtype,
@@ -43,7 +43,8 @@ def _changed_from_default(name: str, section, *always: str) -> dict:
 
 def difference(stored: dict, now: dict) -> str | None:
     """The first term that is not what it was, in words; None where all are."""
-    left_out = [key for key in stored if key not in now and key.startswith("noise.")]  # now at its default
+    # what is now at its default
+    left_out = [key for key in stored if key not in now and key.startswith(("noise.", "reference."))]
     for key in [*now, *left_out]:
         if stored.get(key) != now.get(key):
             return f"{key} = {stored.get(key)!r}, now it is {now.get(key)!r}"

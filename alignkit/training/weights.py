@@ -53,18 +53,24 @@ class StartingWeights:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from: the network's weights, and the adapters' values where an earlier stage hands them on."""
+    """What a run starts from: the network's weights, and the adapters' values where an earlier stage hands them on.
+
+    later: whether an earlier stage hands on either.
+    """
 
     base: StartingWeights
     adapters: dict[str, Tensor] | None = None
+    later: bool = False
 
 
 def open_start(config: Config, model, handed: Path | None = None) -> Start:
     """The base's own weights, or what an earlier stage trained, from its file `handed` (`alignkit.training.masters`);
     with `train.lora` that holds adapters, which go on top of the base. Every process calls this."""
-    if handed is None or config.train.lora:
-        return Start(base_weights(config.model, model), None if handed is None else load_file(handed))
-    return Start(StartingWeights(lambda name: _read_file(handed, name)))
+    if handed is None:
+        return Start(base_weights(config.model, model))
+    if config.train.lora:
+        return Start(base_weights(config.model, model), load_file(handed), later=True)
+    return Start(StartingWeights(lambda name: _read_file(handed, name)), later=True)
 
 
 def base_weights(section: ModelSection, model) -> StartingWeights:
@@ -135,12 +141,17 @@ def set_masters(engine, values: Callable[[str, torch.Size, torch.device], Tensor
         if not hasattr(parameter, "ds_id"):
             safe_set_full_fp32_param(parameter, value)
             continue
-        # by hand: DeepSpeed's own division of a whole tensor fails where its size does not divide by the processes
-        size = parameter.ds_tensor.numel()
-        padded = value.new_zeros(size * torch.distributed.get_world_size())
-        padded[: value.numel()] = value.flatten()
-        safe_set_local_fp32_param(parameter, padded[torch.distributed.get_rank() * size :][:size])
+        safe_set_local_fp32_param(parameter, own_part(value, parameter))
         _give_back_freed_memory()
+
+
+def own_part(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """This process's part, flat, of a whole `value` of a parameter that ZeRO-3 has partitioned; zeros past its end."""
+    # by hand: DeepSpeed's own division of a whole tensor fails where its size does not divide by the processes
+    size = parameter.ds_tensor.numel()
+    padded = value.new_zeros(size * torch.distributed.get_world_size())
+    padded[: value.numel()] = value.flatten()
+    return padded[torch.distributed.get_rank() * size :][:size]
 
 
 def _move_buffers(network: nn.Module, device: torch.device) -> None:

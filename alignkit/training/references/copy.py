@@ -1,7 +1,7 @@
 """`reference.strategy: copy`: a second, frozen model, partitioned and rounded as the policy is."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignkit.config import Config
 from alignkit.models import VideoModel
@@ -9,7 +9,7 @@ from alignkit.objectives.states import States, predictions
 from alignkit.stores.pairs import PairBatch
 from alignkit.training.distributed import Process
 from alignkit.training.engine import deepspeed_config, load_network, put_adapters, release
-from alignkit.training.weights import Start
+from alignkit.training.weights import Start, open_start
 
 
 class Copy:
@@ -18,25 +18,12 @@ class Copy:
     """
 
     def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
-        import deepspeed
-
         self._model = model
+        start = where_from(config, model, start)
         network = load_network(config, process, model, start)[0]
         if start.adapters is not None:
             put_adapters(network, config, start)
-        self.network = network.requires_grad_(False).eval()
-        settings = deepspeed_config(config, process)
-        if settings["zero_optimization"]["stage"] < 3:
-            return
-        zero = {key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"}
-        frozen = {
-            "train_micro_batch_size_per_gpu": settings["train_micro_batch_size_per_gpu"],
-            "zero_optimization": zero,
-            "bf16": settings["bf16"],
-            "steps_per_print": None,
-        }
-        self.network = deepspeed.initialize(model=network, config=frozen, dist_init_required=False)[0]
-        self.network.eval()
+        self.network = frozen(network, config, process)
 
     def release(self) -> None:
         """Free a partitioned copy."""
@@ -46,3 +33,28 @@ class Copy:
     @torch.no_grad()
     def answer(self, batch: PairBatch, states: States) -> tuple[Tensor, Tensor]:
         return predictions(self._model, self.network, states).chunk(2)
+
+
+def where_from(config: Config, model: VideoModel, start: Start) -> Start:
+    """What a reference begins with that may be the model under all stages, `reference.from: base`."""
+    return open_start(config, model) if start.later and config.reference.from_ == "base" else start
+
+
+def frozen(network: nn.Module, config: Config, process: Process):
+    """`network`, as `load_network` gave it, without gradients; under ZeRO-3 in an engine like the policy's."""
+    import deepspeed
+
+    network.requires_grad_(False).eval()
+    settings = deepspeed_config(config, process)
+    if settings["zero_optimization"]["stage"] < 3:
+        return network
+    zero = {key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"}
+    own = {
+        "train_micro_batch_size_per_gpu": settings["train_micro_batch_size_per_gpu"],
+        "zero_optimization": zero,
+        "bf16": settings["bf16"],
+        "steps_per_print": None,
+    }
+    engine = deepspeed.initialize(model=network, config=own, dist_init_required=False)[0]
+    engine.eval()
+    return engine

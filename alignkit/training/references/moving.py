@@ -1,0 +1,123 @@
+"""`reference.strategy: ema` and `sync`: a second model that follows the policy."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.config import Config
+from alignkit.models import VideoModel, working_dtype
+from alignkit.training.distributed import Process
+from alignkit.training.engine import load_network, put_adapters
+from alignkit.training.references.copy import Copy, frozen, where_from
+from alignkit.training.weights import Start, own_part
+
+
+class Moving(Copy):
+    """A copy, with adapters of its own where adapters are trained, that after every `reference.every` optimizer steps
+    becomes decay · itself + (1 − decay) · the policy. `sync` is decay 0: both then compute the same bits.
+
+    It follows the policy's fp32 masters, each process that part of them which it holds. In bf16 `ema` keeps fp32 values
+    of its own beside the network: most moves are smaller than a rounded weight can show.
+    """
+
+    def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
+        self._model, self._policy, self._steps = model, policy, 0
+        self._every = config.reference.every
+        self._decay = config.reference.decay if config.reference.strategy == "ema" else 0.0
+        start = where_from(config, model, start)
+        network = load_network(config, process, model, start)[0]
+        adapters = put_adapters(network, config, start) if config.train.lora else None
+        self.network = frozen(network, config, process)
+        self._kept: dict[str, Tensor] = {}
+        if self._decay and working_dtype(config.model, process.device) != torch.float32:
+            for name, trained, followed in self._both():
+                shape = getattr(followed, "ds_shape", followed.shape)
+                whole = adapters[name] if adapters else start.base.share(name, shape, process.device)
+                self._kept[name] = _part_of(whole, trained).to(_own(trained, followed).device, copy=True)
+
+    @torch.no_grad()
+    def after_step(self, policy) -> None:
+        """Count an optimizer step of the policy, and move if it is time. Every process calls this."""
+        self._steps += 1
+        if self._steps % self._every:
+            return
+        for name, trained, followed in self._both():
+            value = self._value(name, trained, followed)
+            master = _master(trained).to(value.device)
+            if self._decay:
+                value.mul_(self._decay).add_(master, alpha=1 - self._decay)
+            else:
+                value.copy_(master)
+        self._show()
+
+    def state(self) -> dict[str, int]:
+        return {"steps": self._steps}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        self._steps = state["steps"]
+
+    def local_state(self) -> dict[str, Tensor]:
+        return {name: self._value(name, trained, followed) for name, trained, followed in self._both()}
+
+    @torch.no_grad()
+    def load_local_state(self, state: dict[str, Tensor]) -> None:
+        for name, trained, followed in self._both():
+            self._value(name, trained, followed).copy_(state[name])
+        self._show()
+
+    def _both(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Every trained parameter's name, the policy's and the reference's."""
+        own = dict(getattr(self.network, "module", self.network).named_parameters())
+        for name, trained in self._policy.module.named_parameters():
+            if trained.requires_grad:
+                yield name, trained, own[name]
+
+    def _value(self, name: str, trained: nn.Parameter, followed: nn.Parameter) -> Tensor:
+        """What this process keeps of a parameter: fp32 values, or its part of the network's where those are exact."""
+        return self._kept.get(name, _own(trained, followed))
+
+    def _show(self) -> None:
+        """Give the network what the processes keep."""
+        for name, trained, followed in self._both():
+            own = _own(trained, followed)
+            if name in self._kept:
+                own.copy_(self._kept[name])
+            if not hasattr(followed, "ds_tensor") and torch.distributed.get_world_size() > 1:
+                whole = torch.zeros_like(followed.data)
+                whole.view(-1)[_place(trained)] = own
+                torch.distributed.all_reduce(whole)
+                followed.copy_(whole)
+        if hasattr(self.network, "optimizer"):
+            # small ones stay gathered from one forward to the next, as they were
+            self.network.optimizer.partition_all_parameters()
+
+
+def _place(trained: nn.Parameter) -> slice:
+    """Which elements of a parameter this process holds the masters of, under ZeRO-1 and 2; without ZeRO, which has no
+    masters apart from the weights, an even part."""
+    if hasattr(trained, "_hp_mapping"):
+        address = trained._hp_mapping.lp_fragment_address if trained._hp_mapping else None
+        return slice(address.start, address.start + address.numel) if address else slice(0, 0)
+    size = -(-trained.numel() // torch.distributed.get_world_size())
+    return slice(torch.distributed.get_rank() * size, (torch.distributed.get_rank() + 1) * size)
+
+
+def _part_of(whole: Tensor, trained: nn.Parameter) -> Tensor:
+    return own_part(whole, trained) if hasattr(trained, "ds_tensor") else whole.flatten()[_place(trained)]
+
+
+def _own(trained: nn.Parameter, followed: nn.Parameter) -> Tensor:
+    """This process's part of the reference's parameter, flat: what it is changed by."""
+    return followed.ds_tensor if hasattr(followed, "ds_tensor") else followed.data.view(-1)[_place(trained)]
+
+
+def _master(trained: nn.Parameter) -> Tensor:
+    """This process's part of the policy's fp32 parameter, flat."""
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    if hasattr(trained, "ds_tensor"):
+        return safe_get_local_fp32_param(trained)
+    if getattr(trained, "_hp_mapping", None):
+        return trained._hp_mapping.hp_fragment
+    return trained.data.flatten()[_place(trained)]
