@@ -1,5 +1,6 @@
 """What the whole suite shares: the shipped model, a folder of drawn clips, and a configuration of a few seconds."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -113,6 +114,57 @@ def run_with_pairs(made_pairs, overrides, tmp_path):
         return load_config(CONFIG, settings), settings
 
     return prepare
+
+
+PROMPTS = (
+    "a red circle moves left on a plain background",
+    "a blue square moves up on a striped background",
+    "a green triangle moves right on a plain background",
+)
+ROLLOUTS = (
+    "rollout.num_inference_steps=6",
+    "rollout.solver=first_order",
+    "rollout.per_prompt=3",
+    "rollout.batch_size=2",
+    "rollout.block_size=4",
+    "rollout.previews=1",
+    "noise.source=path",
+    "noise.path_between=true",
+    "noise.path_steps=3",
+    "noise.timesteps=schedule",
+    "objective.name=dpo",
+)
+RANKING = ((0, 1), (2, 1), (3, 5), (4, 3), (6, 7), (8, 7))  # of nine rollouts of three prompts, the better one first
+
+
+@pytest.fixture(scope="session")
+def rollout_overrides(overrides, tmp_path_factory) -> Callable[..., list[str]]:
+    """`rollout_overrides(out, "rollout.seed=1")`: nine rollouts with states of their paths, in seconds."""
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    rows = [json.dumps({"chosen": better, "rejected": worse}) for better, worse in RANKING]
+    (folder / "ranking.jsonl").write_text("\n".join(rows))
+    files = f"data.prompts={folder / 'prompts.txt'}", f"data.pairs={folder / 'ranking.jsonl'}"
+
+    def make(out, *more):
+        own = [*files, f"data.rollouts={out / 'rollouts'}", "data.heldout=0.3", *ROLLOUTS]
+        return [*overrides(out)[1:], *own, *more]  # without data.videos
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def made_rollouts(rollout_overrides, tmp_path_factory) -> Path:
+    """A run folder with rollouts by the shipped base, and pairs of them: 4 to train on, 2 held out."""
+    from alignkit.apo.pairs import build_rollout_pairs
+    from alignkit.apo.rollouts import build_rollouts
+    from alignkit.config import load_config
+
+    out = tmp_path_factory.mktemp("apo") / "run"
+    config = load_config(CONFIG, rollout_overrides(out))
+    build_rollouts(config, torch.device("cpu"), show=False)
+    build_rollout_pairs(config, torch.device("cpu"), show=False)
+    return out
 
 
 def alignkit(*arguments: str, python: tuple[str, ...] = ("-m", "alignkit"), **options) -> subprocess.CompletedProcess:
