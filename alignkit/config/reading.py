@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from alignkit.config.noise import NOISE_KEYS
+from alignkit.config.noise import READERS
 from alignkit.config.whole import Config
 from alignkit.errors import ConfigError
 
@@ -52,8 +52,7 @@ def changed(config: Config, changes: dict[str, dict], where: str) -> Config:
         tree["objective"] = {k: v for k, v in tree["objective"].items() if k not in ("beta_min", "beta_max")}
     source = changes.get("noise", {}).get("source", config.noise.source)
     if source != config.noise.source:
-        optional = {key for keys in NOISE_KEYS.values() for key in keys} - set(NOISE_KEYS.get(source, ()))
-        tree["noise"] = {key: value for key, value in tree["noise"].items() if key not in optional}
+        tree["noise"] = {key: value for key, value in tree["noise"].items() if source in READERS.get(key, (source,))}
     strategy = changes.get("reference", {}).get("strategy", config.reference.strategy)
     if strategy != config.reference.strategy:
         tree["reference"] = {}
