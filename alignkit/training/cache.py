@@ -13,6 +13,7 @@ from alignkit.models import VideoModel, load_model, working_dtype
 from alignkit.objectives.laws import start_law
 from alignkit.objectives.preference import needs_reference
 from alignkit.objectives.scored import score
+from alignkit.objectives.states.checks import check_noise, check_origins
 from alignkit.progress import say
 from alignkit.stores.blocks import build_together, one_thread
 from alignkit.stores.folders import pairs_folder
@@ -48,6 +49,7 @@ def build_cache(config: Config, process: Process) -> Path:
     folder = cache_folder(config)
     store = PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)
+    check_origins(config, model, check_noise(config, model), store)
     info = on_main(process, lambda: _open(config, process, model, store))
     if on_main(process, lambda: missing_blocks(folder, info)):
         with one_thread(process.device):

@@ -67,6 +67,8 @@ def train(config: Config, process: Process, link: Link | None = None) -> bool:
     terms, done = on_main(process, lambda: _terms_of(config, process, store, model, folder, link))
     if done:
         return True
+    if reads_cache(config) and process.device.type == "cpu":
+        torch.set_num_threads(1)  # as the errors were computed: on some processors bits depend on the number
     start = open_start(config, model, link.start / MASTERS if link and link.start else None)
     model.transformer, attention = load_network(config, process, model, start)
     terms |= {"attention": attention}

@@ -14,6 +14,7 @@ from alignkit.objectives.preference import (
     preference_loss,
     supervised_loss,
 )
+from alignkit.objectives.scored import ReferenceErrors, score
 from alignkit.objectives.states import States
 from alignkit.stores.pairs import PairBatch
 from alignkit_kernels import InputError, local_dpo_loss
@@ -283,6 +284,34 @@ def test_the_safeguard_counts_what_holds_the_winner_down_as_well(pairs):
     torch.testing.assert_close(kept[0].safeguard, third, **TOLERANCE)
     torch.testing.assert_close(kept[1].safeguard, 2 * third, **TOLERANCE)
     assert (kept[2].safeguard == 1).all()
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_the_references_errors_do_for_its_predictions(pairs, name):
+    """Also where the safeguard holds the loser back: the same loss, gradient and numbers."""
+    batch, states, predictions, references = pairs
+    section = objective(name, loser_safeguard=0.5)
+    sums = score(references, None, batch, states)
+    assert sums.gap_w is None and sums.gap_l is None
+    want = preference_loss(section, predictions, references, batch, states)
+    got = preference_loss(section, predictions, ReferenceErrors(sums.error_w, sums.error_l), batch, states)
+    torch.testing.assert_close(got.loss_per_pair, want.loss_per_pair, **TOLERANCE)
+    torch.testing.assert_close(got.safeguard, want.safeguard, **TOLERANCE)
+    for a, b in zip(*(torch.autograd.grad(x.loss, predictions) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+    numbers, wanted = (diagnostics(section, x, states) for x in (got, want))
+    assert numbers.keys() == wanted.keys()
+    for key in wanted:
+        torch.testing.assert_close(numbers[key], wanted[key], **TOLERANCE)
+
+
+def test_errors_of_the_policys_own_predictions_leave_no_gap(pairs):
+    batch, states, predictions, _ = pairs
+    sums = score(predictions, None, batch, states)
+    got = preference_loss(
+        objective("local_dpo"), predictions, ReferenceErrors(sums.error_w, sums.error_l), batch, states
+    )
+    assert all((z == 0).all() for z in got.logits.values())
 
 
 def test_sides_may_have_noise_of_their_own_and_pairs_a_weight(pairs):

@@ -33,7 +33,7 @@ from alignkit.training.weights import Start, empty_network
 
 HOLDS, COMMAND = "reference", "alignkit cache-reference"
 FEATURES = datasets.Features(
-    errors=datasets.List(datasets.Value("float64")),  # the winner's by region, then the loser's
+    errors=datasets.List(datasets.Value("float64"), length=2 * NUM_REGIONS),  # the winner's, then the loser's
     checksum=datasets.Value("uint32"),
 )
 
@@ -46,15 +46,12 @@ class Visited(States):
 
 
 class Cached:
-    """Holds no model. On a CPU the process then trains with one thread, as the cache was made: on some processors bits
-    depend on how many threads share the work."""
+    """Holds no model."""
 
     def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
         store = PairStore(pairs_folder(config, "train"))
         self._errors = read_errors(config, store)
         self._row = {pair: row for row, pair in enumerate(store.ids)}
-        if process.device.type == "cpu":
-            torch.set_num_threads(1)
 
     def answer(self, batch: PairBatch, states: Visited) -> ReferenceErrors:
         rows = torch.tensor([self._row[pair] for pair in batch.ids.tolist()])
