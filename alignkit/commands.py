@@ -18,6 +18,7 @@ from alignkit.localdpo.build import build_pairs, check_settings
 from alignkit.localdpo.sources import check_count, check_masks, find_usable
 from alignkit.media.videos import write_video
 from alignkit.models import load_model
+from alignkit.objectives.states.checks import check_states
 from alignkit.progress import say
 from alignkit.report.pictures import StoredPair, write_pair, write_preview
 from alignkit.stages import stage_configs
@@ -67,11 +68,12 @@ def validate(config: Config) -> None:
 
 def check_train(config: Config, processes: int) -> None:
     """What can be wrong with a training run before any process is started."""
+    store = PairStore(pairs_folder(config, "train"))
     for _, stage in stage_configs(config) if config.stages else [("", config)]:
         accumulation_steps(stage, processes)
+        check_states(stage, store)
     if not config.stages:
         check_reference(config)
-    PairStore(pairs_folder(config, "train"))
 
 
 def check_cache_reference(config: Config) -> None:

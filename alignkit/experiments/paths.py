@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from alignkit.config import Config, Family
+from alignkit.config import Config, Family, load_config, shipped_config
 from alignkit.models import VideoModel, family_module, load_model
 from alignkit.objectives.laws import OnSchedule, PathPoints
 from alignkit.objectives.states import SOURCES
@@ -94,13 +94,8 @@ def known_world(family: Family, solver: str = "first_order", samples: int = SAMP
 
 
 def _config(family: Family, solver: str) -> Config:
-    return Config.model_validate(
-        {
-            "model": {"family": family, "path": "tiny", "max_sequence_length": 64 if family == "wan" else 24},
-            "rollout": {"solver": solver, "num_inference_steps": STEPS, "seed": SEED},
-            "output": {"dir": "runs/paths"},
-        }
-    )
+    sampling = f"rollout={{solver: {solver}, num_inference_steps: {STEPS}, seed: {SEED}}}"
+    return load_config(shipped_config(f"{family}-tiny-localdpo.yaml"), [sampling])
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,15 @@ from alignkit.evaluation.summary import attributes_in, thumbnails
 from alignkit.experiments.plan import Plan, run_config
 from alignkit.localdpo.build import build_pairs
 from alignkit.models import load_model, working_dtype
+from alignkit.objectives.states.checks import sampler_terms
 from alignkit.sharing import one_at_a_time
 from alignkit.stores.blocks import Made, build_store
 from alignkit.stores.folders import pairs_folder
+from alignkit.stores.origins import Origin
 from alignkit.stores.pairs import Pair, PairStore
 from alignkit.tiny.classifier import log_probability
 from alignkit.tiny.clips import write_clips
+from alignkit_kernels import Stream
 
 CLIP_SEEDS = {"train": 31_000, "heldout": 32_000}
 """Neither is a seed of the shipped weights' clips, nor of the demo's."""
@@ -97,9 +100,16 @@ def _rank_rows(config: Config, model, local: PairStore, seed: int, rows: range, 
         sides.append((latents.cpu(), score))
     (first, first_score), (second, second_score) = sides
     pairs = []
+    recipe = sampler_terms(config, model) | {"network": model.fingerprint()}
     for i, row in enumerate(rows):
         winner, loser = (first[i], second[i]) if first_score[i] >= second_score[i] else (second[i], first[i])
         mask = torch.ones_like(local[row].mask)
-        pairs.append(Pair(local.ids[row], "generated", prompts[i], local[row].text, winner, loser, mask))
+        better = 2 * row + int(first_score[i] < second_score[i])
+        origin_w, origin_l = (
+            Origin("rollout", (seed, number, 0, int(Stream.ROLLOUT)), recipe=recipe)
+            for number in (better, 4 * row + 1 - better)
+        )
+        pair = Pair(local.ids[row], "generated", prompts[i], local[row].text, winner, loser, mask)
+        pairs.append(replace(pair, origin_w=origin_w, origin_l=origin_l))
     advance(len(rows))
     return pairs, []

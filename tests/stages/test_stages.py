@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignkit.config import ConfigError, StageSection, load_config
+from alignkit.config import StageSection, load_config
+from alignkit.errors import ConfigError, DataError
 from alignkit.stages import STAGES, stage_configs
+from alignkit.stages.chain import run_chain
 from alignkit.stores.folders import pairs_folder
+from alignkit.training.distributed import Process
 
 CHAIN = "stages=[sft, {name: localdpo, train: {steps: 7, betas: [0.8, 0.9]}, objective: {beta: 300}}]"
 
@@ -88,3 +91,12 @@ def test_reading_a_chain_loads_no_model(monkeypatch, small_config):
     monkeypatch.setattr(torch, "load", lambda *_: pytest.fail("loaded"))
     assert [name for name, _ in settings(small_config, CHAIN)] == ["sft", "localdpo"]
     assert load_config(Path("configs/wan-tiny-localdpo.yaml"), ["data.videos=x"]).stages is None
+
+
+def test_a_later_stages_fault_is_found_before_the_first_one_trains(run_with_pairs):
+    """What its noise source needs of the pairs is known before any weights load."""
+    chain = "stages=[sft, {name: localdpo, noise: {source: inversion}}]"
+    config, _ = run_with_pairs("chain", chain)
+    with pytest.raises(DataError, match="holds no inversion of its real video"):
+        run_chain(config, Process(0, 1, 0, torch.device("cpu")))
+    assert not (config.output.dir / "stages").exists()

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from alignkit.config import Config
 from alignkit.errors import ConfigError, DataError
-from alignkit.models import VideoModel, family_module
+from alignkit.models import VideoModel, family_module, load_model
 from alignkit.objectives.laws import Law, start_law
 from alignkit.stores.origins import Origin
 from alignkit.stores.pairs import PairStore
@@ -82,6 +82,12 @@ def check_origins(config: Config, model: VideoModel, law: Law, store: PairStore)
         if config.noise.guided and "rollout" not in kinds:
             raise DataError(f"{where}: noise.guided is for pairs of rollouts, whose guidance is known; leave it out")
     _check_starts(law, model, starts)
+
+
+def check_states(config: Config, store: PairStore) -> None:
+    """Both checks, of pairs that are to be trained on; no weights are read."""
+    model = load_model(config.model, with_transformer=False, with_encoders=False)
+    check_origins(config, model, check_noise(config, model), store)
 
 
 def _check_side(config: Config, origin: Origin, beside: str, has_states: bool, where: str) -> None:
