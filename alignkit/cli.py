@@ -183,10 +183,11 @@ def experiment(
     if name != "localdpo" and family is not None:
         raise ConfigError(f"experiment {name}: it knows no model's weights; leave --family out")
     if name == "paths":
-        from alignkit.experiments import paths
-
         if smoke or nproc > 1:
             raise ConfigError("experiment paths: takes seconds; leave --smoke and --nproc out")
+        _quiet_libraries()
+        from alignkit.experiments import paths
+
         paths.run(out / "paths")
         return
     family = family or "wan"

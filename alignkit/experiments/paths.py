@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.config import Config, Family, load_config, shipped_config
-from alignkit.models import VideoModel, family_module, load_model
+from alignkit.models import VideoModel, family_module, load_model, unwatched
 from alignkit.objectives.laws import OnSchedule, PathPoints
 from alignkit.objectives.states import SOURCES
 from alignkit.progress import say
 from alignkit.schedules import one_step
-from alignkit.schedules.inversion import invert
+from alignkit.schedules.inversion import EVALUATIONS, invert, round_trip_error
 from alignkit.stores.origins import GIVEN, Origin, Trajectory
 from alignkit.stores.pairs import PairBatch, Side
+from alignkit.tiny.clips import render_clip
 from alignkit_kernels import NoiseKey, Stream, keyed_randn
 
 SHAPE, CENTRES, SPREAD = (2, 2, 4, 4), 4, 0.3
 STEPS, SAMPLES, SEED = 20, 64, 7
+CLIPS, INVERTED_STEPS = 4, (10, 20, 40)
 
 
 class KnownField(nn.Module):
@@ -181,6 +183,28 @@ def measure(family: Family) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
+def measure_inversions(family: Family) -> dict[int, dict[int, float]]:
+    """By steps and evaluations a step: the mean relative round-trip error of CLIPS drawn clips by the small model."""
+    config = _config(family, "first_order")
+    model = load_model(config.model)
+    clips = [render_clip(SEED, index) for index in range(CLIPS)]
+    videos = model.encode_video(torch.stack([torch.from_numpy(clip.frames) for clip in clips]))
+    text = model.pad_text(model.encode_text([clip.caption for clip in clips]))
+    result: dict[int, dict[int, float]] = {}
+    for steps in INVERTED_STEPS:
+        schedule = model.schedule(steps)
+
+        def predict(state: Tensor, timesteps: Tensor) -> Tensor:
+            return family_module(family).predict(model.transformer, state, timesteps, text)
+
+        result[steps] = {}
+        for evaluations in (1, EVALUATIONS):
+            top = invert(videos, predict, schedule, 0, unwatched, evaluations)
+            result[steps][evaluations] = round_trip_error(videos, top, predict, schedule, 0).mean().item()
+    return result
+
+
 def run(out: Path) -> Path:
     """Measure both families; write results.csv, page.md and, where matplotlib is installed, paths.png into out/page."""
     folder = out / "page"
@@ -201,13 +225,21 @@ def run(out: Path) -> Path:
     for source in measured["wan"]:
         cells = [f"{values[source].mean():.2g}, {values[source].max():.2g}" for values in measured.values()]
         lines.append(f"| `{source}` | " + " | ".join(cells) + " |")
+    inverted = {family: measure_inversions(family) for family in measured}
+    back = ["| steps | " + " | ".join(inverted) + " |", "| --- | --- | --- |"]
+    for steps in INVERTED_STEPS:
+        cells = [f"{errors[steps][EVALUATIONS]:.2g} ({errors[steps][1]:.2g})" for errors in inverted.values()]
+        back.append(f"| {steps} | " + " | ".join(cells) + " |")
     title = "# Training states and the sampler's own, where the field is known: what the experiment printed"
     note = f"{SAMPLES} videos of {STEPS} steps each, first-order solver; distances as shares of the states' norm."
     picture = _plot(measured, noise, folder / "paths.png")
     page = folder / "page.md"
-    page.write_text(
-        "\n".join([title, "", *lines, "", note, *(["", f"![distances]({picture})"] if picture else [])]) + "\n"
+    pictures = ["", f"![distances]({picture})"] if picture else []
+    errors = (
+        f"Relative round-trip errors of {CLIPS} drawn clips by the small models, means; {EVALUATIONS} evaluations of "
     )
+    errors += "the network a step, in brackets 1."
+    page.write_text("\n".join([title, "", *lines, "", note, *pictures, "", *back, "", errors]) + "\n")
     say(f"experiment: {page}")
     return page
 

@@ -63,7 +63,9 @@ def test_the_round_trip_error_falls_as_steps_double(family):
 
 def test_the_experiment_writes_its_page(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "_plot", lambda measured, noise, file: None)
+    monkeypatch.setattr(paths, "CLIPS", 1)
+    monkeypatch.setattr(paths, "INVERTED_STEPS", (2, 4))
     page = paths.run(tmp_path).read_text()
-    assert "| `initial` |" in page
+    assert "| `initial` |" in page and "| 4 | " in page
     rows = (tmp_path / "page/results.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 5 * STEPS
