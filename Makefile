@@ -33,7 +33,7 @@ bench: setup
 	$(BIN)/python benchmarks/plot.py
 
 bench-step: setup
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --methods plain alignkit alignkit-cached
 
 lint: setup
 	$(BIN)/ruff check --fix .

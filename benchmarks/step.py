@@ -1,18 +1,22 @@
 """One full-parameter LocalDPO training step: plain diffusers with an eager loss, and alignkit, in turn in one run.
 
     python benchmarks/step.py                                    the tiny models, on this machine
+    python benchmarks/step.py --methods plain alignkit alignkit-cached     with errors computed beforehand too
     python benchmarks/step.py --models wan2.1-1.3b cogvideox-2b  real architectures with random weights: one GPU
     python benchmarks/step.py --models cogvideox-5b --methods alignkit     where both do not fit in memory together
 
 plain: diffusers' model in fp32 under autocast, a second full copy in bf16, noise by torch.randn, the loss in
 eager fp32, torch's AdamW. alignkit: DeepSpeed ZeRO-3 (or --preset zero2) with bf16 weights and fp32 masters, a
-copy as reference, keyed noise and the fused loss. Both on the same attention backend with gradient checkpointing,
-on the same latents. On a CPU everything is fp32 and the loss takes its reference path. Rows go to a CSV.
+copy as reference, keyed noise and the fused loss. alignkit-cached: the same without a second model, with the
+reference's errors from `alignkit cache-reference`, whose cost stands beside it. All on the same attention backend with
+gradient checkpointing, on the same latents. On a CPU everything is fp32 and the loss takes its reference path. Rows go
+to a CSV.
 """
 
 import argparse
 import copy
 import csv
+import gc
 import json
 import statistics
 import tempfile
@@ -28,8 +32,10 @@ from alignkit.config import load_config
 from alignkit.models import family_module, load_model, shipped_model, working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.objectives.laws import start_law
+from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import Pair, PairStore, write_block, write_texts
 from alignkit.stores.store import StoreInfo, open_for_building
+from alignkit.training.cache import build_cache, with_cache
 from alignkit.training.distributed import start_process
 from alignkit.training.engine import load_network
 from alignkit.training.run import load_rows, start_run
@@ -40,6 +46,7 @@ REAL = ("wan2.1-1.3b", "cogvideox-2b", "cogvideox-5b", "wan2.1-14b")
 PARTS = ("data", "reference", "forward", "loss", "backward", "optimizer")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bf16, dense, as the maker says
 PAIRS = 4
+BUCKET = ("deepspeed.config={zero_optimization: {reduce_bucket_size: 200000}}",)  # else 2 GB beside 26 MB of weights
 
 
 class Clock:
@@ -114,7 +121,8 @@ def write_pairs(config, model, network_config, folder: Path) -> PairStore:
         shape = (channels, frames, *size) if model.region_layout(torch.empty(1, 2, 2)).shape[0] == 1 else (
             frames, channels, *size)  # fmt: skip
     channel = shape.index(network_config["in_channels"])
-    open_for_building(folder, StoreInfo("local_dpo", model.family, None, "", "", pairs=PAIRS, block_size=PAIRS))
+    vae = model.fingerprint("vae")
+    open_for_building(folder, StoreInfo("local_dpo", model.family, None, vae, "", pairs=PAIRS, block_size=PAIRS))
     generator = torch.Generator().manual_seed(0)
     width = network_config.get("text_dim") or network_config["text_embed_dim"]
     pairs = []
@@ -132,6 +140,8 @@ def write_pairs(config, model, network_config, folder: Path) -> PairStore:
 
 class Alignkit:
     """The step of `alignkit train`."""
+
+    networks = 4  # forwards' worth: three for the policy's forward and backward, one for the reference
 
     def __init__(self, config, process, model, store):
         start = open_start(config, model)
@@ -155,8 +165,25 @@ class Alignkit:
         return result.loss.item()
 
 
+class Cached(Alignkit):
+    """The same with `reference.strategy: cached`, and the errors of every pair computed first."""
+
+    networks = 3
+
+    def __init__(self, config, process, model, store):
+        config = with_cache(config, "benchmark")
+        start = time.perf_counter()
+        folder = build_cache(config, process)
+        self.build_seconds = time.perf_counter() - start
+        written = sorted(file.stat().st_mtime for file in folder.glob("block-*.arrow"))  # a pair each
+        self.build_seconds_per_pair = (written[-1] - written[0]) / (len(written) - 1)
+        super().__init__(config, process, model, store)
+
+
 class Plain:
     """What one writes around diffusers without us."""
+
+    networks = 4
 
     def __init__(self, config, process, model, store):
         self.config, self.process, self.model, self.store = config, process, model, store
@@ -223,7 +250,17 @@ class Plain:
         return (terms + objective.weight_sft * error_w).mean()
 
 
-METHODS = {"plain": Plain, "alignkit": Alignkit}
+METHODS = {"plain": Plain, "alignkit": Alignkit, "alignkit-cached": Cached}
+
+
+def held_bytes() -> int:
+    """Of all tensors: weights, masters, moments, gradients."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and not x.is_meta]
+    storages = [x.untyped_storage() for x in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def forward_flops(model, network, config, store, process) -> float:
@@ -244,17 +281,19 @@ def forward_flops(model, network, config, store, process) -> float:
 def measure(name: str, methods: list[str], preset: str, rounds: int, folder: Path, process) -> list[dict]:
     path = f"model.path={random_folder(name, folder, process.device)}" if name in REAL else "model.path=tiny"
     file = ROOT / "configs" / (TINY.get(name) or f"{name}-localdpo.yaml")
-    config = load_config(file, [path, f"output.dir={folder / name}-run", "train.global_batch_size=1",
-                                "train.micro_batch_size=1", f"deepspeed.preset={preset}"])  # fmt: skip
+    config = load_config(file, [path, f"output.dir={folder / name}-run", f"pairs.folder={folder / name}-pairs",
+                                "train.global_batch_size=1", "train.micro_batch_size=1", f"train.steps={PAIRS}",
+                                f"deepspeed.preset={preset}", *(BUCKET if name in TINY else ())])  # fmt: skip
     model = load_model(config.model, with_transformer=False, with_encoders=False)
     local = model.local_folder()
     network_config = json.loads((local / "transformer/config.json").read_text())
-    store = write_pairs(config, model, network_config, folder / f"{name}-pairs")
+    store = write_pairs(config, model, network_config, pairs_folder(config, "train"))
     built, resident, flops = {}, {}, None
     for method in methods:
-        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        before = held_bytes()
         built[method] = METHODS[method](config, process, copy.copy(model), store)
-        resident[method] = (torch.cuda.memory_allocated() if torch.cuda.is_available() else 0) - before
+        built[method].step([0], Clock())  # after which the moments are there
+        resident[method] = held_bytes() - before
         if method == "plain":
             flops = forward_flops(model, built[method].reference, config, store, process)
     clocks: dict[str, list[Clock]] = {method: [] for method in methods}
@@ -278,27 +317,41 @@ def measure(name: str, methods: list[str], preset: str, rounds: int, folder: Pat
         totals = [sum(clock.seconds.values()) for clock in clocks[method]]
         step = statistics.median(totals)
         rows.append({
-            "model": name, "method": method, "preset": preset * (method == "alignkit"),
+            "model": name, "method": method, "preset": preset * (method != "plain"),
             "attention": built[method].attention,
             "tokens": store[0].winner.numel() // network_config["in_channels"] // 4, "steps": rounds,
             "step_s": f"{step:.4g}", "fastest_s": f"{min(totals):.4g}", "slowest_s": f"{max(totals):.4g}",
             **{f"{part}_s": f"{seconds:.4g}" for part, seconds in parts.items()},
             "pairs_per_s": f"{1 / step:.4g}", "speed_up": "",
-            # three forwards' worth for the policy's forward and backward, one for the reference
-            "mfu": f"{4 * flops / step / top:.3f}" if top and flops else "",
+            "mfu": f"{built[method].networks * flops / step / top:.3f}" if top and flops else "",
             "peak_gb": f"{peaks[method] / 1e9:.4g}" if torch.cuda.is_available() else "",
+            "held_gb": f"{resident[method] / 1e9:.4g}", "step_to_copied": "", "memory_to_copied": "",
+            "build_s": "", "build_s_per_pair": "",
         })  # fmt: skip
-    if set(methods) == set(METHODS):
-        ratio = float(rows[methods.index("plain")]["step_s"]) / float(rows[methods.index("alignkit")]["step_s"])
-        rows[methods.index("alignkit")]["speed_up"] = f"{ratio:.3g}"
+    by_method = {row["method"]: row for row in rows}
+    for method in methods:
+        row = by_method[method]
+        if "plain" in methods and method != "plain":
+            row["speed_up"] = f"{ratio(by_method['plain'], row, 'step_s'):.3g}"
+        if method == "alignkit-cached":
+            row["build_s"] = f"{built[method].build_seconds:.4g}"
+            row["build_s_per_pair"] = f"{built[method].build_seconds_per_pair:.4g}"
+            if "alignkit" in methods:
+                memory = "peak_gb" if row["peak_gb"] else "held_gb"
+                row["step_to_copied"] = f"{ratio(row, by_method['alignkit'], 'step_s'):.3g}"
+                row["memory_to_copied"] = f"{ratio(row, by_method['alignkit'], memory):.3g}"
     return rows
+
+
+def ratio(one: dict, other: dict, column: str) -> float:
+    return float(one[column]) / float(other[column])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [name for name, file in TINY.items() if (ROOT / "configs" / file).exists()]
     parser.add_argument("--models", nargs="+", default=known, choices=[*known, *REAL], metavar="MODEL")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=["plain", "alignkit"], choices=METHODS)
     parser.add_argument("--preset", default="zero3", choices=("zero2", "zero3"), help="alignkit's, of DeepSpeed")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each method, after one to warm up")
     parser.add_argument("--csv", type=Path, default=ROOT / "out" / "benchmarks" / "steps.csv")
@@ -317,8 +370,12 @@ def main() -> None:
                 writer.writerow(machine() | row)
                 file.flush()
                 parts = "  ".join(f"{part} {float(row[f'{part}_s']) / float(row['step_s']):.0%}" for part in PARTS)
-                print(f"{name:15} {row['method']:9} {row['step_s']:>8} s a step  {parts}  {row['attention']}"
+                print(f"{name:15} {row['method']:15} {row['step_s']:>8} s a step  {parts}  {row['attention']}"
                       + (f"  {row['speed_up']}x" if row["speed_up"] else ""), flush=True)  # fmt: skip
+                if row["build_s"]:
+                    print(f"{'':15} errors computed in {row['build_s']} s, {row['build_s_per_pair']} s a pair"
+                          + (f"; step {row['step_to_copied']} and memory {row['memory_to_copied']} of those with a copy"
+                             if row["step_to_copied"] else ""), flush=True)  # fmt: skip
     print(f"rows: {given.csv}")
 
 
