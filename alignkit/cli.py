@@ -100,7 +100,7 @@ def pairs(config: ConfigFile, overrides: Overrides = None, nproc: Processes = 1)
 
 @app.command()
 def validate(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Look through data.videos or data.pairs for what cannot be used, and say why; nothing is made."""
+    """Look through data.videos, data.pairs or data.prompts for what cannot be used, and say why; nothing is made."""
     _quiet_libraries()
     from alignkit.commands import validate
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from alignkit.apo.pairs import build_rollout_pairs, read_rankings
+from alignkit.apo.prompts import read_prompts
 from alignkit.apo.rollouts import build_rollouts, rollouts_folder
 from alignkit.config import Config, dump_config
 from alignkit.errors import DataError
@@ -16,6 +17,7 @@ from alignkit.files import write_atomically, write_json
 from alignkit.given.build import build_given_pairs, find_given
 from alignkit.localdpo.build import build_pairs, check_settings
 from alignkit.localdpo.sources import check_count, check_masks, find_usable
+from alignkit.media.captions import Problem
 from alignkit.media.videos import write_video
 from alignkit.models import load_model
 from alignkit.objectives.states.checks import check_states
@@ -49,17 +51,20 @@ def run_command(name: str, config: Config) -> None:
 
 def validate(config: Config) -> None:
     """Say what cannot be used of the data; nothing is made. Raises DataError when there is anything."""
+    problems: list[Problem] = []
+    if config.data.prompts:
+        say(f"{len(read_prompts(config.data.prompts))} prompts")
     if config.data.rollouts:
         _, problems = read_rankings(config.data.pairs, RolloutStore(config.data.rollouts))
     elif config.data.pairs:
         _, problems = find_given(config)
-    else:
+    elif config.data.videos or not config.data.prompts:
         check_settings(config)
         sources, problems = find_usable(config)
         problems += check_masks(config, sources)
     for problem in problems:
         say(f"{problem.video}: {problem.reason}")
-    if not config.data.pairs:
+    if config.data.videos:
         check_count(config, sources, problems)
     if problems:
         raise DataError(f"{len(problems)} {'thing' if len(problems) == 1 else 'things'} cannot be used, see above")

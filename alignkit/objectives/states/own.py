@@ -119,7 +119,7 @@ def _side(
     implied = keyed_randn(clean.shape, noise, device=clean.device)
     for i, given in enumerate(states):
         if given is not None:
-            a, s = coefficients[i, :2].tolist()
+            a, s = points.coefficients[i, :2].tolist()
             state[i] = given.to(clean.device)
             implied[i] = (state[i] - a * clean[i]) / s
     return state, implied
