@@ -1,6 +1,5 @@
 """A second model that follows the policy, or begins at the base: where it is, and what a checkpoint keeps of it."""
 
-import json
 import math
 
 import pytest
@@ -22,17 +21,6 @@ from alignkit.training.state import load_state, rank_file, save_local_state, sav
 RATE = "train.learning_rate=1e-4"
 LORA = "train.lora={rank: 4, alpha: 8}"
 EMA = ("reference={strategy: ema, every: 2, decay: 0.5}", RATE)
-
-# Every run that it is given, one after the other in one process group.
-RUNS = """
-import json, sys
-from alignkit.config import load_config
-from alignkit.training.distributed import start_process
-from alignkit.training.loop import train
-process = start_process()
-for settings in json.loads(sys.argv[2]):
-    train(load_config(sys.argv[1], settings), process)
-"""
 
 
 @pytest.fixture
@@ -77,7 +65,6 @@ def base_weights() -> dict:
 @pytest.mark.parametrize(
     ("preset", "dtype", "more"),
     [
-        ("zero2", "fp32", ()),
         ("zero2", "bf16", (LORA,)),
         ("zero3", "fp32", (LORA,)),
         ("zero3", "bf16", ()),
@@ -86,12 +73,12 @@ def base_weights() -> dict:
 )
 def test_a_reference_that_was_set_equal_computes_what_the_policy_does(run_with_pairs, process, preset, dtype, more):
     keys = "reference={strategy: sync, every: 2}", f"deepspeed.preset={preset}", f"model.dtype={dtype}"
-    config, _ = run_with_pairs("run", "train.steps=5", "train.learning_rate=1e-3", *keys, *more)
+    config, _ = run_with_pairs("run", "train.steps=3", "train.learning_rate=1e-3", *keys, *more)
     train(config, process)
-    assert [agree(row) for row in rows_of(config)] == [True, False, True, False, True]
+    assert [agree(row) for row in rows_of(config)] == [True, False, True]
 
 
-@pytest.mark.parametrize(("preset", "dtype"), [("zero2", "bf16"), ("zero3", "fp32"), ("zero3-offload", "bf16")])
+@pytest.mark.parametrize(("preset", "dtype"), [("zero2", "bf16"), ("zero3", "fp32")])
 def test_an_average_follows_the_fp32_weights(run_with_pairs, process, monkeypatch, preset, dtype):
     """At a rate of which bf16 shows next to nothing."""
     keys = f"deepspeed.preset={preset}", f"model.dtype={dtype}", "train.learning_rate=1e-6"
@@ -117,7 +104,7 @@ def test_an_average_follows_the_fp32_weights(run_with_pairs, process, monkeypatc
 
 
 def test_a_resumed_run_has_the_reference_that_it_had(run_with_pairs, process, capfd):
-    for keys in (("deepspeed.preset=zero2", "model.dtype=bf16"), ("deepspeed.preset=zero3", LORA)):
+    for keys in (("deepspeed.preset=zero2", LORA), ("deepspeed.preset=zero3", "model.dtype=bf16")):
         whole, _ = run_with_pairs(f"whole {keys[0]}", *EMA, *keys, "train.steps=4")
         train(whole, process)
         parts, _ = run_with_pairs(f"parts {keys[0]}", *EMA, *keys, "train.steps=3", "train.checkpoint_every=1")
@@ -131,19 +118,15 @@ def test_a_resumed_run_has_the_reference_that_it_had(run_with_pairs, process, ca
         assert metrics(parts) == metrics(whole) and not agree(rows_of(whole)[3])
 
 
-def test_on_two_processes_too(run_with_pairs, command, config_file, tmp_path):
-    settings, compared = [], []
+def test_on_two_processes_too(run_with_pairs, together):
+    jobs, compared = [], []
     for keys in (("deepspeed.preset=zero2", "model.dtype=bf16"), ("deepspeed.preset=zero3",)):
         whole, first = run_with_pairs(f"whole {keys[0]}", *EMA, *keys, "train.steps=4")
         parts, second = run_with_pairs(f"parts {keys[0]}", *EMA, *keys)
-        settings += [first, [*second, "train.steps=3"], [*second, "train.steps=4"]]
+        jobs += [first, [*second, "train.steps=3"], [*second, "train.steps=4"]]
         compared.append((whole, parts))
     sync, own = run_with_pairs("sync", "reference.strategy=sync", "model.dtype=bf16", "train.steps=3", RATE)
-    script = tmp_path / "runs.py"
-    script.write_text(RUNS)
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", str(script))
-    result = command(config_file, json.dumps([*settings, own]), python=torchrun)
-    assert result.returncode == 0, result.stderr
+    together((2, [("train", settings) for settings in [*jobs, own]]))
     for whole, parts in compared:
         assert metrics(parts) == metrics(whole) and not agree(rows_of(whole)[3])
         files = [train_folder(parts) / "checkpoints/step-00000004" / rank_file(rank) for rank in range(2)]
@@ -185,10 +168,8 @@ def test_in_a_chain_a_reference_may_begin_at_the_base(run_with_pairs, process, r
 
 
 def test_where_both_begin_at_the_base_they_must_agree(run_with_pairs, process, runs):
-    for name, keys in (("run", ()), ("chain", ("stages=[localdpo]",))):
-        config, _ = run_with_pairs(name, "reference={strategy: ema, from: base}", "train.steps=1", *keys)
-        assert run_chain(config, process) if keys else train(config, process)
-    assert not any(run.starts_apart for run in runs)
+    config, _ = run_with_pairs("run", "reference={strategy: ema, from: base}", "train.steps=1", "stages=[localdpo]")
+    assert run_chain(config, process) and not runs[0].starts_apart
 
 
 class Held:

@@ -1,0 +1,46 @@
+"""Runs on several processes, whose imports are paid for once: they are forked."""
+
+import json
+
+import pytest
+
+FORKED = """
+import json, os, sys
+from alignkit.config import load_config
+from alignkit.training.cache import build_cache
+from alignkit.training.distributed import free_port, start_process
+from alignkit.training.loop import train
+
+calls = {"train": train, "cache-reference": build_cache}
+for count, jobs in json.loads(sys.argv[2]):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    running = []
+    for rank in range(count):
+        child = os.fork()
+        if not child:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            os.environ.update(address, **{name: str(number) for name, number in numbers.items()})
+            process = start_process()
+            for name, settings in jobs:
+                calls[name](load_config(sys.argv[1], settings), process)
+            sys.exit()
+        running.append(child)
+    while running:
+        child, status = os.wait()
+        running.remove(child)
+        if status:  # the others would wait for it
+            for other in running:
+                os.kill(other, 9)
+            sys.exit(1)
+"""
+
+
+@pytest.fixture
+def together(command, config_file):
+    """`together((2, [("train", settings), ...]), ...)`: each list of jobs, in turn, by that many processes at once."""
+
+    def run(*groups):
+        result = command(config_file, json.dumps(groups), python=("-c", FORKED))
+        assert result.returncode == 0, result.stderr
+
+    return run
