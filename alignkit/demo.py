@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-from alignkit.commands import COMMANDS, run_command
+from alignkit.commands import run_command
 from alignkit.config import Config, Family, ModelSection, load_config, shipped_config
 from alignkit.progress import progress, say
 from alignkit.stages import stage_configs
 from alignkit.tiny.clips import write_clips
 
+STAGES = ("pairs", "train", "sample", "eval", "report")
 CLIPS = 160
 CLIPS_SEED = 20_260  # other clips than the shipped weights were trained on
 
@@ -27,8 +28,8 @@ def run_demo(family: Family, videos: Path | None, out: Path | None, overrides: l
     stage_configs(config)  # refused before anything slow starts
     if videos is None:
         draw_clips(folder)
-    for number, name in enumerate(COMMANDS, 1):
-        say(f"\n[{number}/{len(COMMANDS)}] {name}")
+    for number, name in enumerate(STAGES, 1):
+        say(f"\n[{number}/{len(STAGES)}] {name}")
         run_command(name, config)
     _conclude(config)
 
