@@ -122,6 +122,9 @@ PROMPTS = (
     "a green triangle moves right on a plain background",
 )
 ROLLOUTS = (
+    "data.height=32",
+    "data.width=32",
+    "data.num_frames=9",
     "rollout.num_inference_steps=6",
     "rollout.solver=first_order",
     "rollout.per_prompt=3",

@@ -218,7 +218,7 @@ def test_a_training_engine_samples_with_its_own_weights(store, rollout_overrides
         ("rollout.seed=4", "seed"),
         ("rollout.batch_size=3", "regime.batch"),
         ("noise.path_steps=2", "states"),
-        ("data.num_frames=9", "regime.latents"),
+        ("data.num_frames=17", "regime.latents"),
     ],
 )
 def test_rollouts_made_otherwise_are_not_mixed(made_rollouts, config, change, name):

@@ -1,7 +1,6 @@
 """Training at each side's own states: the same numbers on 1, 2 and 4 processes, resumed or not, in every mode."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import torch
 from alignkit.apo.pairs import build_rollout_pairs
 from alignkit.config import load_config
 from alignkit.errors import CheckpointError
-from alignkit.training.distributed import free_port, start_process
+from alignkit.training.distributed import start_process
 from alignkit.training.loop import train, train_folder
 from alignkit.training.metrics import read_metrics
 
@@ -27,33 +26,51 @@ MODES = {
 }
 STEPS = 2
 IN_EVERY_MODE = """
-import json, sys
+import json, os, sys
 import torch
 from pathlib import Path
 from alignkit.config import load_config
-from alignkit.errors import CheckpointError
 from alignkit.models import load_model
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
-from alignkit.training.distributed import start_process
+from alignkit.training.distributed import free_port, start_process
 from alignkit.training.engine import load_network
 from alignkit.training.run import start_run
 from alignkit.training.weights import open_start
 
-process, linear = start_process(), torch.nn.functional.linear
-torch.set_num_threads(1)
-answers = {}
-for mode, settings in json.loads(sys.argv[2]).items():
-    torch.nn.functional.linear = linear  # of ZeRO-3's own rounding
-    config = load_config(sys.argv[1], settings)
-    model = load_model(config.model, with_transformer=False, with_encoders=False)
-    start = open_start(config, model)
-    model.transformer, _ = load_network(config, process, model, start)
-    run = start_run(config, process, model, PairStore(pairs_folder(config, "train")), start)
-    answers[mode] = [run.step(number).metrics for number in range(int(sys.argv[3]))]
-    run.release()
-if process.main:
-    Path(sys.argv[4]).write_text(json.dumps(answers))
+def train(file):
+    process, linear = start_process(), torch.nn.functional.linear
+    torch.set_num_threads(1)
+    answers = {}
+    for mode, settings in json.loads(sys.argv[2]).items():
+        torch.nn.functional.linear = linear  # of ZeRO-3's own rounding
+        config = load_config(sys.argv[1], settings)
+        model = load_model(config.model, with_transformer=False, with_encoders=False)
+        start = open_start(config, model)
+        model.transformer, _ = load_network(config, process, model, start)
+        run = start_run(config, process, model, PairStore(pairs_folder(config, "train")), start)
+        answers[mode] = [run.step(number).metrics for number in range(int(sys.argv[3]))]
+        run.release()
+    if process.main:
+        file.write_text(json.dumps(answers))
+
+for count in json.loads(sys.argv[4]):  # forked: the imports are paid for once
+    address, running = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}, []
+    for rank in range(count):
+        child = os.fork()
+        if not child:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            os.environ.update(address, **{name: str(number) for name, number in numbers.items()})
+            train(Path(sys.argv[5]) / f"{count}.json")
+            sys.exit()
+        running.append(child)
+    while running:
+        child, status = os.wait()
+        running.remove(child)
+        if status:  # the others would wait for it
+            for other in running:
+                os.kill(other, 9)
+            sys.exit(1)
 """
 
 
@@ -73,29 +90,19 @@ def settings_of(mode, stores, rollout_overrides, out):
 
 @pytest.fixture(scope="module")
 def metrics_on(stores, rollout_overrides, config_file, tmp_path_factory):
-    """`metrics_on(2)`: every mode's metrics of two steps on that many processes."""
+    """Every mode's metrics of two steps, by the number of processes."""
     folder = tmp_path_factory.mktemp("modes")
     settings = {mode: settings_of(mode, stores, rollout_overrides, folder / mode) for mode in MODES}
-
-    def run(processes):
-        file = folder / f"{processes}.json"
-        shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-        shared["MASTER_PORT"] = str(free_port())
-        arguments = [sys.executable, "-c", IN_EVERY_MODE, config_file, json.dumps(settings), str(STEPS), file]
-        children = [
-            subprocess.Popen(arguments, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank})
-            for rank in map(str, range(processes))
-        ]
-        assert [child.wait(timeout=280) for child in children] == [0] * processes
-        return json.loads(file.read_text())
-
-    return run
+    counts = [1, 2, 4]
+    arguments = [config_file, json.dumps(settings), str(STEPS), json.dumps(counts), folder]
+    subprocess.run([sys.executable, "-c", IN_EVERY_MODE, *arguments], check=True, timeout=280)
+    return {count: json.loads((folder / f"{count}.json").read_text()) for count in counts}
 
 
 def test_a_global_batch_has_the_same_numbers_on_any_number_of_processes(metrics_on):
-    one = metrics_on(1)
+    one = metrics_on[1]
     for processes in (2, 4):
-        several = metrics_on(processes)
+        several = metrics_on[processes]
         for mode in MODES:
             first, second = ((a, b) for a, b in zip(one[mode], several[mode], strict=True))
             # the first step's pairs are the same numbers, summed over processes in another order, in fp64
