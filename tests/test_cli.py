@@ -12,7 +12,7 @@ from alignkit import demo
 from alignkit.media.videos import VideoSpec, decode_clip, write_video
 from alignkit.stores.pairs import PairStore
 
-COMMANDS = ("demo", "pairs", "train", "sample", "eval", "report")
+COMMANDS = ("demo", "rollout", "pairs", "train", "cache-reference", "sample", "eval", "report")
 
 
 def test_help_lists_every_command_and_each_explains_itself(command):
@@ -115,13 +115,14 @@ def test_every_stage_in_turn_leaves_a_report(command, config_file, run_with_pair
 def test_a_demo_on_own_videos_does_not_meet_what_the_plain_one_left(monkeypatch, clips):
     ran = []
     monkeypatch.setattr(demo, "draw_clips", lambda folder: None)
-    monkeypatch.setattr(demo, "run_command", lambda name, config: ran.append(config.output.dir))
+    monkeypatch.setattr(demo, "run_command", lambda name, config: ran.append((name, config.output.dir)))
     monkeypatch.setattr(demo, "_conclude", lambda config: None)
     for family in ("wan", "cogvideox"):
         for videos in (None, clips):
             demo.run_demo(family, videos, None, [])
     names = ["demo", "demo-videos", "demo-cogvideox", "demo-cogvideox-videos"]
-    assert list(dict.fromkeys(ran)) == [Path("runs") / name for name in names]
+    stages = ("pairs", "train", "sample", "eval", "report")
+    assert ran == [(stage, Path("runs") / name) for name in names for stage in stages]
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(command, config_file, overrides):
