@@ -140,4 +140,10 @@ def build_together(
             if number < len(blocks):
                 write(folder, block, made, [], LATENT_DTYPES[info.dtype])
             bar.advance(min(world_size, len(blocks) - first))
-    agree(list)  # nobody reads before all is written
+
+    def all_there() -> list[int]:
+        while left := missing_blocks(folder, info):
+            time.sleep(0.1)
+        return left
+
+    agree(all_there)  # nobody reads before all is written

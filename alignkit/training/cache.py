@@ -54,7 +54,6 @@ def build_cache(config: Config, process: Process) -> Path:
     if on_main(process, lambda: missing_blocks(folder, info)):
         with one_thread(process.device):
             _compute(config, process, model, store, folder, info)
-    torch.distributed.barrier()
     if process.main:
         size = sum(file.stat().st_size for file in folder.glob("block-*.arrow")) / 1e6
         say(f"errors for {config.train.steps} steps of {info.block_size} pairs, {size:.3g} MB, in {folder}")
