@@ -5,7 +5,8 @@ import json
 import pytest
 
 FORKED = """
-import json, os, sys
+import json, os, sys, traceback
+import torch
 from alignkit.config import load_config
 from alignkit.training.cache import build_cache
 from alignkit.training.distributed import free_port, start_process
@@ -20,10 +21,15 @@ for count, jobs in json.loads(sys.argv[2]):
         if not child:
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             os.environ.update(address, **{name: str(number) for name, number in numbers.items()})
-            process = start_process()
-            for name, settings in jobs:
-                calls[name](load_config(sys.argv[1], settings), process)
-            sys.exit()
+            try:
+                process = start_process()
+                for name, settings in jobs:
+                    calls[name](load_config(sys.argv[1], settings), process)
+                torch.distributed.destroy_process_group()
+                os._exit(0)  # taking the interpreter down takes seconds
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
         running.append(child)
     while running:
         child, status = os.wait()

@@ -27,7 +27,7 @@ from alignkit.training.loop import train, train_folder
 from alignkit.training.metrics import read_metrics
 from alignkit.training.references.cached import cache_folder
 
-KEYS = ("train.learning_rate=1e-4", "train.steps=3", "train.micro_batch_size=1")
+KEYS = ("train.learning_rate=1e-4", "train.steps=3", "train.gradient_checkpointing=false")
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +100,8 @@ def forbid_weights(monkeypatch):
 @pytest.mark.parametrize(
     "keys",
     [
-        ("train.micro_batch_size=2",),
-        ("deepspeed.preset=zero2", "model.dtype=bf16", "train.lora={rank: 4, alpha: 8}", "train.caption_dropout=0.5"),
+        (),
+        ("deepspeed.preset=zero2", "model.dtype=bf16", "train.lora={rank: 4, alpha: 8}", "train.learning_rate=1e-3"),
     ],
     ids=["zero3", "zero2 bf16 lora"],
 )
@@ -124,18 +124,18 @@ def test_the_losses_are_those_of_a_copy_without_one(run, process, monkeypatch, k
     bound = config.objective.beta / 2 * 3 * 2**-24 * 2.1 * (second["error_w"] + second["error_l"])
     assert second["rewards/margins"] == pytest.approx(moved["rewards/margins"], abs=bound)
     assert second["loss"] == pytest.approx(moved["loss"], rel=1e-3) and abs(moved["rewards/margins"]) > bound
-    # the second epoch: weights have begun to differ by rounding
-    assert third["epoch"] == 1 and third["loss"] == pytest.approx(later["loss"], rel=1e-2)
+    # the second epoch: weights differ by rounding, which bf16 makes large; another visit's errors, by hundreds of logits
+    assert third["epoch"] == 1 and third["loss"] == pytest.approx(later["loss"], abs=1)
 
 
 def test_any_number_of_processes_compute_and_use_the_same_bytes(
     run, settings, process, together, config_file, tmp_path
 ):
-    counts, keys = (2, 4), "train.steps=2"
-    many = {count: settings(tmp_path / f"on {count}", keys) for count in counts}
-    cached = "cache-reference", settings(tmp_path / "three", keys)  # three do not divide 4 pairs
+    counts, keys = (2, 4), ("train.steps=2", "train.micro_batch_size=1")
+    many = {count: settings(tmp_path / f"on {count}", *keys) for count in counts}
+    cached = "cache-reference", settings(tmp_path / "three", *keys)  # three do not divide 4 pairs
     together((3, [cached]), *((count, [("train", many[count])]) for count in counts))
-    config = run(keys)
+    config = run(*keys)
 
     def files():
         return {file.name: file.read_bytes() for file in cache_folder(config).iterdir()}
@@ -194,6 +194,10 @@ def test_a_longer_run_adds_blocks_and_a_shorter_one_uses_them(run, process, monk
     train(one, process)
     train(two, process)
     assert [row["step"] for row in rows_of(two)] == [1, 2], "the same run, resumed"
+    other = run("train.steps=3", "sample.num_inference_steps=5", f"reference.cache={two.output.dir / 'other'}")
+    build_cache(other, process)
+    with pytest.raises(CheckpointError, match=r"reference\.cache = "):
+        train(other, process)
 
 
 @pytest.mark.parametrize("fault", ["a number", "cut off", "another step's"])
@@ -220,7 +224,7 @@ CHANGED = {
     "attention": (("model.attention=native_flash",), "'native'", "'native_flash'"),
     "deepspeed.preset": (("deepspeed.preset=zero2",), "'zero3'", "'zero2'"),
     "deepspeed.config": (("deepspeed.config={zero_optimization: {stage: 2}}",), "{}", "{'stage': 2}"),
-    "train.micro_batch_size": (("train.micro_batch_size=2",), "1", "2"),
+    "train.micro_batch_size": (("train.micro_batch_size=1",), "2", "1"),
     "train.global_batch_size": (("train.global_batch_size=2",), "4", "2"),
     "train.seed": (("train.seed=1",), "0", "1"),
     "train.caption_dropout": (("train.caption_dropout=0.5",), "0.0", "0.5"),
@@ -303,16 +307,6 @@ def test_other_content_is_refused_by_the_term_that_differs(built, home, process,
 def test_a_cache_serves_any_objective(built, process):
     for keys in (("objective={name: dpo, beta: 50}",), ("train.lora={}", "objective.weight_sft=3")):
         build_cache(built(*keys), process)
-
-
-def test_a_run_that_is_resumed_with_other_errors_is_refused(run, process):
-    config = run("train.steps=1")
-    build_cache(config, process)
-    train(config, process)
-    other = run("train.steps=2", "sample.num_inference_steps=5", f"reference.cache={config.output.dir / 'other'}")
-    build_cache(other, process)
-    with pytest.raises(CheckpointError, match=r"reference\.cache = "):
-        train(other, process)
 
 
 def test_without_errors_it_is_said_what_makes_them(run, settings, process, monkeypatch, config_file, tmp_path, capfd):

@@ -18,9 +18,10 @@ from alignkit.training.metrics import read_metrics
 from alignkit.training.references.moving import Moving
 from alignkit.training.state import load_state, rank_file, save_local_state, save_state, state_damage
 
+BATCH = ("train.global_batch_size=2", "train.gradient_checkpointing=false")
 RATE = "train.learning_rate=1e-4"
 LORA = "train.lora={rank: 4, alpha: 8}"
-EMA = ("reference={strategy: ema, every: 2, decay: 0.5}", RATE)
+EMA = ("reference={strategy: ema, every: 2, decay: 0.5}", RATE, *BATCH)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def base_weights() -> dict:
     ],
 )
 def test_a_reference_that_was_set_equal_computes_what_the_policy_does(run_with_pairs, process, preset, dtype, more):
-    keys = "reference={strategy: sync, every: 2}", f"deepspeed.preset={preset}", f"model.dtype={dtype}"
+    keys = "reference={strategy: sync, every: 2}", f"deepspeed.preset={preset}", f"model.dtype={dtype}", *BATCH
     config, _ = run_with_pairs("run", "train.steps=3", "train.learning_rate=1e-3", *keys, *more)
     train(config, process)
     assert [agree(row) for row in rows_of(config)] == [True, False, True]
@@ -105,36 +106,38 @@ def test_an_average_follows_the_fp32_weights(run_with_pairs, process, monkeypatc
 
 def test_a_resumed_run_has_the_reference_that_it_had(run_with_pairs, process, capfd):
     for keys in (("deepspeed.preset=zero2", LORA), ("deepspeed.preset=zero3", "model.dtype=bf16")):
-        whole, _ = run_with_pairs(f"whole {keys[0]}", *EMA, *keys, "train.steps=4")
+        whole, _ = run_with_pairs(f"whole {keys[0]}", *EMA, *keys, "train.steps=3")
         train(whole, process)
         parts, _ = run_with_pairs(f"parts {keys[0]}", *EMA, *keys, "train.steps=2", "train.checkpoint_every=1")
         train(parts, process)
         # the newest one's is missing: the whole checkpoint is, and the one before is taken
         newest = train_folder(parts) / "checkpoints/step-00000002"
         (newest / rank_file(0)).unlink()
-        train(longer(parts, 4), process)
+        train(longer(parts, 3), process)
         said = capfd.readouterr().err
         assert f"passing over checkpoint {newest}: {rank_file(0)} is missing" in said and "after step 1" in said
-        assert metrics(parts) == metrics(whole) and not agree(rows_of(whole)[3])
+        assert metrics(parts) == metrics(whole) and not agree(rows_of(whole)[2])
 
 
 def test_on_two_processes_too(run_with_pairs, together):
     jobs, compared = [], []
-    for keys in (("deepspeed.preset=zero2", "model.dtype=bf16"), ("deepspeed.preset=zero3",)):
-        whole, first = run_with_pairs(f"whole {keys[0]}", *EMA, *keys, "train.steps=4")
+    for preset, dtype in (("zero2", "bf16"), ("zero3", "fp32")):
+        keys = f"deepspeed.preset={preset}", f"model.dtype={dtype}", "train.micro_batch_size=1"
+        whole, first = run_with_pairs(f"whole {keys[0]}", *EMA, *keys, "train.steps=3")
         parts, second = run_with_pairs(f"parts {keys[0]}", *EMA, *keys)
-        jobs += [first, [*second, "train.steps=1"], [*second, "train.steps=4"]]
+        jobs += [first, [*second, "train.steps=1"], [*second, "train.steps=3"]]
         compared.append((whole, parts))
     equal = []
     for preset in ("zero2", "zero3"):
-        keys = f"deepspeed.preset={preset}", "reference.strategy=sync", "model.dtype=bf16", "train.steps=2"
-        config, settings = run_with_pairs(f"equal {preset}", *keys, "train.learning_rate=1e-3")
+        keys = f"deepspeed.preset={preset}", "model.dtype=bf16", "train.micro_batch_size=1", *BATCH
+        more = "reference.strategy=sync", "train.steps=2", "train.learning_rate=1e-3"
+        config, settings = run_with_pairs(f"equal {preset}", *keys, *more)
         jobs.append(settings)
         equal.append(config)
     together((2, [("train", settings) for settings in jobs]))
     for whole, parts in compared:
-        assert metrics(parts) == metrics(whole) and not agree(rows_of(whole)[3])
-        files = [train_folder(parts) / "checkpoints/step-00000004" / rank_file(rank) for rank in range(2)]
+        assert metrics(parts) == metrics(whole) and not agree(rows_of(whole)[2])
+        files = [train_folder(parts) / "checkpoints/step-00000003" / rank_file(rank) for rank in range(2)]
         held = [sum(value.numel() for value in load_file(file).values()) for file in files]
         whole_model = sum(value.numel() for value in base_weights().values())
         # under ZeRO-3 each tensor is filled up to an even size
@@ -143,15 +146,15 @@ def test_on_two_processes_too(run_with_pairs, together):
 
 
 def test_a_step_that_is_skipped_does_not_count(run_with_pairs, process, runs):
-    config, _ = run_with_pairs("run", "reference={strategy: sync, every: 2}", "train.steps=4", RATE)
+    config, _ = run_with_pairs("run", "reference={strategy: sync, every: 2}", "train.steps=4", RATE, *BATCH)
     store = PairStore(config.output.dir / "pairs/train")
     pairs, size = list(store), store.info.block_size
     pairs[0] = Pair(**{**vars(pairs[0]), "winner": pairs[0].winner * math.nan})
     write_block(store.folder, 0, pairs[:size])
     train(config, process)
     skipped = [row["skipped"] for row in rows_of(config)]
-    assert sum(skipped) == 2, "one pair of eight, batches of four, two epochs"
-    assert runs[0].reference.state() == {"steps": 2}
+    assert sum(skipped) == 1, "one pair of eight, batches of two, one epoch"
+    assert runs[0].reference.state() == {"steps": 3}
 
 
 def test_in_a_chain_a_reference_may_begin_at_the_base(run_with_pairs, process, runs):
@@ -160,7 +163,7 @@ def test_in_a_chain_a_reference_may_begin_at_the_base(run_with_pairs, process, r
     for name, strategy, more in (("copy", "copy", ()), ("full", "sync", ()), ("lora", "sync", (LORA,))):
         own = f"{{name: localdpo, train: {{steps: 2}}, reference: {{strategy: {strategy}, from: base}}}}"
         sft = "{name: sft, train: {steps: 1, learning_rate: 1e-3}}"
-        keys = f"stages=[{sft}, {own}]", "deepspeed.preset=zero2", RATE
+        keys = f"stages=[{sft}, {own}]", "deepspeed.preset=zero2", RATE, *BATCH
         config, _ = run_with_pairs(name, *keys, *more)
         assert run_chain(config, process)
         rows = rows_of(stage_configs(config)[1][1])
@@ -173,7 +176,9 @@ def test_in_a_chain_a_reference_may_begin_at_the_base(run_with_pairs, process, r
 
 
 def test_where_both_begin_at_the_base_they_must_agree(run_with_pairs, process, runs):
-    config, _ = run_with_pairs("run", "reference={strategy: ema, from: base}", "train.steps=1", "stages=[localdpo]")
+    config, _ = run_with_pairs(
+        "run", "reference={strategy: ema, from: base}", "train.steps=1", "stages=[localdpo]", *BATCH
+    )
     assert run_chain(config, process) and not runs[0].starts_apart
 
 
