@@ -124,7 +124,7 @@ def test_the_losses_are_those_of_a_copy_without_one(run, process, monkeypatch, k
     bound = config.objective.beta / 2 * 3 * 2**-24 * 2.1 * (second["error_w"] + second["error_l"])
     assert second["rewards/margins"] == pytest.approx(moved["rewards/margins"], abs=bound)
     assert second["loss"] == pytest.approx(moved["loss"], rel=1e-3) and abs(moved["rewards/margins"]) > bound
-    # the second epoch: weights differ by rounding, which bf16 makes large; another visit's errors, by hundreds of logits
+    # the second epoch: weights differ by rounding, which bf16 makes large; another visit's errors by hundreds of logits
     assert third["epoch"] == 1 and third["loss"] == pytest.approx(later["loss"], abs=1)
 
 
