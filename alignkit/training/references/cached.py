@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.ipc
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from alignkit.objectives.scored import NUM_REGIONS, ReferenceErrors
 from alignkit.objectives.states import States
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import LATENT_DTYPES, PairBatch, PairStore
-from alignkit.stores.store import StoreInfo, block_file, open_blocks, read_info
+from alignkit.stores.store import StoreInfo, block_file, read_info
 from alignkit.training.distributed import Process
 from alignkit.training.order import global_batch
 from alignkit.training.terms import difference
@@ -137,20 +139,30 @@ def check_made(folder: Path, info: StoreInfo) -> None:
 def read_errors(config: Config, store: PairStore) -> Tensor:
     """The reference's errors by epoch and row of `store`, fp64 [epochs, rows, 2 sides, R], NaN at what training does
     not visit. Raises DataError for a damaged block."""
-    folder, train, count = cache_folder(config), config.train, len(store)
-    info = read_info(folder, HOLDS)
+    train, count = config.train, len(store)
     epochs = -(-train.steps * train.global_batch_size // count)
     errors = torch.full((epochs, count, 2, NUM_REGIONS), torch.nan, dtype=torch.float64)
     for step in range(train.steps):
         visits = global_batch(count, train.seed, step, train.global_batch_size)
-        block = open_blocks(folder, info, (step,))[:]
-        rows = zip(visits, block["errors"], strict=False)
-        whole = [visit_row(store.ids[row], epoch, numbers)["checksum"] for (row, epoch), numbers in rows]
-        if len(whole) != len(visits) or whole != block["checksum"]:
-            raise DataError(f"{block_file(folder, step)}: damaged; delete it and run '{COMMAND}' again")
+        pairs = [(store.ids[row], epoch) for row, epoch in visits]
         at = torch.tensor(visits).T.flip(0).unbind()
-        errors[at] = torch.tensor(block["errors"], dtype=torch.float64).view(-1, 2, NUM_REGIONS)
+        errors[at] = _read_block(block_file(cache_folder(config), step), pairs)
     return errors
+
+
+def _read_block(file: Path, visits: list[tuple[int, int]]) -> Tensor:
+    """The errors at `visits`, (pair, epoch) each, fp64 [B, 2, R]."""
+    try:
+        # not mapped: a damaged file that gets its own sizes wrong would end the process
+        table = pyarrow.ipc.open_stream(file.read_bytes()).read_all()
+        table.validate(full=True)
+        stored = table.to_pylist()
+        whole = stored == [visit_row(*visit, row["errors"]) for visit, row in zip(visits, stored, strict=True)]
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, struct.error):
+        whole = False
+    if not whole:
+        raise DataError(f"{file}: damaged; delete it and run '{COMMAND}' again")
+    return torch.tensor([row["errors"] for row in stored], dtype=torch.float64).view(-1, 2, NUM_REGIONS)
 
 
 def visit_row(pair: int, epoch: int, errors: list[float]) -> dict:
