@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from alignkit.config import Config
 from alignkit.errors import AlignkitError
 from alignkit.models import VideoModel, family_module
 from alignkit.objectives.laws import Law, stored_rows
-from alignkit.schedules.inversion import invert, round_trip_error
+from alignkit.schedules.inversion import EVALUATIONS, invert, round_trip_error
 from alignkit.stores.origins import Trajectory
 from alignkit.stores.pairs import Pair
 from alignkit_kernels import NoiseKey, Stream
@@ -19,7 +20,20 @@ from alignkit_kernels import NoiseKey, Stream
 def inversion_terms(config: Config, model: VideoModel) -> dict:
     """What stored inversions depend on, for a store's terms."""
     noise = config.noise.model_dump(mode="json", exclude={"guided", "max_inversion_error"})
-    return {"noise": noise, "inverted_on": model.schedule(config.sampler.num_steps).fingerprint}
+    return {
+        "noise": noise,
+        "inverted_on": model.schedule(config.sampler.num_steps).fingerprint,
+        "inverted_by": {
+            "network": model.fingerprint(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attention": model.attention,
+            "device": model.vae.device.type,
+            "evaluations": EVALUATIONS,
+            "negative_prompt": config.sampler.negative_prompt if config.noise.inversion_guidance > 1 else None,
+            "seed": config.pairs.seed,
+            **{name: version(name) for name in ("torch", "diffusers", "transformers")},
+        },
+    }
 
 
 def add_inversions(config: Config, model: VideoModel, law: Law, pairs: list[Pair]) -> list[Pair]:
@@ -38,7 +52,7 @@ def _with_inversions(config: Config, model: VideoModel, law: Law, pair: Pair) ->
         return pair
     rows = pair.path_rows if config.noise.source != "inversion" else ()
     if not rows:
-        key = NoiseKey(config.pairs.seed, torch.tensor([pair.id]), 0, Stream.TIMESTEP)
+        key = NoiseKey(config.pairs.seed, torch.tensor([pair.id]), 0, Stream.PATH_ROWS)
         rows = stored_rows(law, config.noise.path_steps, key)
     videos = {"w": pair.winner, "l": pair.loser}
     paths = {f"path_{side}": _inverted(config, model, law, pair, videos[side], rows) for side in wanted}

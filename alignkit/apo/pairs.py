@@ -97,6 +97,7 @@ def build_rollout_pairs(
         dtype=stored_dtype(config, dtype),
         made={
             "rollouts": rollouts.info.made,
+            "states": config.noise.stores_states,
             "max_sequence_length": config.model.max_sequence_length,
             **(inversion_terms(config, model) if inverted else {}),
         },

@@ -240,7 +240,7 @@ def _kept_rows(sampling: Sampling, prompt: int) -> tuple[int, ...]:
     config = sampling.config
     if not config.noise.stores_states:
         return ()
-    key = NoiseKey(config.rollout.seed, torch.tensor([prompt]), sampling.draw, Stream.TIMESTEP)
+    key = NoiseKey(config.rollout.seed, torch.tensor([prompt]), sampling.draw, Stream.PATH_ROWS)
     return stored_rows(sampling.law, config.noise.path_steps, key)
 
 

@@ -176,7 +176,7 @@ class CogVideoXModel(ModelFolder):
             return first_order_sample(noise, predict, self.schedule(num_steps), text.dtype, watch)
         scheduler = self.new_scheduler()
         scheduler.set_timesteps(num_steps, device=noise.device)
-        latents = noise * scheduler.init_noise_sigma
+        latents = (noise * scheduler.init_noise_sigma).to(text.dtype)
         for i, t in enumerate(scheduler.timesteps):
             watch(i, latents.to(text.dtype))
             velocity = predict(latents, t.expand(len(latents)))

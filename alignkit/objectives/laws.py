@@ -39,12 +39,18 @@ class PathPoints:
 
 
 class Law(Protocol):
+    """allowed: the rows of the schedule that lie in `noise.interval`, int64, ascending."""
+
     model: VideoModel
     schedule: Schedule
+    allowed: Tensor
 
     def draw(self, ids: Tensor, epochs: Tensor, among: Tensor | None = None) -> PathPoints:
-        """The points of pairs `ids` in `epochs`, int64 [B] each; among: rows of the schedule to choose from, each as
-        likely, int64 [B, S], where states are stored at those alone."""
+        """The points of pairs `ids` in `epochs`, int64 [B] each.
+
+        among: rows of the schedule to choose from, int64 [B, S], where states are stored at those alone: each as likely
+        that lies in `noise.interval`, or any where none does.
+        """
 
     @property
     def masses(self) -> Tensor:
@@ -72,9 +78,17 @@ class _Law:
         return PathPoints(self.schedule.coefficients[rows], self.schedule.timesteps[rows], rows, weight)
 
     def one_of(self, among: Tensor, u: Tensor) -> PathPoints:
-        """The row of `among`, [B, S], that lies a share u of the way through it."""
-        chosen = (u * among.shape[1]).long().clamp(max=among.shape[1] - 1)
-        return self.at(among.gather(1, chosen[:, None])[:, 0])
+        """The row of `among`, [B, S], that lies a share u of the way through those which may be drawn."""
+        may = self.may_be_drawn(among)
+        count = may.sum(dim=1)
+        place = torch.minimum((u * count).long(), count - 1)
+        chosen = (may.cumsum(dim=1) > place[:, None]).long().argmax(dim=1, keepdim=True)
+        return self.at(among.gather(1, chosen)[:, 0])
+
+    def may_be_drawn(self, among: Tensor) -> Tensor:
+        """Which of `among` lie in the interval, bool [B, S]; all of a pair of which none does."""
+        inside = torch.isin(among, self.allowed)
+        return inside | ~inside.any(dim=1, keepdim=True)
 
 
 class OnSchedule(_Law):
@@ -114,12 +128,15 @@ class Adaptive(OnSchedule):
 
     def draw(self, ids: Tensor, epochs: Tensor, among: Tensor | None = None) -> PathPoints:
         among = self.allowed.expand(len(ids), -1) if among is None else among
-        size = self._sizes()[among]
-        likely = (1 - BASE_SHARE) * size / size.sum(dim=1, keepdim=True) + BASE_SHARE / among.shape[1]
+        may = self.may_be_drawn(among)
+        plain = may / may.sum(dim=1, keepdim=True, dtype=torch.float64)
+        size = self._sizes()[among] * may
+        total = size.sum(dim=1, keepdim=True)
+        likely = torch.where(total > 0, (1 - BASE_SHARE) * size / total + BASE_SHARE * plain, plain)
         below = likely.cumsum(dim=1)
         chosen = (self.uniform(ids, epochs)[:, None] * below[:, -1:] >= below).sum(dim=1, keepdim=True)
         chosen = chosen.clamp(max=among.shape[1] - 1)
-        weight = 1 / (among.shape[1] * likely.gather(1, chosen)[:, 0])
+        weight = (plain / likely).gather(1, chosen)[:, 0]
         return self.at(among.gather(1, chosen)[:, 0], weight)
 
     def _sizes(self) -> Tensor:

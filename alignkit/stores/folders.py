@@ -15,7 +15,7 @@ from alignkit.media.captions import Problem
 from alignkit.media.videos import VideoSpec
 from alignkit.models import VideoModel, load_model
 from alignkit.progress import say
-from alignkit.stores.pairs import PairStore
+from alignkit.stores.pairs import MEMBERS, PairStore
 from alignkit.stores.store import has_blocks, skipped_rows
 
 SPLITS = ("train", "heldout")
@@ -57,7 +57,7 @@ def latent_grid(config: Config) -> tuple[int, int, int]:
 
 def check_membership(folder: Path, rows: list[list]) -> None:
     """Blocks made from other videos or texts than today's would carry the wrong ids: DataError."""
-    file = folder / "rows.json"
+    file = folder / MEMBERS
     if not file.exists() or not has_blocks(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, rows)
@@ -98,6 +98,7 @@ def show_pairs(
 def write_skipped(config: Config, problems: list[Problem]) -> None:
     """List what cannot be used and why, on the terminal and in skipped.jsonl, before anything is made."""
     file = config.output.dir / SKIPPED
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_lines(file, [asdict(problem) for problem in problems])
     for problem in problems:
         say(f"skipped {problem.video}: {problem.reason}")

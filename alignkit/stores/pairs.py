@@ -26,7 +26,9 @@ from alignkit.media.captions import Problem
 from alignkit.stores.origins import GIVEN, Origin, Trajectory
 from alignkit.stores.store import open_blocks, read_info, write_rows
 
+MEMBERS = "rows.json"
 EMPTY_TEXT, NEGATIVE_TEXT = "empty_prompt.safetensors", "negative_prompt.safetensors"
+SAMPLED, INVERTED, FOLLOWING = "sampled", "inverted", " and following"
 LATENT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FEATURES = datasets.Features(
     id=datasets.Value("int64"),
@@ -37,7 +39,8 @@ FEATURES = datasets.Features(
     origin_w=datasets.Value("string"),
     origin_l=datasets.Value("string"),
     path_rows=datasets.List(datasets.Value("int32")),
-    states=datasets.Value("string"),  # which sides have some: "w", "l", "wl" or ""
+    states_w=datasets.Value("string"),  # which there are, as `PairStore.states_of` says
+    states_l=datasets.Value("string"),
     error_w=datasets.Value("float64"),
     error_l=datasets.Value("float64"),
     tensors=datasets.Value("binary"),
@@ -78,7 +81,8 @@ def fault_of(pair: Pair, stored: torch.dtype) -> str | None:
     winner, loser = pair.winner.to(stored), pair.loser.to(stored)
     if not (loser.isfinite().all() and winner.isfinite().all()):
         return "its latents are not finite; try model.dtype=fp32, or pairs.dtype=fp32"
-    if not all(path.states.isfinite().all() for path in (pair.path_w, pair.path_l) if path):
+    states = [x for path in (pair.path_w, pair.path_l) if path for x in (path.states, path.following) if x is not None]
+    if not all(x.isfinite().all() for x in states):
         return "a state of its path is not finite; try model.dtype=fp32"
     inside = pair.mask.bool().expand_as(winner)
     if torch.equal(winner[inside], loser[inside]):
@@ -110,11 +114,18 @@ def _row(pair: Pair, dtype: torch.dtype) -> dict:
         "origin_w": pair.origin_w.to_json(),
         "origin_l": pair.origin_l.to_json(),
         "path_rows": list(pair.path_rows),
-        "states": "".join(side for side, path in (("w", pair.path_w), ("l", pair.path_l)) if path),
+        "states_w": _states_of(pair.path_w),
+        "states_l": _states_of(pair.path_l),
         "error_w": pair.path_w and pair.path_w.error,
         "error_l": pair.path_l and pair.path_l.error,
         "tensors": save_tensors(_tensors(pair, dtype)),
     }
+
+
+def _states_of(path: Trajectory | None) -> str:
+    if path is None:
+        return ""
+    return (SAMPLED if path.error is None else INVERTED) + (FOLLOWING if path.following is not None else "")
 
 
 def _tensors(pair: Pair, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -164,11 +175,19 @@ class PairStore:
         return winners, losers
 
     @cached_property
-    def has_states(self) -> list[tuple[bool, bool]]:
-        """Of every pair, whether its winner and its loser have states of their paths."""
-        if "states" not in self.rows.column_names:
-            return [(False, False)] * len(self)
-        return [("w" in sides, "l" in sides) for sides in self.rows["states"]]
+    def states_of(self) -> list[tuple[str, str]]:
+        """Of every pair, which states its winner and its loser have: "" for none, SAMPLED or INVERTED, with FOLLOWING
+        behind it where those after them are there too."""
+        if "states_w" not in self.rows.column_names:
+            return [("", "")] * len(self)
+        return [(w or "", l or "") for w, l in zip(self.rows["states_w"], self.rows["states_l"], strict=True)]
+
+    @cached_property
+    def path_rows(self) -> list[tuple[int, ...]]:
+        """Of every pair, the rows of the schedule that its states are at."""
+        if "path_rows" not in self.rows.column_names:
+            return [()] * len(self)
+        return [tuple(rows or ()) for rows in self.rows["path_rows"]]
 
     @cached_property
     def inversion_errors(self) -> list[float | None]:
@@ -178,15 +197,20 @@ class PairStore:
         both = zip(self.rows["error_w"], self.rows["error_l"], strict=True)
         return [max((error for error in pair if error is not None), default=None) for pair in both]
 
-    @property
+    @cached_property
     def inverted(self) -> bool:
         """Whether any pair has an inversion."""
         return any(error is not None for error in self.inversion_errors)
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the terms the pairs were made under and with which pairs there are."""
-        return hashlib.sha256(json.dumps([asdict(self.info), self.ids], sort_keys=True).encode()).hexdigest()[:16]
+        """Changes with the terms the pairs were made under, with which pairs there are, and of ranked rollouts with
+        which is better."""
+        content: list = [asdict(self.info), self.ids]
+        members = self.folder / MEMBERS
+        if self.info.kind == "rollouts" and members.exists():
+            content.append(json.loads(members.read_text()))
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def content(self) -> dict[str, str]:
         """Digests of the pairs themselves ("pairs") and of their masks ("regions"). Reads every byte."""
@@ -203,7 +227,7 @@ class PairStore:
     def select(self, rows: list[int]) -> "PairStore":
         """The same store with these rows alone."""
         chosen = copy.copy(self)
-        for cached in ("origins", "has_states", "inversion_errors"):
+        for cached in ("origins", "states_of", "path_rows", "inversion_errors", "inverted"):
             chosen.__dict__.pop(cached, None)
         chosen.rows, chosen.ids = self.rows.select(rows), [self.ids[row] for row in rows]
         return chosen

@@ -197,7 +197,7 @@ def test_pairs_of_which_nothing_is_known_are_refused(made_rollouts, rollout_over
 def test_rollouts_without_states_are_refused_for_path(build, made_rollouts, rollout_overrides, config_file, tmp_path):
     """`initial` keeps no states: its pairs cannot be trained on at the sampler's states."""
     config, store = build([(0, 1)], "noise.source=initial", "noise.path_between=false")
-    assert not any(any(sides) for sides in store.has_states)
+    assert not any(any(sides) for sides in store.states_of)
     path = config.model_copy(update={"noise": config.noise.model_copy(update={"source": "path"})})
     model = load_model(config.model, with_transformer=False, with_encoders=False)
     check_origins(config, model, check_noise(config, model), store)

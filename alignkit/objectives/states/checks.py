@@ -7,7 +7,7 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.models import VideoModel, family_module, load_model
 from alignkit.objectives.laws import Law, start_law
 from alignkit.stores.origins import Origin
-from alignkit.stores.pairs import PairStore
+from alignkit.stores.pairs import FOLLOWING, INVERTED, SAMPLED, PairStore
 
 
 def check_noise(config: Config, model: VideoModel) -> Law:
@@ -67,14 +67,15 @@ def check_origins(config: Config, model: VideoModel, law: Law, store: PairStore)
     source = config.noise.source
     if source == "shared":
         return
-    paths = store.has_states
+    paths = store.states_of
     wanted = sampler_terms(config, model)
+    _check_inversions(config, law, store)
     starts: dict[tuple[int, int], str] = {}
     for row, sides in enumerate(zip(*store.origins, strict=True)):
         where = f"{store.folder}: pair {store.ids[row]}"
         kinds = [origin.kind for origin in sides]
-        for origin, beside, has_states in zip(sides, kinds[::-1], paths[row], strict=True):
-            _check_side(config, origin, beside, has_states, where)
+        for origin, beside, states in zip(sides, kinds[::-1], paths[row], strict=True):
+            _check_side(config, origin, beside, states, where)
             if origin.kind == "rollout" and source != "inversion":
                 _check_recipe(origin, wanted, where)
             if source == "initial" and origin.kind == "regenerated":
@@ -82,6 +83,7 @@ def check_origins(config: Config, model: VideoModel, law: Law, store: PairStore)
         if config.noise.guided and "rollout" not in kinds:
             raise DataError(f"{where}: noise.guided is for pairs of rollouts, whose guidance is known; leave it out")
     _check_starts(law, model, starts)
+    _check_rows(config, law, store)
 
 
 def check_states(config: Config, store: PairStore) -> None:
@@ -90,10 +92,43 @@ def check_states(config: Config, store: PairStore) -> None:
     check_origins(config, model, check_noise(config, model), store)
 
 
-def _check_side(config: Config, origin: Origin, beside: str, has_states: bool, where: str) -> None:
+def _check_inversions(config: Config, law: Law, store: PairStore) -> None:
+    """Inversions are states of one schedule: at another's steps they would be of another noise level."""
+    used = any(config.noise.inverts(*kinds) for kinds in (("real", "rollout"), ("given", "given")))
+    then, now = store.info.made.get("inverted_on"), law.schedule.fingerprint
+    if used and store.inverted and then != now:
+        raise DataError(
+            f"{store.folder}: its videos were inverted on the schedule {then!r}, the configuration trains on {now!r}; "
+            "set rollout.num_inference_steps to what it was, or build the pairs again"
+        )
+
+
+def _check_rows(config: Config, law: Law, store: PairStore) -> None:
+    """Of the steps that a pair has states at, some must lie in `noise.interval`, and none be without noise."""
+    allowed = set(law.allowed.tolist())
+    for number, rows, states in zip(store.ids, store.path_rows, store.states_of, strict=True):
+        unread = config.noise.source == "initial" and not any(INVERTED in side for side in states)
+        if unread or not any(states):
+            continue
+        if not allowed & set(rows):
+            raise DataError(
+                f"{store.folder}: pair {number} has states at steps {', '.join(map(str, rows))} alone, of which none "
+                "lies in noise.interval; widen it, or sample or build them again with it"
+            )
+        if any(not law.schedule.coefficients[row, 1] > 0 for row in rows):
+            raise DataError(f"{store.folder}: pair {number} has a state without noise (s = 0) to solve for")
+
+
+def _check_side(config: Config, origin: Origin, beside: str, states: str, where: str) -> None:
     source, kind = config.noise.source, origin.kind
-    if config.noise.inverts(kind, beside):
-        if not has_states:
+    inverts = config.noise.inverts(kind, beside)
+    if states and config.noise.path_between and FOLLOWING not in states and (inverts or source == "path"):
+        raise DataError(
+            f"{where}: holds no states that follow its own, which noise.path_between needs; leave it out, or sample "
+            "and build them again with it"
+        )
+    if inverts:
+        if INVERTED not in states:
             raise DataError(
                 f"{where}: holds no inversion of its {kind} video, which noise.source {source!r} needs; build the "
                 "pairs with this configuration, in another folder"
@@ -109,7 +144,7 @@ def _check_side(config: Config, origin: Origin, beside: str, has_states: bool, w
             f"{where}: its loser is a regenerated region, which has no path of its own from noise; noise.source 'path' "
             "is for rollouts: use initial, inversion or shared"
         )
-    elif source == "path" and kind == "rollout" and not has_states:
+    elif source == "path" and kind == "rollout" and SAMPLED not in states:
         raise DataError(
             f"{where}: its rollouts hold no states of their path; run alignkit rollout with noise.source=path in "
             "another folder, and make the pairs from that"
