@@ -61,14 +61,16 @@ def build_cache(config: Config, process: Process) -> Path:
 
 
 def _open(config: Config, process: Process, model: VideoModel, store: PairStore) -> StoreInfo:
-    """Create the folder, or check that what it holds has the same terms; how many steps it is for may grow."""
+    """Create the folder, or check that what it holds has the same terms; it says how many steps are planned at most."""
     run_terms(config, store, model)  # whose pairs must fit
     folder, info = cache_folder(config), cache_info(config, process, model, store)
+    planned = info.pairs
     if terms_file(folder, HOLDS).exists() and has_blocks(folder):
         check_made(folder, info)
-        info = replace(info, pairs=max(info.pairs, read_info(folder, HOLDS).pairs))
+        planned = max(planned, read_info(folder, HOLDS).pairs)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(terms_file(folder, HOLDS), json.dumps(asdict(info), indent=1).encode())
+    recorded = asdict(replace(info, pairs=planned))
+    write_atomically(terms_file(folder, HOLDS), json.dumps(recorded, indent=1).encode())
     return info
 
 
@@ -106,6 +108,7 @@ def _compute(
         rank=process.rank,
         world_size=process.world_size,
         agree=lambda look: on_main(process, look),
+        check=lambda: check_made(folder, info),
         show=process.main,
     )
     reference.release()

@@ -176,6 +176,8 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(run, process, monkeypatch)
     before = {file: file.stat().st_mtime_ns for file in cache_folder(config).glob("block-*.arrow")}
     assert len(before) == 2
     refused(lambda: train(config, process), "2 of the 3 steps", "alignkit cache-reference")
+    build_cache(run("train.steps=2"), process)
+    assert len(list(cache_folder(config).glob("block-*.arrow"))) == 2, "no more than the run needs"
     build_cache(config, process)
     assert before == {file: file.stat().st_mtime_ns for file in before}, "what was there is not computed again"
     assert len(list(cache_folder(config).iterdir())) == 4, "nothing of the killed one is left"
