@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from alignkit.apo.pairs import build_rollout_pairs, read_rankings
+from alignkit.apo.pairs import broken_anchors, build_rollout_pairs, check_rollouts, read_rankings
 from alignkit.apo.prompts import read_prompts
 from alignkit.apo.rollouts import build_rollouts, rollouts_folder
 from alignkit.config import Config, dump_config
@@ -20,7 +20,7 @@ from alignkit.localdpo.sources import check_count, check_masks, find_usable
 from alignkit.media.captions import Problem
 from alignkit.media.videos import write_video
 from alignkit.models import load_model
-from alignkit.objectives.states.checks import check_states
+from alignkit.objectives.states.checks import check_noise, check_states
 from alignkit.progress import say
 from alignkit.report.pictures import StoredPair, write_pair, write_preview
 from alignkit.stages import stage_configs
@@ -54,8 +54,10 @@ def validate(config: Config) -> None:
     problems: list[Problem] = []
     if config.data.prompts:
         say(f"{len(read_prompts(config.data.prompts))} prompts")
+        check_noise(config, load_model(config.model, with_transformer=False, with_encoders=False))
     if config.data.rollouts:
-        _, problems = read_rankings(config.data.pairs, RolloutStore(config.data.rollouts))
+        rankings, problems = read_rankings(config.data.pairs, check_rollouts(config)[1])
+        problems += broken_anchors(config, rankings)
     elif config.data.pairs:
         _, problems = find_given(config)
     elif config.data.videos or not config.data.prompts:

@@ -17,6 +17,11 @@ from alignkit.stores.pairs import Pair
 from alignkit_kernels import NoiseKey, Stream
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that compute a video's bits."""
+    return {name: version(name) for name in ("torch", "diffusers", "transformers")}
+
+
 def inversion_terms(config: Config, model: VideoModel) -> dict:
     """What stored inversions depend on, for a store's terms."""
     noise = config.noise.model_dump(mode="json", exclude={"guided", "max_inversion_error"})
@@ -31,7 +36,7 @@ def inversion_terms(config: Config, model: VideoModel) -> dict:
             "evaluations": EVALUATIONS,
             "negative_prompt": config.sampler.negative_prompt if config.noise.inversion_guidance > 1 else None,
             "seed": config.pairs.seed,
-            **{name: version(name) for name in ("torch", "diffusers", "transformers")},
+            **versions(),
         },
     }
 

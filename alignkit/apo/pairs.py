@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignkit.apo.inversions import add_inversions, inversion_terms
+from alignkit.apo.inversions import add_inversions, inversion_terms, versions
 from alignkit.config import Config
 from alignkit.errors import DataError
 from alignkit.media.captions import Problem
@@ -73,19 +73,16 @@ def build_rollout_pairs(
     """
     assert config.data.pairs is not None and config.data.rollouts is not None
     latent_grid(config)
-    law = check_noise(config, load_model(config.model, with_transformer=False, with_encoders=False))
-    rollouts = RolloutStore(config.data.rollouts)
+    law, rollouts = check_rollouts(config)
     rankings, problems = read_rankings(config.data.pairs, rollouts)
-    if show:
-        write_skipped(config, problems)
     splits = split_prompts(rankings, config.data.heldout, config.pairs.seed)
     anchored = any(isinstance(side, Path) for row in rankings for side in (row.chosen, row.rejected))
     inverted = config.noise.source == "inversion" or (anchored and config.noise.inverts("real", beside="rollout"))
     if show:
+        write_skipped(config, problems)
         say(f"{len(splits['train'])} pairs to train on, {len(splits['heldout'])} held out; loading {config.model.path}")
     dtype = working_dtype(config.model, device)
     model = load_model(config.model, with_transformer=inverted, device=device, dtype=dtype)
-    check_rollouts(config, model, rollouts)
     shared = StoreInfo(
         kind="rollouts",
         family=model.family,
@@ -115,13 +112,23 @@ def build_rollout_pairs(
     return {split: len(rows) for split, rows in splits.items()}
 
 
-def check_rollouts(config: Config, model: VideoModel, rollouts: RolloutStore) -> None:
-    """Raises DataError, naming the difference, for rollouts of another model, sampler or size than the configuration's;
-    says which versions differ."""
-    stored, data = rollouts.info, config.data
+def check_rollouts(config: Config) -> tuple[Law, RolloutStore]:
+    """The timestep law and the rollouts of `config`, if they go together; no weights are read.
+
+    Raises ConfigError as `check_noise`, and DataError, naming the difference, for rollouts of another model, sampler,
+    size or text length than the configuration's, of other versions, or without the states that it asks for.
+    """
+    assert config.data.rollouts is not None
+    model, data = load_model(config.model, with_transformer=False, with_encoders=False), config.data
+    law, rollouts = check_noise(config, model), RolloutStore(config.data.rollouts)
+    stored = rollouts.info
     wanted = {"family": model.family, "vae": model.fingerprint("vae"), "model": model.fingerprint()}
-    wanted |= sampler_terms(config, model)
-    wanted |= {"regime.latents": list(model.latent_shape(data.num_frames, data.height, data.width))}
+    wanted |= {"text_encoder": model.fingerprint("text_encoder")} | sampler_terms(config, model)
+    wanted |= {
+        "regime.latents": list(model.latent_shape(data.num_frames, data.height, data.width)),
+        "regime.max_sequence_length": config.model.max_sequence_length,
+        **{f"version of {name}": number for name, number in versions().items()},
+    }
     for name, now in wanted.items():
         then = stored.made.get(name, getattr(stored, name, None))
         if then != now:
@@ -129,6 +136,14 @@ def check_rollouts(config: Config, model: VideoModel, rollouts: RolloutStore) ->
                 f"data.rollouts: {rollouts.folder}: sampled with {name} = {then!r}, now it is {now!r}; put the "
                 "configuration back to what it was, or sample again in another folder"
             )
+    states = stored.made.get("states")
+    if config.noise.stores_states and (states is None or (config.noise.path_between and not states["path_between"])):
+        lacking = "none" if states is None else "none of those that follow"
+        raise DataError(
+            f"data.rollouts: {rollouts.folder}: of the states of its paths it holds {lacking}; sample again in another "
+            "folder with this configuration"
+        )
+    return law, rollouts
 
 
 def read_rankings(file: Path, rollouts: RolloutStore) -> tuple[list[Ranking], list[Problem]]:
@@ -193,6 +208,19 @@ def _side(row: dict[str, Any], column: str, folder: Path, rollouts: RolloutStore
     if isinstance(value, str) and value.strip():
         return folder / value.strip()
     raise DataError(f"{column}: expected a rollout's number or a video's path, got {value!r:.60}")
+
+
+def broken_anchors(config: Config, rankings: list[Ranking]) -> list[Problem]:
+    """What is wrong with the real videos that rankings name: each is decoded as building will."""
+    problems = []
+    for row in rankings:
+        for side in (row.chosen, row.rejected):
+            try:
+                if isinstance(side, Path):
+                    decode_clip(side, video_spec(config))
+            except DataError as error:
+                problems.append(Problem(row.where, str(error)))
+    return problems
 
 
 def split_prompts(rankings: list[Ranking], share: float, seed: int) -> dict[str, list[Ranking]]:

@@ -7,12 +7,12 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from alignkit.apo.inversions import versions
 from alignkit.apo.prompts import read_prompts
 from alignkit.config import Config
 from alignkit.media.captions import Problem
@@ -24,7 +24,7 @@ from alignkit.stores.blocks import build_blocks, build_together, one_thread
 from alignkit.stores.folders import check_membership, latent_grid
 from alignkit.stores.origins import Origin, Trajectory
 from alignkit.stores.rollouts import Rollout, RolloutStore, write_rollouts
-from alignkit.stores.store import StoreInfo, open_for_building
+from alignkit.stores.store import StoreInfo, check_terms, has_blocks, open_for_building
 from alignkit_kernels import NoiseKey, Stream, keyed_randn
 
 FIRST_DRAW = 1
@@ -70,13 +70,16 @@ def build_rollouts(
     prompts = read_prompts(config.data.prompts)
     latent_grid(config)
     check_noise(config, load_model(config.model, with_transformer=False, with_encoders=False))
+    folder, members = rollouts_folder(config), [[prompt] for prompt in prompts]
+    if has_blocks(folder):
+        check_membership(folder, members, "prompts")  # before weights load
     if show:
         say(f"{len(prompts)} prompts; loading {config.model.family} from {config.model.path}")
     model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
     sampling = start_sampling(config, model, prompts, engine="module", network=model.fingerprint())
-    folder, info = rollouts_folder(config), store_info(sampling)
+    info = store_info(sampling)
     open_for_building(folder, info)
-    check_membership(folder, [[prompt] for prompt in prompts])
+    check_membership(folder, members, "prompts")
 
     def look(blocks: tuple[int, ...] | None = None) -> None:
         if preview is not None:
@@ -115,23 +118,29 @@ def roll_out(
     kind = f"zero{engine.zero_optimization_stage()}" if hasattr(engine, "zero_optimization_stage") else "module"
     sampling = start_sampling(config, sampler, prompts, engine=kind, network=network)
     info = store_info(sampling)
-    if process.main:
+
+    def prepare() -> list[int]:
         open_for_building(folder, info)
         check_membership(folder, [[prompt] for prompt in prompts])
+        return []
+
+    agree(prepare)  # refused on all of them
     training = engine.training
     engine.eval()
     try:
-        build_together(
-            folder,
-            info,
-            partial(_whole_block, sampling),
-            "sampling",
-            write=write_rollouts,
-            rank=process.rank,
-            world_size=process.world_size,
-            agree=agree,
-            show=show and process.main,
-        )
+        with one_thread(model.vae.device):
+            build_together(
+                folder,
+                info,
+                partial(_whole_block, sampling),
+                "sampling",
+                write=write_rollouts,
+                rank=process.rank,
+                world_size=process.world_size,
+                agree=agree,
+                check=lambda: check_terms(folder, info),
+                show=show and process.main,
+            )
     finally:
         engine.train(training)
     return RolloutStore(folder)
@@ -148,8 +157,7 @@ def start_sampling(config: Config, model: VideoModel, prompts: list[str], *, eng
         "max_sequence_length": config.model.max_sequence_length,
         "latents": list(model.latent_shape(data.num_frames, data.height, data.width)),
     }
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    recipe = sampler_terms(config, model) | {"network": network, "regime": regime, "versions": versions}
+    recipe = sampler_terms(config, model) | {"network": network, "regime": regime, "versions": versions()}
     return Sampling(config, model, check_noise(config, model), prompts, recipe)
 
 
@@ -158,7 +166,7 @@ def store_info(sampling: Sampling) -> StoreInfo:
     rollout, noise = config.rollout, config.noise
     kept = ("source", "timesteps", "interval", "path_steps", "path_between")
     states = {key: noise.model_dump(mode="json")[key] for key in kept} if noise.stores_states else None
-    regime, versions = sampling.recipe["regime"], sampling.recipe["versions"]
+    regime, libraries = sampling.recipe["regime"], sampling.recipe["versions"]
     return StoreInfo(
         kind="rollout",
         family=model.family,
@@ -169,7 +177,7 @@ def store_info(sampling: Sampling) -> StoreInfo:
         block_size=rollout.block_size,
         made={key: value for key, value in sampling.recipe.items() if key not in ("network", "regime", "versions")}
         | {f"regime.{key}": value for key, value in regime.items()}
-        | {f"version of {key}": value for key, value in versions.items()}
+        | {f"version of {key}": value for key, value in libraries.items()}
         | {"per_prompt": rollout.per_prompt, "seed": rollout.seed, "round": rollout.round, "states": states},
         holds="rollouts",
     )

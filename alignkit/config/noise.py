@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from alignkit.config.sections import Count, Fraction, NonNegative, Positive, Section
+from alignkit.config.sections import Count, NonNegative, Positive, Section, Seed
 
 HIGH_NOISE = (0.75, 0.95)
 """t ∈ [750, 950] of 1000, which nearly matches the whole range in LPO's ablation (arXiv 2502.01051)."""
@@ -15,6 +15,15 @@ SOURCES = ("shared", "initial", "path", "inversion")
 READERS: dict[str, tuple[str, ...]] = {"path_between": ("path", "inversion"), "guided": ("initial", "path")}
 """By key of `noise`: the sources that it changes, where not all. What only says how states are stored may stand beside
 any source, so that one override compares the sources."""
+
+
+def _interval(value: Any) -> Any:
+    if value is None or value == "high_noise":
+        return value
+    numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [None]
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 1 for x in numbers):
+        raise ValueError("should be [low, high] between 0 and 1, or high_noise")
+    return tuple(map(float, numbers))
 
 
 class NoiseSection(Section):
@@ -28,7 +37,7 @@ class NoiseSection(Section):
     timesteps: Literal["logit_normal", "uniform", "schedule", "adaptive"] = Field(
         "logit_normal", description="schedule: the sampler's own steps; adaptive: those that teach most, among them"
     )
-    interval: tuple[Fraction, Fraction] | Literal["high_noise"] | None = Field(
+    interval: Annotated[tuple[float, float] | Literal["high_noise"] | None, BeforeValidator(_interval)] = Field(
         None, description="of the network's timesteps as shares of its range, 1 is noise; high_noise: [0.75, 0.95]"
     )
     path_steps: Positive = Field(4, description="states stored of each video, at steps drawn for its prompt")
@@ -82,8 +91,10 @@ class RolloutSection(Section):
 
     folder: Path | None = Field(None, description="where they are, to be shared by runs; null: output.dir/rollouts")
     per_prompt: Positive = Field(4, description="videos sampled for each prompt, from different noise")
-    seed: Count = 0
-    round: Count = Field(0, description="which rollouts of these prompts: another round starts from other noise")
+    seed: Seed = 0
+    round: Annotated[int, Field(ge=0, lt=2**32 - 1)] = Field(
+        0, description="which rollouts of these prompts: another round starts from other noise"
+    )
     solver: Literal["model", "first_order"] = Field(
         "model", description="the model's own; or Euler (flow) and DDIM (v) on the same steps"
     )

@@ -36,7 +36,7 @@ def evaluate(config: Config, device: torch.device) -> dict:
     """Score held-out pairs and the samples of `alignkit sample`; writes eval.json and returns the summary's content."""
     pairs = _score_both(config, device)
     rows, frames = read_samples(config)
-    real = _real_clips(config)
+    real = _real_clips(config, device)
     rebuilt = _through_vae(config, real, device)
     with progress("measuring samples", 1) as bar:
         pictures = _measure(rows, frames, real, rebuilt)
@@ -62,12 +62,12 @@ def _score_both(config: Config, device: torch.device) -> dict:
     }
 
 
-def _real_clips(config: Config) -> Tensor:
+def _real_clips(config: Config, device: torch.device) -> Tensor:
     """Frames of the held-out clips, or of the winners where both sides were sampled, uint8 [count, F, H, W, 3]."""
     store = PairStore(pairs_folder(config, "heldout"))
     if store.info.kind == "rollouts":
-        model = load_model(config.model, with_transformer=False)
-        return torch.cat([model.decode_video(pair.winner[None]) for pair in store])
+        model = load_model(config.model, with_transformer=False, device=device)
+        return torch.cat([model.decode_video(pair.winner[None].to(device)) for pair in store])
     names = list(dict.fromkeys(store.rows["source"]))
     return torch.stack([decode_clip(source_folder(config) / name, video_spec(config)) for name in names])
 

@@ -123,13 +123,15 @@ def build_together(
     rank: int,
     world_size: int,
     agree: Callable[[Callable[[], list[int]]], list[int]],
+    check: Callable[[], None],
     show: bool = True,
 ) -> None:
     """The same by the processes of one group in step, for work in which each of them must take part each time, as in
     every forward under ZeRO-3: with no block left for a process, it makes one over again and throws it away.
 
     make(rows) must run equally many forwards for every block. agree(look) is what look() returns on the first process,
-    for all of them.
+    for all of them. check() raises DataError where the folder's terms are no longer those of `info`: before any block
+    is there, another build may replace them.
     """
     blocks = agree(lambda: missing_blocks(folder, info))
     with progress(title, info.blocks, done=info.blocks - len(blocks), show=show) as bar:
@@ -138,6 +140,7 @@ def build_together(
             block = blocks[min(number, len(blocks) - 1)]
             made = make(info.rows(block))
             if number < len(blocks):
+                check()
                 write(folder, block, made, [], LATENT_DTYPES[info.dtype])
             bar.advance(min(world_size, len(blocks) - first))
 

@@ -55,8 +55,8 @@ def latent_grid(config: Config) -> tuple[int, int, int]:
     return model.latent_grid(spec.num_frames, spec.height, spec.width)
 
 
-def check_membership(folder: Path, rows: list[list]) -> None:
-    """Blocks made from other videos or texts than today's would carry the wrong ids: DataError."""
+def check_membership(folder: Path, rows: list[list], what: str = "videos, captions or masks") -> None:
+    """Blocks made from other videos or texts (`what`) than today's would carry the wrong ids: DataError."""
     file = folder / MEMBERS
     if not file.exists() or not has_blocks(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +70,8 @@ def check_membership(folder: Path, rows: list[list]) -> None:
     if stored != now:
         (old, new), *_ = [pair for pair in zip_longest(stored, now) if pair[0] != pair[1]]
         raise DataError(
-            f"{folder}: was built from other videos, captions or masks than there are now; put them back, choose "
-            f"another output.dir or delete that folder (the first that differs: {_shown(old)}, now {_shown(new)})"
+            f"{folder}: was built from other {what} than there are now; put them back, choose another folder or "
+            f"output.dir, or delete that one (the first that differs: {_shown(old)}, now {_shown(new)})"
         )
 
 

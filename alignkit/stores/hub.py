@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from alignkit.errors import DataError
 from alignkit.files import write_atomically
@@ -22,7 +23,7 @@ def push_to_hub(folder: Path, repo_id: str, split: str, *, private: bool = True)
     """
     store = PairStore(folder)
     store.rows.push_to_hub(repo_id, split=split, private=private)
-    for name in FILES:
+    for name in (name for name in FILES if (Path(folder) / name).exists()):
         HfApi().upload_file(
             path_or_fileobj=Path(folder) / name,
             path_in_repo=f"{split}/{name}",
@@ -39,14 +40,17 @@ def pull_from_hub(repo_id: str, split: str, folder: Path, *, revision: str | Non
     folder = Path(folder)
     if list(folder.glob("block-*")):
         raise DataError(f"{folder}: holds pairs already; choose another folder or delete it")
-    parts = {
-        name: Path(hf_hub_download(repo_id, f"{split}/{name}", repo_type="dataset", revision=revision))
-        for name in FILES
-    }
+    parts = {}
+    for name in FILES:
+        try:
+            parts[name] = Path(hf_hub_download(repo_id, f"{split}/{name}", repo_type="dataset", revision=revision))
+        except EntryNotFoundError:
+            if name != NEGATIVE_TEXT:  # which stores of before guided training have not
+                raise
     rows = datasets.load_dataset(repo_id, split=split, revision=revision)
     info = replace(read_info(parts[FILES[0]].parent), pairs=len(rows))
     open_for_building(folder, info)
-    for name in FILES[1:]:
+    for name in set(FILES[1:]) & parts.keys():
         write_atomically(folder / name, parts[name].read_bytes())
     for block in range(info.blocks):
         chosen = info.rows(block)

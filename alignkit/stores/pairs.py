@@ -280,7 +280,12 @@ def _side_by_side(rows: list[tuple[int, ...]]) -> Tensor | None:
 
 def _origin(text: str | None) -> Origin:
     """Pairs that were stored before origins were have none."""
-    return GIVEN if text is None else Origin.from_json(text)
+    try:
+        return GIVEN if text is None else Origin.from_json(text)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"a pair's origin is damaged ({error}): {text!r:.60}; delete its block and build again"
+        ) from None
 
 
 @dataclass(frozen=True)

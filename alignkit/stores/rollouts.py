@@ -82,6 +82,7 @@ class RolloutStore:
         self.info = read_info(self.folder, "rollouts")
         self.rows = open_blocks(self.folder, self.info, blocks)
         self.ids: list[int] = list(self.rows["id"])
+        self._prompts: list[str] = list(self.rows["prompt"])
         self._places = {number: row for row, number in enumerate(self.ids)}
         if len(self._places) != len(self.ids):
             raise DataError(f"{self.folder}: a rollout's id occurs twice; delete the folder and sample again")
@@ -99,11 +100,16 @@ class RolloutStore:
         return self[self._places[number]]
 
     def prompt_of(self, number: int) -> str:
-        return self.rows["prompt"][self._places[number]]
+        return self._prompts[self._places[number]]
 
     def __getitem__(self, index: int) -> Rollout:
         row = self.rows[index]
         tensors = load_tensors(row["tensors"])
         path = Trajectory(tensors["states"], tensors.get("following")) if "states" in tensors else None
-        origin, rows = Origin.from_json(row["origin"]), tuple(row["path_rows"])
+        try:
+            origin, rows = Origin.from_json(row["origin"]), tuple(row["path_rows"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{self.folder}: rollout {row['id']} is damaged ({error}); delete its block's file"
+            ) from None
         return Rollout(row["id"], row["prompt_id"], row["prompt"], tensors["latents"], origin, rows, path)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from alignkit.apo.pairs import build_rollout_pairs, read_rankings, split_prompts
+from alignkit.apo.pairs import build_rollout_pairs, check_rollouts, read_rankings, split_prompts
 from alignkit.config import load_config
 from alignkit.errors import ConfigError, DataError
 from alignkit.given.build import find_given
@@ -227,3 +227,103 @@ def test_stores_of_another_kind_are_named(made_rollouts, made_pairs, tmp_path):
     shutil.copy(made_rollouts / "rollouts" / "block-00000.arrow", tmp_path / "part")
     with pytest.raises(DataError, match="2 of 3 blocks of rollouts are not made yet; run 'alignkit rollout'"):
         RolloutStore(tmp_path / "part")
+
+
+# --- states are of one kind, schedule and interval --------------------------------------------------------------
+
+
+def test_states_of_another_kind_or_schedule_are_refused(build, made_rollouts, rollout_overrides, config_file):
+    """Sampled states are no inversions and inversions no sampled states; rows are of the schedule they were made on."""
+    inversion = ("noise.source=inversion", "noise.path_between=false")
+    config, inverted = build([(0, 1)], *inversion, out="inverted")
+    own = PairStore(made_rollouts / "pairs" / "train")
+
+    def refused(store, words, *changes):
+        folder = store.folder.parents[1]
+        settings = load_config(config_file, rollout_overrides(folder, "noise.path_between=false", *changes))
+        model = load_model(settings.model, with_transformer=False, with_encoders=False)
+        with pytest.raises(DataError, match=words):
+            check_origins(settings, model, check_noise(settings, model), store)
+
+    refused(inverted, "hold no states of their path", "noise.source=path")
+    refused(own, "holds no inversion", "noise.source=inversion")
+    for steps in (3, 12):
+        refused(inverted, "inverted on the schedule", *inversion, f"rollout.num_inference_steps={steps}")
+    refused(inverted, "no states that follow", *inversion, "noise.path_between=true")
+    timesteps = load_model(config.model, with_transformer=False, with_encoders=False).schedule(6).timesteps / 1000
+    free = next(row for row in range(6) if row not in own[0].path_rows)
+    interval = f"noise.interval=[{timesteps[free] - 0.001:.4f},{timesteps[free]:.4f}]"
+    refused(own, "of which none lies in noise.interval", interval, "noise.path_steps=1")
+    model = load_model(config.model, with_transformer=False, with_encoders=False)
+    check_origins(config, model, check_noise(config, model), inverted)
+
+
+def test_pairs_with_and_without_states_are_not_mixed(build):
+    build([(0, 1)], "noise.source=initial", "noise.path_between=false")
+    with pytest.raises(DataError, match="made with states = False, now it is True"):
+        build([(0, 1)])
+
+
+@pytest.mark.parametrize("change", ["model.dtype=bf16", "noise.inversion_guidance=2.0", "noise.path_steps=2"])
+def test_inversions_made_otherwise_are_not_mixed(build, change):
+    keys = ("noise.source=inversion", "noise.path_between=false", "pairs.dtype=fp32")
+    build([(0, 1)], *keys)
+    with pytest.raises(DataError, match=r"holds pairs made with (inverted_by|noise) = "):
+        build([(0, 1)], *keys, change)
+
+
+def test_rollouts_without_the_states_that_are_asked_for_or_of_another_text_length_are_refused(
+    made_rollouts, rollout_overrides, config_file, tmp_path
+):
+    stripped = tmp_path / "rollouts"
+    shutil.copytree(made_rollouts / "rollouts", stripped)
+    info = json.loads((stripped / "rollouts.json").read_text())
+    for states, lacking in ((None, "holds none"), ({"path_between": False}, "none of those that follow")):
+        (stripped / "rollouts.json").write_text(json.dumps(info | {"made": info["made"] | {"states": states}}))
+        with pytest.raises(DataError, match=lacking):
+            check_rollouts(load_config(config_file, rollout_overrides(tmp_path)))
+    config = load_config(config_file, rollout_overrides(made_rollouts, "model.max_sequence_length=32"))
+    with pytest.raises(DataError, match=r"regime.max_sequence_length = 64, now it is 32"):
+        check_rollouts(config)
+
+
+def test_the_same_pairs_the_other_way_round_are_other_pairs(build):
+    """A run must not go on with labels that were exchanged meanwhile."""
+    assert build([(0, 1)], out="one")[1].fingerprint == build([(0, 1)], out="again")[1].fingerprint
+    assert build([(0, 1)], out="one")[1].fingerprint != build([(1, 0)], out="other")[1].fingerprint
+
+
+def test_an_inversion_is_what_the_plain_functions_find(build, rollouts, clips):
+    """At every stored row, with the pair's own prompt and the guidance that was asked for."""
+    from alignkit.models import family_module
+    from alignkit.schedules.inversion import invert, round_trip_error
+
+    video = str(next(clips.glob("*.mp4")))
+    for guidance in (1.0, 3.0):
+        config, store = build([(video, 1)], f"noise.inversion_guidance={guidance}", out=f"g{guidance:g}")
+        pair = store[store.ids.index(0)]
+        model = load_model(config.model)
+        text, negative = (model.pad_text(model.encode_text([p])) for p in (pair.prompt, config.sampler.negative_prompt))
+        seen = {}
+
+        def predict(state, timesteps, model=model, text=text, negative=negative, guidance=guidance):
+            return family_module("wan").guided(model.transformer, state, timesteps, text, negative, guidance)
+
+        schedule, first = model.schedule(6), pair.path_rows[0]
+        top = invert(pair.winner[None], predict, schedule, first, seen.__setitem__)
+        error = round_trip_error(pair.winner[None], top, predict, schedule, first).item()
+        for place, row in enumerate(pair.path_rows):
+            torch.testing.assert_close(pair.path_w.states[place], seen[row][0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(pair.path_w.following[place], seen[row + 1][0], rtol=1e-4, atol=1e-4)
+        assert pair.path_w.error == pytest.approx(error, rel=1e-2)
+
+
+def test_the_command_pairs_rollouts_in_a_folder_of_its_own(
+    command, config_file, rollout_overrides, made_rollouts, tmp_path
+):
+    settings = rollout_overrides(tmp_path / "new", f"data.rollouts={made_rollouts / 'rollouts'}")
+    result = command("pairs", config_file, *settings)
+    assert result.returncode == 0, result.stderr
+    assert len(PairStore(tmp_path / "new" / "pairs" / "train")) == 4
+    refused = command("pairs", config_file, *settings, "rollout.num_inference_steps=9")
+    assert refused.returncode == 2 and "loading" not in refused.stderr

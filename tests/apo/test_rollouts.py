@@ -232,7 +232,7 @@ def test_rollouts_made_otherwise_are_not_mixed(made_rollouts, config, change, na
 
 def test_rollouts_of_other_weights_versions_and_prompts_are_not_mixed(made_rollouts, config, tmp_path, monkeypatch):
     shutil.copytree(made_rollouts / "rollouts", rollouts_folder(config()))
-    monkeypatch.setattr(apo, "version", lambda name: "9.9" if name == "torch" else "x")
+    monkeypatch.setattr(apo, "versions", lambda: {"torch": "9.9"})
     with pytest.raises(DataError, match="made with version of torch = "):
         build_rollouts(config(), CPU, show=False)
     monkeypatch.undo()

@@ -9,6 +9,9 @@ from alignkit.objectives.laws import Law, start_law
 from alignkit.stores.origins import Origin
 from alignkit.stores.pairs import FOLLOWING, INVERTED, SAMPLED, PairStore
 
+OWN = ("initial", "path", "inversion")
+"""The sources that are at each side's own states."""
+
 
 def check_noise(config: Config, model: VideoModel) -> Law:
     """The timestep law of `config`, if its noise source can be had from `model`, whose weights are not read.
@@ -32,7 +35,7 @@ def check_noise(config: Config, model: VideoModel) -> Law:
                 "noise.path_between: the path between two states is known of a first-order solver alone, and "
                 f"{reason}; set rollout.solver: first_order, or leave it out"
             )
-    if noise.source != "shared":
+    if noise.source in OWN:
         masses = law.masses
         possible = int((masses > 0).sum())
         empty = [row for row in range(len(masses)) if masses[row] > 0 and not law.schedule.coefficients[row, 1] > 0]
@@ -65,7 +68,7 @@ def sampler_terms(config: Config, model: VideoModel) -> dict:
 def check_origins(config: Config, model: VideoModel, law: Law, store: PairStore) -> None:
     """Raises DataError unless every pair of `store` has what `noise.source` needs, sampled as `config` samples."""
     source = config.noise.source
-    if source == "shared":
+    if source not in OWN:
         return
     paths = store.states_of
     wanted = sampler_terms(config, model)
