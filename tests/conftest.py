@@ -128,6 +128,7 @@ ROLLOUTS = (
     "rollout.num_inference_steps=6",
     "rollout.solver=first_order",
     "rollout.per_prompt=3",
+    "rollout.negative_prompt=blurred",
     "rollout.batch_size=2",
     "rollout.block_size=4",
     "rollout.previews=1",

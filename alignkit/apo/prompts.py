@@ -6,10 +6,12 @@ from alignkit.errors import DataError
 from alignkit.media.captions import TEXT_KEYS
 from alignkit.media.rows import is_unicode, read_table
 
+KEYS = ("prompt", *(key for key in TEXT_KEYS if key != "prompt"))
+
 
 def read_prompts(file: Path | None) -> list[str]:
     """The prompts of `file`, in its order: .txt, one a line; .jsonl or .csv with a column of texts, such as a captions
-    file. White space is made single spaces, as in captions.
+    file (`prompt` before `caption` and the others). White space is made single spaces, as in captions.
 
     Raises DataError, naming the line, for a prompt that is empty, no text or there twice, and for a file without any.
     """
@@ -45,9 +47,9 @@ def _column(file: Path) -> list[tuple[int, str]]:
         where = f"data.prompts: {file}:{number}"
         if isinstance(row, str):
             raise DataError(f"{where}: {row}")
-        value = next((row[key] for key in TEXT_KEYS if row.get(key) is not None), None)
+        value = next((row[key] for key in KEYS if row.get(key) is not None), None)
         if value is None:
-            raise DataError(f"{where}: holds no prompt (one of: {', '.join(TEXT_KEYS)})")
+            raise DataError(f"{where}: holds no prompt (one of: {', '.join(KEYS)})")
         if not isinstance(value, str) or not is_unicode(value):
             raise DataError(f"{where}: the prompt is not a text but {value!r:.60}")
         texts.append((number, value))

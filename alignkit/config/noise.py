@@ -102,7 +102,7 @@ class RolloutSection(Section):
     guidance_scale: NonNegative | None = None
     dynamic_guidance: bool | None = Field(None, description="CogVideoX's use_dynamic_cfg")
     negative_prompt: str | None = None
-    block_size: Positive = Field(32, description="videos in one file: the unit that is made and resumed whole")
+    block_size: Positive = Field(8, description="videos in one file: the unit that is made and resumed whole")
     batch_size: Positive = Field(1, description="videos sampled at once; a smaller last batch is filled up")
     previews: Count = Field(4, description="videos written for people to look at")
 

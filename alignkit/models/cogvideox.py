@@ -133,11 +133,10 @@ class CogVideoXModel(ModelFolder):
         return v_coefficients(self.scheduler.alphas_cumprod.double()[timestep.long()]), timestep
 
     def first_order(self, num_steps: int) -> str | None:
-        trained = len(self.scheduler.alphas_cumprod)
-        if trained % num_steps:
-            return (
-                f"DDIM's own steps miss the schedule's unless their number divides {trained}, and {num_steps} does not"
-            )
+        timesteps = self.schedule(num_steps).timesteps
+        step = len(self.scheduler.alphas_cumprod) // num_steps
+        if not torch.equal(timesteps[:-1] - step, timesteps[1:]) or timesteps[-1] - step >= 0:
+            return f"DDIM steps down by {step} timesteps, which are not those from row to row of its {num_steps} steps"
         return None
 
     @property

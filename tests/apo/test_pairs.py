@@ -138,7 +138,7 @@ def test_a_video_that_cannot_be_decoded_is_left_out(build, tmp_path):
         (("rollout.num_inference_steps=5",), "schedule"),
         (("rollout.solver=model", "noise.path_between=false"), "solver"),
         (("rollout.guidance_scale=1.0",), "guidance"),
-        (("rollout.negative_prompt=blurred",), "negative_prompt"),
+        (("rollout.negative_prompt=grey",), "negative_prompt"),
     ],
 )
 def test_rollouts_of_another_sampler_than_the_configurations_are_refused(

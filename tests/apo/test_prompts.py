@@ -20,6 +20,7 @@ def lines(*rows):
         ("prompts.txt", "a red circle\na blue square, on  stripes \r\nein grünes Dreieck"),
         ("prompts.txt", "\ufeffa red circle\na blue square, on stripes\nein grünes Dreieck\n"),
         ("prompts.jsonl", lines(*({"prompt": prompt} for prompt in PROMPTS))),
+        ("both.jsonl", lines(*({"caption": "another", "prompt": prompt} for prompt in PROMPTS))),
         ("captions.jsonl", lines(*({"video": f"{i}.mp4", "caption": p} for i, p in enumerate(PROMPTS)))),
         (
             "captions.csv",
@@ -43,7 +44,7 @@ def test_prompts_come_from_texts_and_captions_files(tmp_path, name, content):
         ("p.jsonl", "", "holds no prompt"),
         ("p.jsonl", lines({"prompt": "a"}, {"prompt": ""}), "p.jsonl:2: the prompt is empty"),
         ("p.jsonl", lines({"prompt": "a"}, {"caption": "a"}), "p.jsonl:2: the same prompt as line 1"),
-        ("p.jsonl", lines({"prompt": "a"}, {"promt": "b"}), "p.jsonl:2: holds no prompt .one of: caption"),
+        ("p.jsonl", lines({"prompt": "a"}, {"promt": "b"}), "p.jsonl:2: holds no prompt .one of: prompt"),
         ("p.jsonl", lines({"prompt": 5}), "p.jsonl:1: the prompt is not a text but 5"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "p.jsonl:2: is not JSON"),
         ("p.jsonl", '"a"\n', "p.jsonl:1: is not a JSON object"),

@@ -191,9 +191,9 @@ def run_in_engine(arguments, processes):
 
 
 def test_a_training_engine_samples_with_its_own_weights(store, rollout_overrides, config_file, tmp_path):
-    """Under ZeRO-3, on two processes with three blocks between them (the last of one rollout): nobody hangs, and the
-    rollouts are those of the plain module but for rounding, since the weights are."""
-    settings = rollout_overrides(tmp_path / "run", "deepspeed.preset=zero3")
+    """Under ZeRO-3, on two processes with blocks of five and of four rollouts: nobody waits for forwards that the other
+    does not run, and the rollouts are those of the plain module but for rounding, since the weights are."""
+    settings = rollout_overrides(tmp_path / "run", "deepspeed.preset=zero3", "rollout.block_size=5")
     prompts = [store[row].prompt for row in (0, 3, 6)]
     regime = run_in_engine([config_file, tmp_path / "made", json.dumps(prompts), *settings], 2)
     assert regime["engine"] == "zero3" and regime["batch"] == 2
@@ -214,7 +214,7 @@ def test_a_training_engine_samples_with_its_own_weights(store, rollout_overrides
         ("rollout.num_inference_steps=5", "schedule"),
         ("rollout.solver=model", "solver"),
         ("rollout.guidance_scale=1.0", "guidance"),
-        ("rollout.negative_prompt=blurred", "negative_prompt"),
+        ("rollout.negative_prompt=grey", "negative_prompt"),
         ("rollout.seed=4", "seed"),
         ("rollout.batch_size=3", "regime.batch"),
         ("noise.path_steps=2", "states"),

@@ -179,3 +179,34 @@ def test_rows_without_a_finite_signal_change_nothing_much(law):
     made.observe({SIGNAL: zeros})
     points = draw(made)
     assert (points.weight - 1).abs().max() < 1e-9
+
+
+def test_a_rows_running_mean_forgets_a_hundredth_a_step(law):
+    """decay 0.99: of two steps' means the earlier one weighs 0.99."""
+    made, counts = law("adaptive"), torch.ones(20, dtype=torch.float64)
+    for size in (4.0, 1.0):
+        made.observe({SIGNAL: torch.stack([counts * size, counts])})
+    state = made.state()
+    assert (state["sums"] / state["counts"])[0] == pytest.approx((0.99 * 4 + 1) / 1.99)
+
+
+def test_rows_outside_the_interval_are_not_drawn_among_stored_ones(law):
+    for name in LAWS:
+        made = law(name, "noise.interval=[0.4,0.8]")
+        rows = torch.tensor([0, int(made.allowed[0]), int(made.allowed[-1]), 19])
+        points = draw(made, among=rows.expand(MANY, -1))
+        assert set(points.rows.tolist()) == set(rows[1:3].tolist())
+        assert (points.rows == rows[1]).double().mean() == pytest.approx(0.5, abs=4 * 0.5 / MANY**0.5)
+        assert points.weight is None or (points.weight - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_which_stored_row_is_trained_does_not_depend_on_which_are_stored(law, epoch):
+    """Of one stream for both, the row that arrives first would be drawn far more often in the epoch of that key."""
+    made, count = law("schedule"), 4000
+    rows = torch.tensor([
+        stored_rows(made, 4, NoiseKey(0, torch.tensor([i]), epoch, Stream.PATH_ROWS)) for i in range(count)
+    ])  # fmt: skip
+    drawn = made.draw(torch.arange(count), torch.full((count,), epoch), rows).rows
+    seen = torch.bincount(drawn, minlength=20) / count
+    assert ((seen - 0.05).abs() < 4.5 * (0.05 * 0.95 / count) ** 0.5).all()

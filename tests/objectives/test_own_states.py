@@ -1,18 +1,20 @@
 """Each side at states of its own path: what the network is shown, and the noise its errors are taken against."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from alignkit.config import load_config
 from alignkit.models import load_model
-from alignkit.objectives.diagnostics import inversion_numbers
+from alignkit.objectives.diagnostics import inversion_numbers, signal
 from alignkit.objectives.laws import start_law
 from alignkit.objectives.preference import preference_loss
 from alignkit.objectives.states import SOURCES, predictions, training_states
 from alignkit.stores.origins import REAL, Origin, Trajectory
 from alignkit.stores.pairs import PairStore, collate
+from alignkit.training.run import Run
 from alignkit_kernels import NoiseKey, PathState, Stream, add_keyed_noise, keyed_randn, pair_region_errors
 
 EPOCHS = torch.tensor([2, 2])
@@ -213,3 +215,24 @@ def test_inversions_are_counted_and_those_far_off_flagged(pairs):
     batch = collate([inverted(pairs[0], "w", 0.3), inverted(inverted(pairs[1], "w", 0.1), "l", 0.2), pairs[2]])
     assert inversion_numbers(batch, None)["inversion/error"].tolist() == [0.3, 0.2, 0.0]
     assert inversion_numbers(batch, 0.25)["inversion/flagged"].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_the_adaptive_laws_signal_is_the_size_of_a_pairs_gradient():
+    """σ(−z)·√(E_w + E_l): a pair that is learnt teaches nothing, one that is swapped teaches most."""
+    z, errors = torch.tensor([[0.0, 40.0, -40.0], [0.09, 1.0, 0.5]], dtype=torch.float64)
+    means = SimpleNamespace(error_w=errors, error_l=torch.zeros(3).double())
+    got = signal(SimpleNamespace(logits={"global": z}, means=means))
+    torch.testing.assert_close(got, torch.tensor([0.15, 0.0, 0.5**0.5], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_a_run_guides_away_from_the_negative_prompt_of_its_rollouts(made_rollouts, config, wan, model):
+    store = PairStore(made_rollouts / "pairs" / "train")
+    with torch.no_grad():
+        assert torch.equal(store.negative_text, wan.encode_text(["blurred"])[0])
+    assert not torch.equal(store.negative_text, store.empty_text)
+    settings = config("noise.guided=true", "noise.path_between=false")
+    policy = SimpleNamespace(module=model.transformer)
+    run = Run(settings, None, model, store, policy, None, start_law(settings, model), None)
+    states = run.states(collate([store[0]]), EPOCHS[:1])
+    assert torch.equal(states.negative[0], model.pad_text([store.negative_text])[0])
+    assert states.guidance == settings.sampler.guidance > 1

@@ -82,7 +82,13 @@ def check_origins(config: Config, model: VideoModel, law: Law, store: PairStore)
             if origin.kind == "rollout" and source != "inversion":
                 _check_recipe(origin, wanted, where)
             if source == "initial" and origin.kind == "regenerated":
-                starts.setdefault((origin.recipe["steps"], origin.first), where)
+                steps, then = origin.recipe["steps"], origin.recipe["schedule"]
+                if (now := model.schedule(steps).fingerprint) != then:
+                    raise DataError(
+                        f"{where}: its loser was regenerated on the schedule {then!r}, the model's {steps} steps are "
+                        f"{now!r} now; build the pairs again"
+                    )
+                starts.setdefault((steps, origin.first), where)
         if config.noise.guided and "rollout" not in kinds:
             raise DataError(f"{where}: noise.guided is for pairs of rollouts, whose guidance is known; leave it out")
     _check_starts(law, model, starts)

@@ -7,6 +7,7 @@ is in the row's checksum.
 
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import struct
 import zlib
@@ -80,6 +81,7 @@ def cache_info(config: Config, process: Process, model: VideoModel, store: PairS
         "deepspeed.config": config.deepspeed.config,
         "device": _device_name(device),
         **{name: _version(name) for name in ("torch", "triton", "diffusers", "deepspeed")},
+        **{name: _installed(name) for name in ("flash-attn", "xformers")},
         **{f"train.{key}": getattr(train, key) for key in ("micro_batch_size", "global_batch_size", "seed", "compile")},
         **{f"noise.{key}": value for key, value in config.noise.model_dump(mode="json").items()},
         # the other entry comes of a set, in any order
@@ -175,6 +177,14 @@ def _version(library: str) -> str | None:
     try:
         return importlib.import_module(library).__version__
     except ImportError:
+        return None
+
+
+def _installed(library: str) -> str | None:
+    """The same of one that takes long to import."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 
