@@ -42,8 +42,8 @@ def inversion_terms(config: Config, model: VideoModel) -> dict:
 
 
 def add_inversions(config: Config, model: VideoModel, law: Law, pairs: list[Pair]) -> list[Pair]:
-    """`pairs` with a trajectory for every side that `noise` wants inverted, at the rows that the other side's rollout
-    has states at, or at `noise.path_steps` rows drawn for the pair.
+    """`pairs` with a trajectory for every side that `noise` wants inverted and that has no inversion, at the rows that
+    the other side's rollout has states at, or at `noise.path_steps` rows drawn for the pair.
 
     By the frozen `model`, one video after the other, so that a pair's numbers do not depend on its company.
     """
@@ -52,7 +52,12 @@ def add_inversions(config: Config, model: VideoModel, law: Law, pairs: list[Pair
 
 def _with_inversions(config: Config, model: VideoModel, law: Law, pair: Pair) -> Pair:
     kinds = {"w": pair.origin_w.kind, "l": pair.origin_l.kind}
-    wanted = [side for side, other in (("w", "l"), ("l", "w")) if config.noise.inverts(kinds[side], kinds[other])]
+    paths = {"w": pair.path_w, "l": pair.path_l}
+    wanted = [
+        side
+        for side, other in (("w", "l"), ("l", "w"))
+        if config.noise.inverts(kinds[side], kinds[other]) and (paths[side] is None or paths[side].error is None)
+    ]
     if not wanted:
         return pair
     rows = pair.path_rows if config.noise.source != "inversion" else ()
@@ -60,8 +65,8 @@ def _with_inversions(config: Config, model: VideoModel, law: Law, pair: Pair) ->
         key = NoiseKey(config.pairs.seed, torch.tensor([pair.id]), 0, Stream.PATH_ROWS)
         rows = stored_rows(law, config.noise.path_steps, key)
     videos = {"w": pair.winner, "l": pair.loser}
-    paths = {f"path_{side}": _inverted(config, model, law, pair, videos[side], rows) for side in wanted}
-    return replace(pair, path_rows=rows, **paths)
+    found = {f"path_{side}": _inverted(config, model, law, pair, videos[side], rows) for side in wanted}
+    return replace(pair, path_rows=rows, **found)
 
 
 def _inverted(

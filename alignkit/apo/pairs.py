@@ -263,6 +263,7 @@ def _make_rows(
 ) -> Made:
     stored = LATENT_DTYPES[stored_dtype(config, working_dtype(config.model, model.vae.device))]
     made, problems = [], []
+    anchors: dict[tuple, Trajectory] = {}  # one real video may be named beside each of a prompt's rollouts
     for row in (rankings[number] for number in rows):
         try:
             pair = _pair(config, model, rollouts, row)
@@ -271,7 +272,7 @@ def _make_rows(
             advance(1)
             continue
         if inverted:
-            (pair,) = add_inversions(config, model, law, [pair])
+            pair = _inverted(config, model, law, row, pair, anchors)
         fault = fault_of(pair, stored)
         if fault:
             problems.append(Problem(row.where, fault))
@@ -279,6 +280,21 @@ def _make_rows(
             made.append(pair)
         advance(1)
     return made, problems
+
+
+def _inverted(
+    config: Config, model: VideoModel, law: Law, row: Ranking, pair: Pair, anchors: dict[tuple, Trajectory]
+) -> Pair:
+    """`pair` with its inversions; those of real videos at a prompt's rows are looked up in `anchors`, or added."""
+    keys = {
+        f"path_{side}": (video, row.prompt, pair.path_rows)
+        for side, video in (("w", row.chosen), ("l", row.rejected))
+        if isinstance(video, Path) and pair.path_rows
+    }
+    pair = replace(pair, **{path: anchors[key] for path, key in keys.items() if key in anchors})
+    (pair,) = add_inversions(config, model, law, [pair])
+    anchors |= {key: getattr(pair, path) for path, key in keys.items()}
+    return pair
 
 
 def _pair(config: Config, model: VideoModel, rollouts: RolloutStore, row: Ranking) -> Pair:

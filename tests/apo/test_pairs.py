@@ -327,3 +327,14 @@ def test_the_command_pairs_rollouts_in_a_folder_of_its_own(
     assert len(PairStore(tmp_path / "new" / "pairs" / "train")) == 4
     refused = command("pairs", config_file, *settings, "rollout.num_inference_steps=9")
     assert refused.returncode == 2 and "loading" not in refused.stderr
+
+
+def test_an_anchor_is_inverted_once_for_a_prompts_rollouts(build, clips, monkeypatch):
+    from alignkit.apo import inversions
+
+    calls, plain = [], inversions._inverted
+    monkeypatch.setattr(inversions, "_inverted", lambda *given: calls.append(given) or plain(*given))
+    video = str(next(clips.glob("*.mp4")))
+    _, store = build([(video, 0), (video, 1), (2, video)])
+    paths = [store[store.ids.index(0)].path_w, store[store.ids.index(1)].path_w, store[store.ids.index(2)].path_l]
+    assert len(calls) == 1 and all(torch.equal(path.states, paths[0].states) for path in paths)
