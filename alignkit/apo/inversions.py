@@ -14,7 +14,6 @@ from alignkit.objectives.laws import Law, stored_rows
 from alignkit.schedules.inversion import EVALUATIONS, invert, round_trip_error
 from alignkit.stores.origins import Trajectory
 from alignkit.stores.pairs import Pair
-from alignkit_kernels import NoiseKey, Stream
 
 
 def versions() -> dict[str, str]:
@@ -62,8 +61,7 @@ def _with_inversions(config: Config, model: VideoModel, law: Law, pair: Pair) ->
         return pair
     rows = pair.path_rows if config.noise.source != "inversion" else ()
     if not rows:
-        key = NoiseKey(config.pairs.seed, torch.tensor([pair.id]), 0, Stream.PATH_ROWS)
-        rows = stored_rows(law, config.noise.path_steps, key)
+        rows = stored_rows(law, config.noise.path_steps, config.pairs.seed, pair.id, 0)
     videos = {"w": pair.winner, "l": pair.loser}
     found = {f"path_{side}": _inverted(config, model, law, pair, videos[side], rows) for side in wanted}
     return replace(pair, path_rows=rows, **found)

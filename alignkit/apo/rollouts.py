@@ -248,8 +248,7 @@ def _kept_rows(sampling: Sampling, prompt: int) -> tuple[int, ...]:
     config = sampling.config
     if not config.noise.stores_states:
         return ()
-    key = NoiseKey(config.rollout.seed, torch.tensor([prompt]), sampling.draw, Stream.PATH_ROWS)
-    return stored_rows(sampling.law, config.noise.path_steps, key)
+    return stored_rows(sampling.law, config.noise.path_steps, config.rollout.seed, prompt, sampling.draw)
 
 
 def _trajectory(states: dict[int, Tensor], rows: tuple[int, ...], between: bool) -> Trajectory | None:

@@ -9,13 +9,16 @@ from alignkit.config.objective import OBJECTIVES, ObjectiveSection
 from alignkit.config.reading import changed, dump_config, load_config, merged, shipped_config
 from alignkit.config.sections import (
     DataSection,
+    DeepSpeedSection,
     EvaluationSection,
     Family,
     LoraSection,
     MaskSection,
     ModelSection,
+    OutputSection,
     PairsSection,
     SampleSection,
+    Section,
     TrainSection,
 )
 from alignkit.config.whole import Config, StageSection
@@ -24,6 +27,7 @@ __all__ = [
     "OBJECTIVES",
     "Config",
     "DataSection",
+    "DeepSpeedSection",
     "EvaluationSection",
     "Family",
     "LoraSection",
@@ -31,11 +35,13 @@ __all__ = [
     "ModelSection",
     "NoiseSection",
     "ObjectiveSection",
+    "OutputSection",
     "PairsSection",
     "ReferenceSection",
     "RolloutSection",
     "SampleSection",
     "Sampler",
+    "Section",
     "StageSection",
     "TrainSection",
     "changed",

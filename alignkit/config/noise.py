@@ -92,7 +92,7 @@ class RolloutSection(Section):
     folder: Path | None = Field(None, description="where they are, to be shared by runs; null: output.dir/rollouts")
     per_prompt: Positive = Field(4, description="videos sampled for each prompt, from different noise")
     seed: Seed = 0
-    round: Annotated[int, Field(ge=0, lt=2**32 - 1)] = Field(
+    round: Annotated[int, Field(ge=0, lt=2**31 - 1)] = Field(
         0, description="which rollouts of these prompts: another round starts from other noise"
     )
     solver: Literal["model", "first_order"] = Field(

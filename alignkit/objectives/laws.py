@@ -252,8 +252,12 @@ def start_law(config: Config, model: VideoModel) -> Law:
     return LAWS[config.noise.timesteps](config, model)
 
 
-def stored_rows(law: Law, count: int, key: NoiseKey) -> tuple[int, ...]:
-    """`count` different rows of the law's schedule, ascending, drawn by the law for the one prompt of `key`.
+STORED_DRAWS = 2**31
+"""Epochs lie below: which rows are stored and which of them training draws must not come of the same numbers."""
+
+
+def stored_rows(law: Law, count: int, seed: int, number: int, draw: int) -> tuple[int, ...]:
+    """`count` different rows of the law's schedule, ascending, drawn by the law for one prompt or pair, `number`.
 
     Without replacement, by exponential races (Efraimidis and Spirakis 2006): the first to arrive, each at its mass's
     rate. Raises ConfigError where the law knows fewer rows.
@@ -265,6 +269,7 @@ def stored_rows(law: Law, count: int, key: NoiseKey) -> tuple[int, ...]:
             f"noise.path_steps: {count}, but only {possible} of the sampler's {len(masses)} steps can be drawn; lower "
             "it, or widen noise.interval"
         )
+    key = NoiseKey(seed, torch.tensor([number]), STORED_DRAWS + draw, Stream.TIMESTEP)
     u = keyed_rand((1, len(masses)), key, device="cpu", dtype=torch.float64)[0]
     arrival = torch.where(masses > 0, -torch.log1p(-u) / masses, torch.inf)
     return tuple(sorted(arrival.argsort()[:count].tolist()))

@@ -14,4 +14,3 @@ class Stream(IntEnum):
     ROLLOUT = 5  # what sampling a video starts from
     CAPTION_DROPOUT = 6
     EVALUATION = 7
-    PATH_ROWS = 8  # which states of a path are stored

@@ -90,16 +90,12 @@ def test_without_an_interval_the_numbers_are_those_of_before(models):
 # --- states stored at rows -----------------------------------------------------------------------------------
 
 
-def key_of(prompt):
-    return NoiseKey(3, torch.tensor([prompt]), 1, Stream.TIMESTEP)
-
-
 @pytest.mark.parametrize("name", LAWS)
 def test_stored_rows_are_different_ascending_and_the_laws(law, name):
     made = law(name)
-    rows = [stored_rows(made, 4, key_of(prompt)) for prompt in range(500)]
+    rows = [stored_rows(made, 4, 3, prompt, 1) for prompt in range(500)]
     assert all(len(set(one)) == 4 and list(one) == sorted(one) for one in rows)
-    assert rows == [stored_rows(made, 4, key_of(prompt)) for prompt in range(500)]
+    assert rows == [stored_rows(made, 4, 3, prompt, 1) for prompt in range(500)]
     often = torch.bincount(torch.tensor(rows).flatten(), minlength=20).double()
     likely, unlikely = made.masses.argmax(), made.masses.argmin()
     assert often[likely] >= often[unlikely] and len({*rows}) > 300
@@ -107,7 +103,7 @@ def test_stored_rows_are_different_ascending_and_the_laws(law, name):
 
 def test_more_stored_rows_than_steps_are_refused(law):
     with pytest.raises(ConfigError, match=r"noise.path_steps: 19, but only"):
-        stored_rows(law("schedule", "noise.interval=[0.3,0.9]"), 19, key_of(0))
+        stored_rows(law("schedule", "noise.interval=[0.3,0.9]"), 19, 3, 0, 1)
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -205,7 +201,7 @@ def test_which_stored_row_is_trained_does_not_depend_on_which_are_stored(law, ep
     """Of one stream for both, the row that arrives first would be drawn far more often in the epoch of that key."""
     made, count = law("schedule"), 4000
     rows = torch.tensor([
-        stored_rows(made, 4, NoiseKey(0, torch.tensor([i]), epoch, Stream.PATH_ROWS)) for i in range(count)
+        stored_rows(made, 4, 0, i, epoch) for i in range(count)
     ])  # fmt: skip
     drawn = made.draw(torch.arange(count), torch.full((count,), epoch), rows).rows
     seen = torch.bincount(drawn, minlength=20) / count
