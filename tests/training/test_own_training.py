@@ -25,6 +25,7 @@ MODES = {
     "adaptive": ("noise.source=path", "noise.timesteps=adaptive", "train.learning_rate=1e-4"),
 }
 STEPS = 2
+ON_SEVERAL = {2: ("shared", "path", "guided", "adaptive"), 4: ("initial", "between", "inversion")}  # each once: seconds
 IN_EVERY_MODE = """
 import json, os, sys
 import torch
@@ -38,11 +39,11 @@ from alignkit.training.engine import load_network
 from alignkit.training.run import start_run
 from alignkit.training.weights import open_start
 
-def train(file):
+def train(file, modes):
     process, linear = start_process(), torch.nn.functional.linear
     torch.set_num_threads(1)
     answers = {}
-    for mode, settings in json.loads(sys.argv[2]).items():
+    for mode, settings in modes.items():
         torch.nn.functional.linear = linear  # of ZeRO-3's own rounding
         config = load_config(sys.argv[1], settings)
         model = load_model(config.model, with_transformer=False, with_encoders=False)
@@ -54,14 +55,15 @@ def train(file):
     if process.main:
         file.write_text(json.dumps(answers))
 
-for count in json.loads(sys.argv[4]):  # forked: the imports are paid for once
+for count, names in json.loads(sys.argv[4]):  # forked: the imports are paid for once
+    modes = {name: settings for name, settings in json.loads(sys.argv[2]).items() if name in names}
     address, running = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}, []
     for rank in range(count):
         child = os.fork()
         if not child:
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             os.environ.update(address, **{name: str(number) for name, number in numbers.items()})
-            train(Path(sys.argv[5]) / f"{count}.json")
+            train(Path(sys.argv[5]) / f"{count}.json", modes)
             sys.exit()
         running.append(child)
     while running:
@@ -93,8 +95,8 @@ def metrics_on(stores, rollout_overrides, config_file, tmp_path_factory):
     """Every mode's metrics of two steps, by the number of processes."""
     folder = tmp_path_factory.mktemp("modes")
     settings = {mode: settings_of(mode, stores, rollout_overrides, folder / mode) for mode in MODES}
-    counts = [1, 2, 4]
-    arguments = [config_file, json.dumps(settings), str(STEPS), json.dumps(counts), folder]
+    counts = {1: tuple(MODES), **ON_SEVERAL}
+    arguments = [config_file, json.dumps(settings), str(STEPS), json.dumps([*counts.items()]), folder]
     subprocess.run([sys.executable, "-c", IN_EVERY_MODE, *arguments], check=True, timeout=280)
     return {count: json.loads((folder / f"{count}.json").read_text()) for count in counts}
 
@@ -103,7 +105,7 @@ def test_a_global_batch_has_the_same_numbers_on_any_number_of_processes(metrics_
     one = metrics_on[1]
     for processes in (2, 4):
         several = metrics_on[processes]
-        for mode in MODES:
+        for mode in several:
             first, second = ((a, b) for a, b in zip(one[mode], several[mode], strict=True))
             # the first step's pairs are the same numbers, summed over processes in another order, in fp64
             for key, value in first[0].items():
