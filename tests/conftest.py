@@ -31,6 +31,9 @@ COGVIDEOX_TEXT_LENGTH = 24
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUM_CLIPS = 10
 SMALL = (
+    "data.height=32",
+    "data.width=32",
+    "data.num_frames=9",
     "pairs.num_inference_steps=4",
     "pairs.strengths=[3]",
     "pairs.block_size=4",
@@ -122,9 +125,6 @@ PROMPTS = (
     "a green triangle moves right on a plain background",
 )
 ROLLOUTS = (
-    "data.height=32",
-    "data.width=32",
-    "data.num_frames=9",
     "rollout.num_inference_steps=6",
     "rollout.solver=first_order",
     "rollout.per_prompt=3",

@@ -43,6 +43,7 @@ def process():
 def config(overrides, config_file, table, tmp_path):
     """`config("objective.name=dpo")` over the table."""
     settings = [text for text in overrides(tmp_path / "run") if not text.startswith("data.videos")]
+    settings += ["data.height=48", "data.width=48", "data.num_frames=17"]  # the clips as they are
     return lambda *more: load_config(config_file, [*settings, f"data.pairs={table}", "data.heldout=0.25", *more])
 
 

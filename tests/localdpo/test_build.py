@@ -56,11 +56,14 @@ def test_a_killed_build_goes_on_to_the_same_bytes(start_command, command, config
     assert blocks(out) == blocks(made_pairs)
 
 
+WHOLE = ("data.height=48", "data.width=48", "data.num_frames=17")  # the clips as they are
+
+
 def test_a_stored_pair_is_what_the_public_parts_make_of_its_clip(small_config, clips, wan):
     """Prompts, guidance, strength, noise, mask and text of every pair, put together again by hand."""
     config = small_config(
         'pairs.prompt_prefix="sharp, "', "pairs.negative_prompt=blurred", "pairs.guidance_scale=3.0", "pairs.seed=7",
-        "pairs.strengths=[6,7]", "pairs.batch_size=1", "pairs.per_clip=2", "pairs.num_inference_steps=8",
+        "pairs.strengths=[6,7]", "pairs.batch_size=1", "pairs.per_clip=2", "pairs.num_inference_steps=8", *WHOLE,
     )  # fmt: skip
     build_pairs(config, CPU)
     captions = {row["video"]: row["caption"] for row in map(json.loads, (clips / "captions.jsonl").open())}
@@ -188,7 +191,7 @@ def test_own_masks_are_used_and_clips_without_one_left_out(small_config, clips, 
         mask = np.zeros((17, 48, 48), dtype=bool)
         mask[:, :24, 24:] = True
         np.save(masks / f"{name}.npy", mask)
-    config = small_config(f"pairs.mask.files={masks}")
+    config = small_config(f"pairs.mask.files={masks}", *WHOLE)
     build_pairs(config, CPU)
     (row,) = map(json.loads, (config.output.dir / "skipped.jsonl").read_text().splitlines())
     assert row["video"] == f"{names[-1]}.mp4" and "pairs.mask.files: no mask" in row["reason"]
