@@ -172,6 +172,11 @@ def experiment(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where everything is written and taken up again.")] = EXPERIMENTS,
     smoke: Annotated[bool, typer.Option(help="A few steps: minutes, and no conclusions.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="localdpo: compare the methods on this configuration's model and videos."),
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="With --config: keys of it, as key=value.")] = None,
     nproc: Processes = 1,
 ) -> None:
     """Compare losses, with several seeds: on small models, or on points.
@@ -190,6 +195,16 @@ def experiment(
 
         paths.run(out / "paths")
         return
+    if config is not None:
+        if name != "localdpo" or smoke or nproc > 1 or family is not None:
+            raise ConfigError("experiment --config: goes with localdpo alone, without --family, --smoke and --nproc")
+        _quiet_libraries()
+        from alignkit.experiments import full
+
+        full.run(config, out / "full", overrides or [])
+        return
+    if overrides:
+        raise ConfigError("experiment: key=value goes with --config alone")
     family = family or "wan"
     from alignkit.training.distributed import launched, run_processes
 

@@ -12,19 +12,20 @@ from alignkit.apo.prompts import read_prompts
 from alignkit.apo.rollouts import build_rollouts, rollouts_folder
 from alignkit.config import Config, dump_config
 from alignkit.errors import DataError
+from alignkit.evaluation.readiness import CLIPS, cannot_draw, explained_share, too_few
 from alignkit.evaluation.samples import PLAYBACK_FPS
 from alignkit.files import write_atomically, write_json
 from alignkit.given.build import build_given_pairs, find_given
 from alignkit.localdpo.build import build_pairs, check_settings
-from alignkit.localdpo.sources import check_count, check_masks, find_usable
+from alignkit.localdpo.sources import Source, check_count, check_masks, find_usable
 from alignkit.media.captions import Problem
-from alignkit.media.videos import write_video
+from alignkit.media.videos import decode_clip, write_video
 from alignkit.models import load_model
 from alignkit.objectives.states.checks import check_noise, check_states
 from alignkit.progress import say
 from alignkit.report.pictures import StoredPair, write_pair, write_preview
 from alignkit.stages import stage_configs
-from alignkit.stores.folders import pairs_folder
+from alignkit.stores.folders import pairs_folder, video_spec
 from alignkit.stores.pairs import Pair, PairStore
 from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.cache import build_cache, with_cache
@@ -101,14 +102,28 @@ def _pairs(config: Config) -> None:
     worker = lone_worker()
     build = build_given_pairs if config.data.pairs else build_pairs
     build = build_rollout_pairs if config.data.rollouts else build
-    preview = partial(_preview_pairs, config) if worker.main else None
-    for split in build(config, worker.device, show=worker.main, preview=preview):
+    hooks = {"preview": partial(_preview_pairs, config)} if worker.main else {}
+    if worker.main and build is build_pairs:
+        hooks["foresee"] = partial(_foresee, config)
+    for split in build(config, worker.device, show=worker.main, **hooks):
         if worker.main:
             folder, count = pairs_folder(config, split), len(PairStore(pairs_folder(config, split)))
             size = sum(file.stat().st_size for file in folder.glob("block-*.arrow")) / 1e6
             say(f"{count} {split} pairs, {size:.3g} MB, in {folder}")
     if worker.main:
         write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
+
+
+def _foresee(config: Config, model, sources: list[Source], heldout: int) -> None:
+    """Say now that there will be no verdict, when that is so already."""
+    first = sources[:CLIPS]
+    clips = torch.stack([decode_clip(source.clip.path, video_spec(config)) for source in first])
+    latents = torch.cat([model.encode_video(clip[None]) for clip in clips])
+    text = model.pad_text(model.encode_text([source.clip.caption for source in first])).to(latents.device, model.dtype)
+    share = explained_share(model, latents, text)
+    for reason in (cannot_draw(share, config.model.path), too_few(heldout)):
+        if reason:
+            say(f"this alignment cannot be judged: {reason}")
 
 
 def _rollout(config: Config) -> None:

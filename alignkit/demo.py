@@ -10,6 +10,7 @@ from alignkit.stages import stage_configs
 from alignkit.tiny.clips import write_clips
 
 STAGES = ("pairs", "train", "sample", "eval", "report")
+VERDICTS = {"reached": "reached", "not reached": "NOT reached", "cannot be judged": "cannot be judged"}
 CLIPS = 160
 CLIPS_SEED = 20_260  # other clips than the shipped weights were trained on
 
@@ -47,11 +48,10 @@ def _conclude(config: Config) -> None:
     say("")
     for check in summary["criteria"]:
         say(f"  {'✓' if check['reached'] else '✗'} {check['text']}")
+    for reason in summary["unjudged"]:
+        say(f"  ? {reason}")
     total = sum(summary["seconds"].values())
-    say(
-        f"alignment {'reached' if summary['reached'] else 'NOT reached'}, {total:.0f} s, "
-        f"{summary['peak_memory_gb']:.1f} GB at most"
-    )
+    say(f"alignment {VERDICTS[summary['verdict']]}, {total:.0f} s, {summary['peak_memory_gb']:.1f} GB at most")
     say(f"report:  {config.output.dir / 'report.html'}")
     pipeline = json.loads((config.output.dir / "export/model_index.json").read_text())["_class_name"]
     say(f"model:   {config.output.dir / 'export'}  ({pipeline}.from_pretrained loads it)")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from alignkit.config import OBJECTIVES, dump_config, load_config, shipped_config
+from alignkit.config import OBJECTIVES, ObjectiveSection, dump_config, load_config, shipped_config
 from alignkit.errors import ConfigError
 
 
@@ -108,6 +108,29 @@ def test_dumped_configuration_reads_back_equal(tmp_path, objective):
         shipped_config("wan-tiny-localdpo.yaml"), ["data.videos=some/where", f"objective={json.dumps(objective)}"]
     )
     assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_another_objective_on_the_command_line_begins_with_its_own_defaults(tmp_path):
+    file = write(tmp_path, GOOD + "objective: {beta: 200, weight_sft: 100}")
+    assert load_config(file, ["objective.name=sft"]).objective == ObjectiveSection(name="sft")
+    dpo = load_config(file, ["objective.weight_sft=3", "objective.name=dpo"]).objective
+    assert (dpo.beta, dpo.weight_sft) == (5000, 3), "the file's weights were for the file's objective"
+    same = load_config(file, ["objective.name=local_dpo"]).objective
+    assert (same.beta, same.weight_sft) == (200, 100)
+
+
+def test_a_beta_on_the_command_line_needs_no_limits_of_an_automatic_one(tmp_path):
+    file = write(tmp_path, GOOD + "objective: {beta: auto, beta_min: 20, beta_max: 500, weight_sft: 100}")
+    fixed = load_config(file, ["objective.beta=70"]).objective
+    assert (fixed.beta, fixed.weight_sft) == (70, 100)
+    assert load_config(file, ["objective.beta_max=300"]).objective.beta_max == 300
+
+
+def test_own_masks_on_the_command_line_replace_the_files_random_ones(tmp_path):
+    file = write(tmp_path, GOOD + "pairs: {mask: {area: [0.4, 1.0], blobs: [5, 10]}}")
+    assert load_config(file, ["pairs.mask.files=masks"]).pairs.mask.blobs == (1, 5)
+    with pytest.raises(ConfigError, match=r"mask\.moving is not read"):
+        load_config(file, ["pairs.mask.files=masks", "pairs.mask.moving=0.1"])
 
 
 def test_strengths_are_held_to_the_range_only_where_it_is_read(tmp_path):

@@ -17,6 +17,10 @@ from alignkit.errors import ConfigError
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read `path` (YAML) and apply `overrides` ("train.steps=20"; values are YAML).
 
+    An override that names another objective than the file's begins with that one's own defaults; one that gives a β
+    comes without the file's limits for an automatic one, and one that brings masks (pairs.mask.files) without the file's
+    random ones: what the file sets beside them was for its own.
+
     Raises ConfigError for a missing or malformed file, an unknown key (with the nearest known one),
     a value of the wrong type or range.
     """
@@ -31,12 +35,25 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'train:', got {type(tree).__name__}")
+    _forget_what_is_replaced(tree, overrides)
     for override in overrides:
         _apply(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_describe(error)}") from None
+
+
+def _forget_what_is_replaced(tree: dict, overrides: list[str] | tuple[str, ...]) -> None:
+    given = {key.strip(): value.strip() for key, _, value in (word.partition("=") for word in overrides)}
+    objective, pairs = tree.get("objective"), tree.get("pairs")
+    name = given.get("objective.name")
+    if name and isinstance(objective, dict) and name != objective.get("name", "local_dpo"):
+        tree["objective"] = {}
+    if given.get("objective.beta", "auto") != "auto" and isinstance(objective, dict):
+        tree["objective"] = {k: v for k, v in tree["objective"].items() if k not in ("beta_min", "beta_max")}
+    if given.get("pairs.mask.files", "null") != "null" and isinstance(pairs, dict):
+        pairs.pop("mask", None)
 
 
 def changed(config: Config, changes: dict[str, dict], where: str) -> Config:

@@ -19,6 +19,8 @@ from alignkit.training.export import aligned_section
 from alignkit_kernels import NoiseKey, Stream, keyed_randn
 
 MODELS = ("base", "aligned")
+MAPS = "maps.npz"
+"""In the samples' folder: where the judge sees faults, uint8 [count, 5, 12, 12] of each model, 255: certain."""
 PLAYBACK_FPS = 8.0  # of sampled files where the data names no rate
 
 

@@ -1,8 +1,8 @@
-"""`alignkit experiment localdpo`: every arm at every learning rate, the best of them with every seed, and a write-up.
+"""`alignkit experiment localdpo`: what is tried for each arm on validation prompts, the best of it with every seed on
+test prompts, and a write-up.
 
 Everything is a file under the output folder that is made once: a run that was stopped goes on where it was, and
-several processes share the work. Learning rates are chosen on validation pairs and prompts; the table is of test
-pairs and prompts. Neither clip was ever trained on.
+several processes share the work. No clip that is measured on was ever trained on.
 """
 
 import json
@@ -17,9 +17,9 @@ import torch
 
 from alignkit.config import Config
 from alignkit.errors import DataError
-from alignkit.experiments.measure import measure, measure_ranking, measure_real
-from alignkit.experiments.plan import Arm, Plan, make_plan, run_config
-from alignkit.experiments.stores import heldout_store, prepare, store_folder
+from alignkit.experiments.measure import measure, measure_ranking, measure_real, measure_samples
+from alignkit.experiments.plan import STORES, Arm, Plan, make_plan, run_config
+from alignkit.experiments.stores import heldout_store, prepare, store_folder, time_pairs
 from alignkit.experiments.write_up import write_up
 from alignkit.files import write_json
 from alignkit.models import load_model
@@ -32,8 +32,8 @@ from alignkit.training.export import aligned_section, export_folder
 from alignkit.training.loop import TrainingDiverged, train
 
 DRIFT_ALLOWED = 0.01
-"""A learning rate that raises the error on real clips by more than this is chosen only where every one does."""
-SHOWN_SAMPLES = 4
+"""What raises the error on real clips by more than this is chosen only where every trial does."""
+SHOWN_SAMPLES = 6
 
 
 def run(family: str, out: Path, *, smoke: bool) -> Path:
@@ -42,13 +42,12 @@ def run(family: str, out: Path, *, smoke: bool) -> Path:
     plan = make_plan(family, smoke=smoke)
     _check_plan(plan, out)
     prepare(plan, out, worker.device, show=worker.main)
-    searched = [(arm, rate, plan.seeds[0]) for arm in plan.arms for rate in (plan.rates if arm.pairs else (None,))]
-    _share(plan, out, searched, "validation", worker.device)
-    chosen = {arm.name: choose_rate(plan, out, arm) for arm in plan.trained}
-    final = [(arm, chosen.get(arm.name), seed) for seed in plan.seeds for arm in plan.arms]
-    gentle = [(arm, min(plan.rates), seed) for seed in plan.seeds for arm in plan.trained]
-    collapsed = [run for run in searched if run[1] == max(plan.rates)]
-    _share(plan, out, list(dict.fromkeys([*final, *gentle, *collapsed])), "test", worker.device)
+    searched = [(arm, trial, plan.seeds[0]) for arm in plan.trained for trial in arm.trials]
+    _share(plan, out, [(plan.arms[0], "", plan.seeds[0]), *searched], "validation", worker.device)
+    chosen = {arm.name: choose_trial(plan, out, arm) for arm in plan.trained}
+    final = [(arm, chosen.get(arm.name, ""), seed) for seed in plan.seeds for arm in plan.arms]
+    _share(plan, out, final, "test", worker.device)
+    _share_curves(plan, out, [run for run in final if run[0].curve], worker.device)
     _share_data(plan, out, worker.device)
     with one_at_a_time(out / plan.family / "page.lock"):
         return write_up(plan, out, chosen)
@@ -71,52 +70,84 @@ def _check_plan(plan: Plan, out: Path) -> None:
 
 
 def _share_data(plan: Plan, out: Path, device: torch.device) -> None:
-    """What no training changes: the real clips' numbers, and what the ranked generated pairs are worth."""
+    """What no training changes: the real clips' numbers, what ranked pairs are worth, what a pair costs."""
     heldout = json.dumps(str(out / "clips" / "heldout"))
     config = run_config(plan, out, out, f"data.videos={heldout}")
     measures = {"real": lambda: measure_real(config, heldout_store(plan, out, "test"), device)}
     if "generated" in plan.stores:
         pairs = PairStore(store_folder(plan, out, "generated") / "pairs" / "train")
         measures["ranking"] = lambda: measure_ranking(config, pairs, device)
+        measures["cost"] = lambda: time_pairs(plan, out, device)
     files = [out / plan.family / f"{name}.json" for name in measures]
     share_out(files, lambda number: write_json(files[number], list(measures.values())[number]()))
 
 
-def _share(plan: Plan, out: Path, runs: list[tuple[Arm, float | None, int]], split: str, device: torch.device) -> None:
+def _share(plan: Plan, out: Path, runs: list[tuple[Arm, str, int]], split: str, device: torch.device) -> None:
     files = [run_folder(plan, out, *run) / f"{split}.json" for run in runs]
 
     def make(number: int) -> None:
-        arm, rate, seed = runs[number]
-        how = f", learning rate {rate:g}, seed {seed}" if rate else f", seed {seed}"
-        say(f"[{number + 1}/{len(runs)}] {split}: {arm.title}{how}")
+        arm, trial, seed = runs[number]
+        say(f"[{number + 1}/{len(runs)}] {split}: {arm.title}{f', {trial}' if trial else ''}, seed {seed}")
         start = time.monotonic()
-        numbers = _train_and_measure(plan, out, arm, rate, seed, split, device)
+        numbers = _train_and_measure(plan, out, arm, trial, seed, split, device)
         write_json(files[number], numbers | {"minutes": round((time.monotonic() - start) / 60, 2)})
 
     share_out(files, make)
 
 
-def run_folder(plan: Plan, out: Path, arm: Arm, rate: float | None, seed: int) -> Path:
-    return out / plan.family / "runs" / (f"{arm.name}-{rate:g}-{seed}" if rate else f"{arm.name}-{seed}")
+def _share_curves(plan: Plan, out: Path, runs: list[tuple[Arm, str, int]], device: torch.device) -> None:
+    """Each run's samples after fewer steps: trained again as far, which gives the same weights, and measured."""
+    wanted = [(*run, steps) for run in runs for steps in plan.curve_steps]
+    files = [run_folder(plan, out, *run) / f"after-{steps}.json" for *run, steps in wanted]
+
+    def make(number: int) -> None:
+        arm, trial, seed, steps = wanted[number]
+        say(f"[{number + 1}/{len(wanted)}] after {steps} steps: {arm.title}, {trial}, seed {seed}")
+        folder = run_folder(plan, out, arm, trial, seed) / f"after-{steps}"
+        config = _run_config(plan, out, arm, trial, seed, folder, f"train.steps={steps}")
+        try:
+            _train(config, store_folder(plan, out, plan.store(arm, trial)))
+        except TrainingDiverged as error:
+            return write_json(files[number], {"diverged": str(error)})
+        store = heldout_store(plan, out, "test")
+        numbers, _ = measure_samples(config, aligned_section(config), store, seed, plan.curve_samples, device)
+        write_json(files[number], numbers)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    share_out(files, make)
+
+
+def run_folder(plan: Plan, out: Path, arm: Arm, trial: str, seed: int) -> Path:
+    return out / plan.family / "runs" / "-".join([arm.name, *([trial] if trial else []), str(seed)])
+
+
+def settings_of(plan: Plan, arm: Arm, trial: str) -> tuple[str, ...]:
+    """What the arm's run changes in the configuration: its pairs' settings, the trial's, then the arm's own."""
+    chosen = plan.trial(arm, trial)
+    store = STORES[plan.store(arm, trial)] if arm.pairs else ()
+    return (*store, *(chosen.settings if chosen else ()), *arm.settings)
+
+
+def _run_config(plan: Plan, out: Path, arm: Arm, trial: str, seed: int, folder: Path, *settings: str) -> Config:
+    heldout = json.dumps(str(out / "clips" / "heldout"))
+    more = (f"train.seed={seed}", f"data.videos={heldout}", *settings)
+    return run_config(plan, out, folder, *settings_of(plan, arm, trial), *more)
 
 
 def _train_and_measure(
-    plan: Plan, out: Path, arm: Arm, rate: float | None, seed: int, split: str, device: torch.device
+    plan: Plan, out: Path, arm: Arm, trial: str, seed: int, split: str, device: torch.device
 ) -> dict:
-    folder = run_folder(plan, out, arm, rate, seed)
-    heldout = json.dumps(str(out / "clips" / "heldout"))
-    config = run_config(plan, out, folder, *arm.settings, f"train.seed={seed}", f"data.videos={heldout}")
+    folder = run_folder(plan, out, arm, trial, seed)
+    config = _run_config(plan, out, arm, trial, seed, folder)
     section = config.model
     if arm.pairs:
-        config = config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": rate})})
         try:
-            _train(config, store_folder(plan, out, arm.pairs))
+            _train(config, store_folder(plan, out, plan.store(arm, trial)))
         except TrainingDiverged as error:
             return {"diverged": str(error)}
         section = aligned_section(config)
-    local = heldout_store(plan, out, split)
-    generated = heldout_store(plan, out, split, kind="generated") if "generated" in plan.stores else None
-    numbers, frames = measure(config, section, local, generated, seed, device)
+    count = plan.samples if split == "test" else plan.validation_samples
+    numbers, frames = measure(config, section, heldout_store(plan, out, split), seed, count, device)
     np.savez_compressed(folder / f"{split}-samples.npz", frames=frames[:SHOWN_SAMPLES].numpy())
     return numbers
 
@@ -134,19 +165,21 @@ def _train(config: Config, store: Path) -> None:
     shutil.rmtree(config.output.dir / "train" / "checkpoints", ignore_errors=True)
 
 
-def choose_rate(plan: Plan, out: Path, arm: Arm) -> float:
-    """The learning rate with the smallest Fréchet distance on validation prompts, of those that keep the error on real
-    clips within DRIFT_ALLOWED; where none does, the one that keeps it lowest."""
+def choose_trial(plan: Plan, out: Path, arm: Arm) -> str:
+    """The trial with the most good samples on validation prompts, of those that keep the error on real clips within
+    DRIFT_ALLOWED; where none does, the one that keeps it lowest. An arm that is like another takes that one's."""
+    if arm.like:
+        return choose_trial(plan, out, plan.arm(arm.like))
     found = {}
-    for rate in plan.rates:
-        numbers = read_numbers(plan, out, arm, rate, plan.seeds[0], "validation")
+    for trial in arm.trials:
+        numbers = read_numbers(plan, out, arm, trial, plan.seeds[0], "validation")
         if "diverged" not in numbers:
-            found[rate] = numbers
-    kept = [rate for rate, numbers in found.items() if numbers["winner_error_change"] <= DRIFT_ALLOWED]
+            found[trial] = numbers
+    kept = [trial for trial, numbers in found.items() if numbers["winner_error_change"] <= DRIFT_ALLOWED]
     if kept:
-        return min(kept, key=lambda rate: found[rate]["frechet"])
-    return min(found, key=lambda rate: found[rate]["winner_error_change"], default=min(plan.rates))
+        return max(kept, key=lambda trial: (found[trial]["good"], -found[trial]["frechet"]))
+    return min(found, key=lambda trial: found[trial]["winner_error_change"], default=next(iter(arm.trials)))
 
 
-def read_numbers(plan: Plan, out: Path, arm: Arm, rate: float | None, seed: int, split: str) -> dict:
-    return json.loads((run_folder(plan, out, arm, rate, seed) / f"{split}.json").read_text())
+def read_numbers(plan: Plan, out: Path, arm: Arm, trial: str, seed: int, split: str) -> dict:
+    return json.loads((run_folder(plan, out, arm, trial, seed) / f"{split}.json").read_text())

@@ -1,18 +1,21 @@
 """The experiment's clips and pair stores: local pairs with either mask, ranked generated pairs, held-out pairs."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from alignkit.config import Config
+from alignkit.evaluation.drawn import thumbnails
+from alignkit.evaluation.regions import again
 from alignkit.evaluation.samples import sample_latents
-from alignkit.evaluation.summary import attributes_in, thumbnails
-from alignkit.experiments.plan import Plan, run_config
-from alignkit.localdpo.build import build_pairs
+from alignkit.experiments.plan import STORES, Plan, run_config
+from alignkit.localdpo.build import build_pairs, guided_text
 from alignkit.models import load_model, working_dtype
 from alignkit.objectives.states.checks import sampler_terms
 from alignkit.sharing import one_at_a_time
@@ -20,13 +23,15 @@ from alignkit.stores.blocks import Made, build_store
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.origins import Origin
 from alignkit.stores.pairs import Pair, PairStore
-from alignkit.tiny.classifier import log_probability
+from alignkit.tiny.classifier import attributes_in, log_probability
 from alignkit.tiny.clips import write_clips
+from alignkit.tiny.detector import fault_scores
 from alignkit_kernels import Stream
 
 CLIP_SEEDS = {"train": 31_000, "heldout": 32_000}
 """Neither is a seed of the shipped weights' clips, nor of the demo's."""
-ROLLOUT_SEEDS = {"train": 33_000, "heldout": 34_000}
+SEED = 33_000  # of the noise that ranked samples start from
+TIMED_PAIRS = 16
 OTHER_SPLIT = 1  # `alignkit pairs` wants a clip on either side of its split
 
 
@@ -40,8 +45,7 @@ def prepare(plan: Plan, out: Path, device: torch.device, show: bool) -> None:
     build_pairs(_store_config(plan, out, "heldout"), device, show)
     for name in plan.stores:
         if name == "generated":
-            for split in CLIP_SEEDS:
-                _build_generated(plan, out, split, device, show)
+            _build_generated(plan, out, "train", device, show)
         else:
             build_pairs(_store_config(plan, out, name), device, show)
 
@@ -51,12 +55,9 @@ def store_folder(plan: Plan, out: Path, name: str) -> Path:
     return out / plan.family / "stores" / name
 
 
-def heldout_store(plan: Plan, out: Path, split: str, *, kind: str = "heldout") -> PairStore:
-    """The "validation" or the "test" part of the held-out pairs, of about the same size; they share no prompt.
-
-    kind: "heldout", the local pairs of every arm's measures, or "generated", two samples for each of their prompts.
-    """
-    store = PairStore(pairs_folder(_store_config(plan, out, kind), "heldout"))
+def heldout_store(plan: Plan, out: Path, split: str) -> PairStore:
+    """The "validation" or the "test" part of the held-out local pairs, of about the same size; they share no prompt."""
+    store = PairStore(pairs_folder(_store_config(plan, out, "heldout"), "heldout"))
     prompts = sorted(set(store.rows["prompt"]))
     wanted = set(prompts[0 if split == "validation" else 1 :: 2])
     return store.select([row for row, prompt in enumerate(store.rows["prompt"]) if prompt in wanted])
@@ -72,44 +73,74 @@ def _store_config(plan: Plan, out: Path, name: str) -> Config:
         store_folder(plan, out, name),
         f"data.videos={json.dumps(str(out / 'clips' / split))}",
         f"data.heldout={share}",
-        f"pairs.mask.shape={'rectangle' if name == 'rectangle' else 'bezier'}",
+        *STORES.get(name, ()),
     )
 
 
 def _build_generated(plan: Plan, out: Path, split: str, device: torch.device, show: bool) -> None:
-    """Two videos from the base for each prompt; the one whose prompt the classifier finds likelier wins."""
+    """Several videos from the base for each prompt: that which the ranker finds best wins, the worst loses."""
     config = _store_config(plan, out, "generated")
-    local = PairStore(pairs_folder(_store_config(plan, out, "bezier" if split == "train" else split), split))
+    local = PairStore(pairs_folder(_store_config(plan, out, "bezier"), split))
     model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
-    folder, seed = pairs_folder(config, split), ROLLOUT_SEEDS[split]
-    made = {"ranked_by": "classifier", **config.sample.model_dump(mode="json"), "seed": seed}
+    folder = pairs_folder(config, split)
+    made = {"ranked_by": "ranker", "rollouts": plan.rollouts, **config.sample.model_dump(mode="json"), "seed": SEED}
     info = replace(local.info, kind="generated", pairs=len(local), made=made)
     members = [[pair_id, prompt] for pair_id, prompt in zip(local.ids, local.rows["prompt"], strict=True)]
-    make = partial(_rank_rows, config, model, local, seed)
+    make = partial(_rank_rows, config, model, local, plan.rollouts)
     build_store(folder, model, info, members, make, "ranking generated pairs", show=show)
 
 
-def _rank_rows(config: Config, model, local: PairStore, seed: int, rows: range, advance: Callable[[int], None]) -> Made:
+def _rank_rows(
+    config: Config, model, local: PairStore, rollouts: int, rows: range, advance: Callable[[int], None]
+) -> Made:
     data = config.data
     prompts = [local.rows[row]["prompt"] for row in rows]
     shape = model.latent_shape(data.num_frames, data.height, data.width)
-    sides = []
-    for side in range(2):
-        latents = sample_latents(config, model, prompts, [2 * row + side for row in rows], seed, shape)
-        score = log_probability(thumbnails(model.decode_video(latents)), [attributes_in(prompt) for prompt in prompts])
-        sides.append((latents.cpu(), score))
-    (first, first_score), (second, second_score) = sides
+    made, scores = [], []
+    for number in range(rollouts):
+        latents = sample_latents(config, model, prompts, [rollouts * row + number for row in rows], SEED, shape)
+        scores.append(ranker_score(prompts, model.decode_video(latents)))
+        made.append(latents.cpu())
+    order = np.argsort(np.stack(scores), axis=0, kind="stable")
     pairs = []
     recipe = sampler_terms(config, model) | {"network": model.fingerprint()}
     for i, row in enumerate(rows):
-        winner, loser = (first[i], second[i]) if first_score[i] >= second_score[i] else (second[i], first[i])
-        mask = torch.ones_like(local[row].mask)
-        better = 2 * row + int(first_score[i] < second_score[i])
+        worst, best = int(order[0, i]), int(order[-1, i])
         origin_w, origin_l = (
-            Origin("rollout", (seed, number, 0, int(Stream.ROLLOUT)), recipe=recipe)
-            for number in (better, 4 * row + 1 - better)
+            Origin("rollout", (SEED, rollouts * row + number, 0, int(Stream.ROLLOUT)), recipe=recipe)
+            for number in (best, worst)
         )
-        pair = Pair(local.ids[row], "generated", prompts[i], local[row].text, winner, loser, mask)
+        mask = torch.ones_like(local[row].mask)
+        pair = Pair(local.ids[row], "generated", prompts[i], local[row].text, made[best][i], made[worst][i], mask)
         pairs.append(replace(pair, origin_w=origin_w, origin_l=origin_l))
     advance(len(rows))
     return pairs, []
+
+
+def ranker_score(prompts: list[str], frames: torch.Tensor) -> np.ndarray:
+    """How good the ranker finds samples uint8 [B, F, H, W, 3]: log P(as prompted) + log P(no fault), float64 [B]."""
+    clips = thumbnails(frames)
+    likely = log_probability(clips, [attributes_in(prompt) for prompt in prompts], "ranker")
+    return likely + np.log1p(-np.minimum(fault_scores(clips, "ranker"), 1 - 1e-9))
+
+
+def time_pairs(plan: Plan, out: Path, device: torch.device) -> dict[str, float]:
+    """Seconds that a local and a ranked pair take, one block of each in turn, twice over; the faster of the two."""
+    local_config, config = _store_config(plan, out, "bezier"), _store_config(plan, out, "generated")
+    store = PairStore(pairs_folder(local_config, "train"))
+    model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
+    count = min(TIMED_PAIRS, len(store))
+    seconds: dict[str, list[float]] = {"local": [], "ranked": []}
+    for _ in range(2):
+        start = time.perf_counter()
+        first = [store[row] for row in range(count)]
+        for steps in {pair.steps for pair in first}:
+            group = [pair for pair in first if pair.steps == steps]
+            again(
+                local_config, model, group, guided_text(local_config, model, [p.prompt for p in group], device), device
+            )
+        seconds["local"].append((time.perf_counter() - start) / count)
+        start = time.perf_counter()
+        _rank_rows(config, model, store, plan.rollouts, range(count), lambda done: None)
+        seconds["ranked"].append((time.perf_counter() - start) / count)
+    return {name: min(found) for name, found in seconds.items()} | {"rollouts": plan.rollouts}

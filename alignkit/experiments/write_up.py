@@ -5,50 +5,59 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from alignkit.evaluation.intervals import paired_interval
 from alignkit.evaluation.summary import versions
 from alignkit.experiments.plan import Arm, Plan
+from alignkit.media.videos import write_video
 from alignkit.progress import say
+from alignkit.tiny.clips import FPS
 
 COLUMNS = {
-    "region_accuracy": ("region accuracy", "{:.3f}", 1),
-    "global_accuracy": ("global accuracy", "{:.3f}", 1),
-    "generated_accuracy": ("accuracy on generated pairs", "{:.3f}", 1),
-    "winner_error_change": ("error on real clips, change in %", "{:+.2f}", 100),
-    "region_error": ("error of regenerated regions", "{:.3f}", 1),
-    "frechet": ("Fréchet distance", "{:.1f}", 1),
-    "frechet_change": ("its change against the base from the same noise", "{:+.2f}", 1),
-    "motion": ("motion", "{:.2f}", 1),
+    "good": ("good samples, %", "{:.1f}", 100),
+    "fault_rate": ("with a fault, %", "{:.1f}", 100),
+    "prompt_following": ("prompt followed, %", "{:.1f}", 100),
+    "frechet": ("Fréchet distance", "{:.2f}", 1),
     "flicker": ("flicker", "{:.3f}", 1),
+    "motion": ("motion", "{:.2f}", 1),
     "edges": ("edges", "{:.2f}", 1),
-    "named": ("prompt followed", "{:.3f}", 1),
+    "winner_error_change": ("error on real clips, change in %", "{:+.2f}", 100),
+    "loser_error_change": ("error on losers, change in %", "{:+.2f}", 100),
+    "region_accuracy": ("region accuracy, %", "{:.1f}", 100),
+    "region_error": ("error of regenerated regions", "{:.3f}", 1),
 }
 """Measure: heading, format, factor."""
+UNLISTED = ("faulty", "followed")
+"""Sample by sample: in the runs' files, not in results.csv."""
+BETTER_WHEN_HIGH = ("good", "prompt_following", "region_accuracy")
+COMPARED = ("good", "fault_rate", "prompt_following", "frechet", "flicker")
+BLIND = ("sft", "local_dpo")
 SHOWN_FRAMES = 5
 SMOOTHED = 8  # steps, for the eye
 
 
-def write_up(plan: Plan, out: Path, chosen: dict[str, float]) -> Path:
-    """Write results.csv, page.md and, where matplotlib is installed, the plots; returns the page."""
+def write_up(plan: Plan, out: Path, chosen: dict[str, str]) -> Path:
+    """Write results.csv, page.md, blind/ and, where matplotlib is installed, the plots; returns the page."""
     folder = out / plan.family / "page"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = _rows(plan, out)
+    rows = _rows(plan, out, chosen)
     with (folder / "results.csv").open("w", newline="") as stream:
-        names = ["arm", "rate", "seed", "split", "chosen", *dict.fromkeys(k for row in rows for k in row)]
-        writer = csv.DictWriter(stream, list(dict.fromkeys(names)))
+        names = dict.fromkeys(k for row in rows for k in row if k not in UNLISTED)
+        writer = csv.DictWriter(stream, list(names), extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(row | {"chosen": int(chosen.get(row["arm"]) == row["rate"])} for row in rows)
+        writer.writerows(rows)
     pictures = _plots(plan, out, folder, rows, chosen)
-    smallest = min(plan.rates)
+    write_blind_set(plan, out, folder / "blind", chosen)
     minutes = [row["minutes"] for row in rows if "minutes" in row]
     lines = [
         f"# LocalDPO on the small {plan.family}: what the experiment printed",
         "",
         f"{plan.train_clips} clips to train on, {plan.heldout_clips} held out, {plan.steps} steps of 16 pairs, "
-        f"{plan.samples} samples a model, seeds {', '.join(map(str, plan.seeds))}; "
+        f"{plan.samples} samples a model and seed, seeds {', '.join(map(str, plan.seeds))}; "
         + ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("torch", "diffusers")),
         "",
-        "## Test clips and prompts, at the learning rate chosen on validation",
+        "## Test prompts, with the settings chosen on validation prompts",
         "",
         *_table(plan, rows, chosen),
         *_real_rows(plan, out),
@@ -56,15 +65,19 @@ def write_up(plan: Plan, out: Path, chosen: dict[str, float]) -> Path:
         "Means over seeds ± half the range. Accuracy counts (pair, noise level) where the real clip is preferred,",
         "against the base; the error of regenerated regions is the mean squared difference to the real clip's latents.",
         "",
-        f"## Test clips and prompts, at {smallest:g} for all",
+        "## Differences",
         "",
-        *_table(plan, rows, {arm.name: smallest for arm in plan.trained}),
+        *_differences(plan, rows),
         "",
-        f"## Every learning rate, seed {plan.seeds[0]}, validation",
+        "## After fewer steps",
+        "",
+        *_curve_table(plan, rows),
+        "",
+        f"## Everything that was tried, seed {plan.seeds[0]}, validation prompts",
         "",
         *_search_table(plan, rows, chosen),
         "",
-        *_ranking(plan, out),
+        *_data(out / plan.family),
         f"{len(minutes)} of these {len(rows)} results took {sum(minutes):.0f} minutes of one process, with training.",
         "",
         *(f"![{name}]({name})" for name in pictures),
@@ -75,60 +88,127 @@ def write_up(plan: Plan, out: Path, chosen: dict[str, float]) -> Path:
     return page
 
 
-def _rows(plan: Plan, out: Path) -> list[dict]:
+def _rows(plan: Plan, out: Path, chosen: dict[str, str]) -> list[dict]:
     """One row for each measured run, in the plan's order."""
     rows = []
     for arm in plan.arms:
-        for rate in plan.rates if arm.pairs else (None,):
+        trials = list(dict.fromkeys([*arm.trials, chosen.get(arm.name, "")]))
+        for trial in trials:
             for seed in plan.seeds:
-                folder = out / plan.family / "runs" / (f"{arm.name}-{rate:g}-{seed}" if rate else f"{arm.name}-{seed}")
-                for split in ("validation", "test"):
+                folder = out / plan.family / "runs" / "-".join([arm.name, *([trial] if trial else []), str(seed)])
+                for split in ("validation", "test", *(f"after-{steps}" for steps in plan.curve_steps)):
                     file = folder / f"{split}.json"
                     if file.exists():
-                        numbers = json.loads(file.read_text())
-                        rows.append({"arm": arm.name, "rate": rate, "seed": seed, "split": split, **numbers})
-    base = {(row["seed"], row["split"]): row["frechet"] for row in rows if row["rate"] is None}
-    for row in rows:
-        if "frechet" in row and (row["seed"], row["split"]) in base:
-            row["frechet_change"] = row["frechet"] - base[row["seed"], row["split"]]
+                        which = {"arm": arm.name, "trial": trial, "seed": seed, "split": split}
+                        which["chosen"] = int(chosen.get(arm.name, "") == trial)
+                        rows.append(which | json.loads(file.read_text()))
     return rows
 
 
-def _of(rows: list[dict], arm: Arm, rate: float | None, split: str) -> list[dict]:
-    found = [row for row in rows if (row["arm"], row["rate"], row["split"]) == (arm.name, rate, split)]
-    return [row for row in found if "diverged" not in row]
+def _of(rows: list[dict], arm: Arm, split: str, trial: str | None = None) -> list[dict]:
+    """The rows of an arm's chosen trial, or of another, that did not diverge."""
+    found = [row for row in rows if (row["arm"], row["split"]) == (arm.name, split) and "diverged" not in row]
+    return [row for row in found if (row["chosen"] if trial is None else row["trial"] == trial)]
 
 
-def _table(plan: Plan, rows: list[dict], rates: dict[str, float]) -> list[str]:
-    lines = ["| arm | learning rate | " + " | ".join(heading for heading, *_ in COLUMNS.values()) + " |"]
+def _table(plan: Plan, rows: list[dict], chosen: dict[str, str]) -> list[str]:
+    lines = ["| arm | settings | " + " | ".join(heading for heading, *_ in COLUMNS.values()) + " |"]
     lines.append("| --- " * (len(COLUMNS) + 2) + "|")
     for arm in plan.arms:
-        rate = rates.get(arm.name)
-        found = _of(rows, arm, rate, "test")
+        found = _of(rows, arm, "test")
         cells = [_cell(found, name) for name in COLUMNS]
         some = f" ({len(found)} of {len(plan.seeds)} seeds)" * (0 < len(found) < len(plan.seeds))
-        lines.append(f"| {arm.title}{some} | {f'{rate:g}' if rate else ''} | " + " | ".join(cells) + " |")
+        lines.append(f"| {arm.title}{some} | {chosen.get(arm.name, '')} | " + " | ".join(cells) + " |")
     return lines
 
 
 def _real_rows(plan: Plan, out: Path) -> list[str]:
     lines = []
     for title, numbers in json.loads((out / plan.family / "real.json").read_text()).items():
-        cells = [form.format(numbers[name]) if name in numbers else "" for name, (_, form, _) in COLUMNS.items()]
+        cells = [
+            form.format(factor * numbers[name]) if name in numbers else ""
+            for name, (_, form, factor) in COLUMNS.items()
+        ]
         lines.append(f"| {title} | | " + " | ".join(cells) + " |")
     return lines
 
 
-def _ranking(plan: Plan, out: Path) -> list[str]:
-    file = out / plan.family / "ranking.json"
-    if not file.exists():
-        return []
-    numbers = json.loads(file.read_text())
-    return [
-        f"Of the generated training pairs, {100 * numbers['losers_that_follow']:.0f} % have a loser that follows its",
-        f"prompt too; half of them were ranked by less than {numbers['median_margin']:.2f} nats of its probability.",
+def _differences(plan: Plan, rows: list[dict]) -> list[str]:
+    """Each arm against the base and against SFT: only what lies beyond the spread over seeds is called a difference."""
+    lines = [
+        "An arm is better or worse in a measure only where the ranges over seeds do not touch; the interval is of the",
+        "paired bootstrap over the samples of all seeds together (95 %), in points of good samples.",
         "",
+        "| arm | against | better in | worse in | change of good samples |",
+        "| --- | --- | --- | --- | --- |",
     ]
+    for arm in plan.trained:
+        for other in (plan.arms[0], *(arm_ for arm_ in plan.trained if arm_.name == "sft")):
+            mine, theirs = _of(rows, arm, "test"), _of(rows, other, "test")
+            if arm is other or not mine or not theirs:
+                continue
+            better, worse = [], []
+            for name in COMPARED:
+                side = compare([row[name] for row in mine], [row[name] for row in theirs])
+                side = side if name in BETTER_WHEN_HIGH else -side
+                (better if side > 0 else worse).append(COLUMNS[name][0].removesuffix(", %")) if side else None
+            lines.append(
+                f"| {arm.title} | {other.title} | {', '.join(better) or 'nothing'} | {', '.join(worse) or 'nothing'} | "
+                f"{_interval(mine, theirs)} |"
+            )
+    return lines
+
+
+def compare(mine: list[float], theirs: list[float]) -> int:
+    """1 where every value of `mine` is above every one of `theirs`, −1 where below, 0 where their ranges touch."""
+    if min(mine) > max(theirs):
+        return 1
+    return -1 if max(mine) < min(theirs) else 0
+
+
+def _interval(mine: list[dict], theirs: list[dict]) -> str:
+    by_seed = {row["seed"]: row for row in theirs}
+    pairs = [(row, by_seed[row["seed"]]) for row in mine if row["seed"] in by_seed]
+    if not pairs:
+        return ""
+    after, before = (np.concatenate([_good(pair[side]) for pair in pairs]) for side in (0, 1))
+    low, high = paired_interval(before, after)
+    return f"{100 * (after.mean() - before.mean()):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _good(row: dict) -> np.ndarray:
+    return np.array(row["followed"]) * (1 - np.array(row["faulty"]))
+
+
+def _curve_table(plan: Plan, rows: list[dict]) -> list[str]:
+    places = [*(f"after-{steps}" for steps in plan.curve_steps), "test"]
+    head = [f"{steps} steps" for steps in (*plan.curve_steps, plan.steps)]
+    base = _cell(_of(rows, plan.arms[0], "test"), "good")
+    lines = [f"Good samples in %; the base's are {base}.", "", "| arm | " + " | ".join(head) + " |"]
+    lines.append("| --- " * (len(head) + 1) + "|")
+    for arm in plan.trained:
+        if arm.curve:
+            lines.append(f"| {arm.title} | " + " | ".join(_cell(_of(rows, arm, p), "good") for p in places) + " |")
+    return lines
+
+
+def _data(folder: Path) -> list[str]:
+    lines = []
+    if (folder / "ranking.json").exists():
+        found = json.loads((folder / "ranking.json").read_text())
+        lines += [
+            f"Of {found['pairs']} ranked pairs, {100 * found['good_winners']:.0f} % of the winners and "
+            f"{100 * found['good_losers']:.0f} % of the losers are good samples to the judge.",
+            "",
+        ]
+    if (folder / "cost.json").exists():
+        found = json.loads((folder / "cost.json").read_text())
+        lines += [
+            f"A pair's loser regenerated in a region: {found['local']:.2f} s; a pair ranked among {found['rollouts']} "
+            f"samples: {found['ranked']:.2f} s ({found['ranked'] / found['local']:.1f} times as long), in one run.",
+            "",
+        ]
+    return lines
 
 
 def _cell(found: list[dict], name: str) -> str:
@@ -143,80 +223,119 @@ def _cell(found: list[dict], name: str) -> str:
     return middle if len(values) == 1 else f"{middle} ± {form.format((max(values) - min(values)) / 2).lstrip('+')}"
 
 
-def _search_table(plan: Plan, rows: list[dict], chosen: dict[str, float]) -> list[str]:
-    names = ("region_accuracy", "winner_error_change", "region_error", "frechet", "named")
-    lines = ["| arm | learning rate | " + " | ".join(COLUMNS[name][0] for name in names) + " | chosen |"]
+def _search_table(plan: Plan, rows: list[dict], chosen: dict[str, str]) -> list[str]:
+    names = ("good", "fault_rate", "prompt_following", "frechet", "winner_error_change", "region_accuracy")
+    lines = ["| arm | settings | " + " | ".join(COLUMNS[name][0] for name in names) + " | chosen |"]
     lines.append("| --- " * (len(names) + 3) + "|")
     for arm in plan.arms:
-        for rate in plan.rates if arm.pairs else (None,):
-            found = _of(rows, arm, rate, "validation")
-            cells = [_cell(found, name) for name in names]
-            mark = "yes" if rate and chosen[arm.name] == rate else ""
-            lines.append(f"| {arm.title} | {f'{rate:g}' if rate else ''} | " + " | ".join(cells) + f" | {mark} |")
+        for trial in arm.trials or ([""] if not arm.pairs else []):
+            cells = [_cell(_of(rows, arm, "validation", trial), name) for name in names]
+            mark = "yes" if trial and chosen[arm.name] == trial else ""
+            written = f"{trial}: `{' '.join(arm.trials[trial].settings)}`" if trial else ""
+            written += f" on {arm.trials[trial].pairs} pairs" if trial and arm.trials[trial].pairs else ""
+            lines.append(f"| {arm.title} | {written} | " + " | ".join(cells) + f" | {mark} |")
     return lines
 
 
-def _plots(plan: Plan, out: Path, folder: Path, rows: list[dict], chosen: dict[str, float]) -> list[str]:
+def _plots(plan: Plan, out: Path, folder: Path, rows: list[dict], chosen: dict[str, str]) -> list[str]:
     try:
         import matplotlib
     except ImportError:
         say("no plots: they need matplotlib (pip install 'alignkit[bench]')")
         return []
     matplotlib.use("Agg")
-    _dots(plan, folder / "measures.png", rows, chosen)
-    _curves(plan, out, folder / "curves.png", chosen)
     _samples(plan, out, folder / "samples.png", chosen)
-    return ["measures.png", "curves.png", "samples.png"]
+    _dots(plan, folder / "measures.png", rows)
+    _convergence(plan, folder / "convergence.png", rows)
+    _curves(plan, out, folder / "curves.png", chosen)
+    return ["samples.png", "measures.png", "convergence.png", "curves.png"]
 
 
-def _dots(plan: Plan, file: Path, rows: list[dict], chosen: dict[str, float]) -> None:
+def _dots(plan: Plan, file: Path, rows: list[dict]) -> None:
     """Each measure in a panel of its own: one dot a seed, one line an arm."""
     import matplotlib.pyplot as plt
 
-    names = ("region_accuracy", "winner_error_change", "region_error", "frechet", "motion", "flicker", "edges", "named")
+    names = (
+        "good",
+        "fault_rate",
+        "prompt_following",
+        "frechet",
+        "flicker",
+        "motion",
+        "winner_error_change",
+        "region_error",
+    )
     figure, panels = plt.subplots(2, 4, figsize=(15, 6.5), sharey=True, layout="constrained")
     for panel, name in zip(panels.flat, names, strict=True):
         heading, _, factor = COLUMNS[name]
         for place, arm in enumerate(plan.arms):
-            values = [row[name] * factor for row in _of(rows, arm, chosen.get(arm.name), "test")]
+            values = [row[name] * factor for row in _of(rows, arm, "test")]
             panel.plot(values, [place] * len(values), "o", color=f"C{place}", alpha=0.8)
-        base = [row[name] * factor for row in _of(rows, plan.arms[0], None, "test")]
+        base = [row[name] * factor for row in _of(rows, plan.arms[0], "test")]
         if base:
             panel.axvline(np.mean(base), color="grey", linewidth=0.8, linestyle=":")
         panel.set_title(heading, fontsize=10)
         panel.set_yticks(range(len(plan.arms)), [arm.title for arm in plan.arms], fontsize=9)
         panel.invert_yaxis() if not panel.yaxis_inverted() else None
         panel.grid(axis="x", alpha=0.3)
-    figure.suptitle(f"small {plan.family}, test clips; a dot a seed, the dotted line is the base's mean", fontsize=11)
+    figure.suptitle(f"small {plan.family}, test prompts; a dot a seed, the dotted line is the base's mean", fontsize=11)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
-def _curves(plan: Plan, out: Path, file: Path, chosen: dict[str, float]) -> None:
-    """Training curves of the first seed at the chosen rate, and of the largest rate, dashed."""
+def _convergence(plan: Plan, file: Path, rows: list[dict]) -> None:
+    """Good samples against steps, each seed a line and their mean a thick one."""
     import matplotlib.pyplot as plt
 
-    wanted = {"region/accuracy": "region accuracy", "error_w": "winner's error", "grad_norm": "gradient norm"}
-    figure, panels = plt.subplots(1, 3, figsize=(15, 5.4), layout="constrained")
+    figure, panel = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    base = _of(rows, plan.arms[0], "test")
+    places = {0: base} | {steps: f"after-{steps}" for steps in plan.curve_steps} | {plan.steps: "test"}
+    for color, arm in enumerate(arm for arm in plan.trained if arm.curve):
+        lines: dict[int, list[tuple[int, float]]] = {}
+        for steps, place in places.items():
+            for row in place if steps == 0 else _of(rows, arm, place):
+                lines.setdefault(row["seed"], []).append((steps, 100 * row["good"]))
+        for points in lines.values():
+            panel.plot(*zip(*points, strict=True), color=f"C{color}", alpha=0.35, linewidth=1)
+        means = {steps: np.mean([dict(points)[steps] for points in lines.values() if steps in dict(points)])
+                 for steps in places if any(steps in dict(points) for points in lines.values())}  # fmt: skip
+        panel.plot(means.keys(), means.values(), "o-", color=f"C{color}", linewidth=2.2, label=arm.title)
+    panel.set_xlabel("steps")
+    panel.set_ylabel("good samples, %")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=9)
+    panel.set_title(f"small {plan.family}: no fault and the prompt followed, test prompts", fontsize=10)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _curves(plan: Plan, out: Path, file: Path, chosen: dict[str, str]) -> None:
+    """Training curves of the first seed."""
+    import matplotlib.pyplot as plt
+
+    wanted = {
+        "region/accuracy": "region accuracy",
+        "global/gap_w": "winner's gap (below 0: better than the base)",
+        "global/gap_l": "loser's gap",
+        "global/saturated": "share of saturated pairs",
+    }
+    figure, panels = plt.subplots(1, len(wanted), figsize=(17, 5.4), layout="constrained")
     for place, arm in enumerate(plan.trained, start=1):
-        for rate in dict.fromkeys((chosen[arm.name], max(plan.rates))):
-            log = out / plan.family / "runs" / f"{arm.name}-{rate:g}-{plan.seeds[0]}" / "train" / "metrics.jsonl"
-            if not log.exists():
-                continue
-            steps = [json.loads(line) for line in log.read_text().splitlines()]
-            for panel, name in zip(panels, wanted, strict=True):
-                points = [(row["step"], row[name]) for row in steps if row.get(name) is not None]
-                if points:
-                    points = _smooth(points)
-                    style = "-" if rate == chosen[arm.name] else "--"
-                    label = f"{arm.title}, {rate:g}"
-                    panel.plot(*zip(*points, strict=True), style, color=f"C{place}", label=label, linewidth=1.2)
+        name = "-".join([arm.name, chosen[arm.name], str(plan.seeds[0])])
+        log = out / plan.family / "runs" / name / "train" / "metrics.jsonl"
+        if not log.exists():
+            continue
+        steps = [json.loads(line) for line in log.read_text().splitlines()]
+        for panel, metric in zip(panels, wanted, strict=True):
+            points = _smooth([(row["step"], row[metric]) for row in steps if row.get(metric) is not None])
+            panel.plot(
+                [x for x, _ in points], [y for _, y in points], color=f"C{place}", label=arm.title, linewidth=1.2
+            )
     for panel, title in zip(panels, wanted.values(), strict=True):
         panel.set_title(f"{title}, mean of {SMOOTHED} steps", fontsize=10)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
-    panels[2].set_yscale("log")
-    figure.legend(*panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -228,23 +347,51 @@ def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     ]
 
 
-def _samples(plan: Plan, out: Path, file: Path, chosen: dict[str, float]) -> None:
-    """The same noise and prompts for every arm, and for every arm at the largest rate."""
+def _shown(plan: Plan, out: Path, arm: Arm, chosen: dict[str, str]) -> np.ndarray | None:
+    """The first seed's first samples of an arm, uint8 [count, F, H, W, 3]."""
+    trial = chosen.get(arm.name, "")
+    name = "-".join([arm.name, *([trial] if trial else []), str(plan.seeds[0])])
+    stored = out / plan.family / "runs" / name / "test-samples.npz"
+    return np.load(stored)["frames"] if stored.exists() else None
+
+
+def _samples(plan: Plan, out: Path, file: Path, chosen: dict[str, str]) -> None:
+    """The first prompts from the same noise for every arm: not a choice."""
     import matplotlib.pyplot as plt
 
-    shown: dict[str, np.ndarray] = {}
-    for arm in plan.arms:
-        for rate in dict.fromkeys((chosen.get(arm.name), max(plan.rates))) if arm.pairs else (None,):
-            name = f"{arm.name}-{rate:g}-{plan.seeds[0]}" if rate else f"{arm.name}-{plan.seeds[0]}"
-            stored = out / plan.family / "runs" / name / "test-samples.npz"
-            if stored.exists():
-                shown[f"{arm.title}\n{rate:g}" if rate else arm.title] = np.load(stored)["frames"]
-    figure, axes = plt.subplots(len(shown), 1, figsize=(11, 0.75 * len(shown)), layout="constrained", squeeze=False)
+    shown = {arm.title: _shown(plan, out, arm, chosen) for arm in plan.arms}
+    shown = {title: clips for title, clips in shown.items() if clips is not None}
+    figure, axes = plt.subplots(len(shown), 1, figsize=(16, 0.72 * len(shown)), layout="constrained", squeeze=False)
     for axis, (title, clips) in zip(axes.flat, shown.items(), strict=True):
         times = np.linspace(0, clips.shape[1] - 1, SHOWN_FRAMES).round().astype(int)
-        axis.imshow(np.concatenate([frame for clip in clips for frame in clip[times]], axis=1))
+        strips = [np.concatenate(list(clip[times]), axis=1) for clip in clips]
+        axis.imshow(
+            np.concatenate([np.pad(strip, ((0, 0), (3, 3), (0, 0)), constant_values=255) for strip in strips], axis=1)
+        )
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=7)
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def write_blind_set(plan: Plan, out: Path, folder: Path, chosen: dict[str, str]) -> None:
+    """Clips for people who are not told which arm made them: NNN-a.mp4 and NNN-b.mp4, the same prompt and noise.
+
+    SFT against LocalDPO, in a random order that key.csv holds; answers go into answers.csv (a, b or tie).
+    """
+    both = [_shown(plan, out, plan.arm(name), chosen) for name in BLIND]
+    if any(clips is None for clips in both):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    key, answers = ["number,a,b"], ["number,better"]
+    for number, clips in enumerate(zip(*both, strict=True)):
+        order = rng.permutation(2)
+        for letter, place in zip("ab", order, strict=True):
+            write_video(folder / f"{number:03d}-{letter}.mp4", torch.from_numpy(clips[place]), FPS)
+        key.append(f"{number},{BLIND[order[0]]},{BLIND[order[1]]}")
+        answers.append(f"{number},")
+    (folder / "key.csv").write_text("\n".join(key) + "\n")
+    if not (folder / "answers.csv").exists():
+        (folder / "answers.csv").write_text("\n".join(answers) + "\n")

@@ -68,7 +68,8 @@ def check_count(config: Config, sources: list[Source], problems: list[Problem]) 
     if len(sources) < 2:
         raise DataError(
             f"data.videos: {len(sources)} usable of {len(sources) + len(problems)} in {config.data.videos}, but one to "
-            "train on and one to hold out are needed; what is wrong with the others is said above"
+            "train on and one to hold out are needed (and 16 held out for a verdict); what is wrong with the others is "
+            "said above"
         )
 
 

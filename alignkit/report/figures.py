@@ -5,12 +5,21 @@ from html import escape
 from pathlib import Path
 
 from alignkit.errors import DataError
-from alignkit.report.pictures import Picture, data_uri, pair_picture, read_pair, sample_picture
+from alignkit.report.choice import chosen
+from alignkit.report.pictures import (
+    Picture,
+    data_uri,
+    pair_picture,
+    read_maps,
+    read_pair,
+    region_picture,
+    sample_picture,
+)
 from alignkit.report.run import Run, number
 
-MOST_SAMPLES, MOST_PAIRS = 12, 6
+MOST_PAIRS = 6
 # Of the page's 8 MB; what does not fit is left out and counted.
-SAMPLE_BYTES, PAIR_BYTES = 3_800_000, 2_600_000
+SAMPLE_BYTES, PAIR_BYTES, REGION_BYTES = 3_800_000, 2_000_000, 900_000
 DEFAULT_FPS = 8.0
 
 
@@ -18,35 +27,60 @@ def pictures(run: Run) -> str:
     fps = number(run.config, "data", "fps") or DEFAULT_FPS
     return f"""<section id="pictures">
 <h2>Pictures</h2>
-<h3>Samples before and after</h3>
-{_samples(run, fps)}
 <h3>What a pair looks like</h3>
 {_pairs(run, fps)}
+<h3>Samples before and after</h3>
+{_samples(run, fps)}
+{_regions(run, fps)}
 </section>
 """
 
 
 def _samples(run: Run, fps: float) -> str:
     needed = ("prompt", "base", "aligned")
-    rows = [row for row in run.samples if all(isinstance(row.get(key), str) for key in needed)]
+    rows = [row | {"place": place} for place, row in enumerate(run.sample_rows)]
+    rows = [row for row in rows if all(isinstance(row.get(key), str) for key in needed)]
     if not rows:
         return '<p class="missing">Samples: not available.</p>'
-    first_of_prompt = list({row["prompt"]: row for row in reversed(rows)}.values())[::-1]
-    wanted = first_of_prompt if len(first_of_prompt) >= MOST_SAMPLES else rows
-    folder = run.folder / "samples"
+    shown, rule = chosen(rows)
+    folder, maps = run.folder / "samples", read_maps(run.folder / "samples" / "maps.npz", len(run.sample_rows))
 
-    def make(row: dict) -> tuple[Picture, str]:
-        picture = sample_picture(_inside(folder, row["base"]), _inside(folder, row["aligned"]), fps)
-        seed = f'<span class="fact">seed {escape(str(row["seed"]))}</span>' if "seed" in row else ""
-        return picture, f"{escape(row['prompt'])} {seed}"
+    def make(item: tuple[str, dict]) -> tuple[Picture, str]:
+        kind, row = item
+        cells = [maps[name][row["place"]] for name in ("base", "aligned")] if maps else []
+        picture = sample_picture(_inside(folder, row["base"]), _inside(folder, row["aligned"]), fps, cells)
+        facts = [kind] * bool(kind) + [f"seed {row['seed']}"] * ("seed" in row) + _judgement(row)
+        return picture, escape(row["prompt"]) + "".join(f' <span class="fact">{escape(fact)}</span>' for fact in facts)
 
-    cards, left_out, problems = _cards(wanted[:MOST_SAMPLES], make, ("base", "aligned"), SAMPLE_BYTES)
-    shown = min(len(wanted), MOST_SAMPLES) - left_out - len(problems)
-    which = f"These are {f'all {shown}' if shown == len(rows) else f'the first {shown} of {len(rows)}'} samples"
-    which += " with different prompts" if shown < len(rows) and wanted is first_of_prompt else ""
+    marks = ("base, faults seen", "aligned, faults seen") if maps else ()
+    cards, left_out, problems = _cards(shown, make, ("base", "aligned", *marks, "difference × 2"), SAMPLE_BYTES)
+    omitted = f" {left_out} of them did not fit in the page." if left_out else ""
     return (
         "<p>Both models start from the same noise with the same prompt, so what differs between two videos is the "
-        f"training alone. {which}, not a choice of the best.{_not_shown(problems)}</p>{cards}"
+        f"training alone. {rule}{omitted}{_not_shown(problems)}</p>{cards}"
+    )
+
+
+def _judgement(row: dict) -> list[str]:
+    if number(row, "fault_base") is None:
+        return []
+    words = {True: "as prompted", False: "not as prompted", None: "not judged"}
+    return [
+        f"{name}: fault {100 * (number(row, f'fault_{name}') or 0):.0f} %, {words[row.get(f'followed_{name}')]}"
+        for name in ("base", "aligned")
+    ]
+
+
+def _regions(run: Run, fps: float) -> str:
+    if not run.regions:
+        return ""
+    labels = ("original", "region", "redrawn by the base", "redrawn by the aligned model")
+    cards, _, problems = _cards(run.regions, lambda file: region_picture(file, fps), labels, REGION_BYTES)
+    return (
+        "<h3>A held-out region, redrawn</h3><p>Both models redraw the marked region of a real video that was not "
+        "trained "
+        "on, from the same noise: the first of the held-out pairs, at the strength of each."
+        f"{_not_shown(problems)}</p>{cards}"
     )
 
 

@@ -19,7 +19,7 @@ def write_report(run_dir: Path) -> Path:
     missing is said to be not available. Raises DataError if summary.json is missing or cannot be read.
     """
     run = read_run(Path(run_dir))
-    sections = (header, verdict, pictures, curves, numbers_section, skipped, configuration)
+    sections = (header, verdict, pictures, numbers_section, curves, skipped, configuration)
     page = f"""<!doctype html>
 <html lang="en">
 <head>

@@ -23,7 +23,16 @@ class Run:
     evaluation: dict
     pairs: list[Path]
     samples: list[dict]
+    regions: list[Path]
     skipped: list[dict]
+
+    @property
+    def sample_rows(self) -> list[dict]:
+        """A row for each pair of samples, with what was measured of it where the evaluation is of these samples."""
+        listed = self.evaluation.get("samples")
+        judged = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+        of = {(row.get("base"), row.get("aligned")): row for row in judged}
+        return [of.get((row.get("base"), row.get("aligned")), {}) | row for row in self.samples]
 
     @property
     def brought_pairs(self) -> bool:
@@ -44,6 +53,7 @@ def read_run(folder: Path) -> Run:
         evaluation=_object(_text(folder / "eval.json")),
         pairs=sorted((folder / "report_pairs").glob("*.npz")),
         samples=_lines(folder / "samples" / "samples.jsonl"),
+        regions=sorted((folder / "regions").glob("*.npz")),
         skipped=_lines(folder / "skipped.jsonl"),
     )
 

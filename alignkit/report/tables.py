@@ -18,6 +18,7 @@ OBJECTIVES = {
     "region_dpo": "DPO by region",
     "sft": "supervised fine-tuning",
 }
+VERDICTS = {"reached": "reached", "not reached": "unreached", "cannot be judged": "unjudged"}
 MISSING = '<span class="missing">not available</span>'
 KINDS = {"real": "real", "real_through_vae": "real after VAE", "base": "base", "aligned": "aligned"}
 
@@ -32,7 +33,7 @@ def header(run: Run) -> str:
 <h1>{escape(_model(run))}, aligned with {escape(_objective(run))}</h1>
 <p class="lead">The model learned{length} {_lesson(run)}. Then it was compared with the model it started from: on pairs
 held out from training, and on videos that both generate from the same noise.</p>
-<nav><a href="#pictures">Pictures</a><a href="#curves">Curves</a><a href="#numbers">Numbers</a>
+<nav><a href="#pictures">Pictures</a><a href="#numbers">Numbers</a><a href="#curves">Curves</a>
 <a href="#configuration">Configuration</a></nav>
 </header>
 """
@@ -66,9 +67,14 @@ def _objective(run: Run) -> str:
 def verdict(run: Run) -> str:
     listed = run.summary.get("criteria")
     criteria = [c for c in listed if isinstance(c, dict)] if isinstance(listed, list) else []
-    reached = run.summary.get("reached") is True
+    found = str(run.summary.get("verdict"))
+    found = found if found in VERDICTS else "reached" if run.summary.get("reached") is True else "not reached"
     failed = [str(c.get("name", "?")) for c in criteria if c.get("reached") is not True]
-    if not criteria:
+    unjudged = run.summary.get("unjudged")
+    if found == "cannot be judged":
+        reasons = [str(reason) for reason in unjudged] if isinstance(unjudged, list) else []
+        words = f"The numbers below are those of this run, but they show nothing: {'; '.join(reasons) or 'no reason'}."
+    elif not criteria:
         words = "No criteria were recorded for this run."
     elif not failed:
         words = f"All {len(criteria)} criteria hold at once, on data that was not trained on."
@@ -76,8 +82,8 @@ def verdict(run: Run) -> str:
         are = "is" if len(failed) == 1 else "are"
         words = f"{len(failed)} of {len(criteria)} criteria {are} not met: {', '.join(failed)}."
     items = "".join(_criterion(c) for c in criteria)
-    return f"""<section id="verdict" class="{"reached" if reached else "unreached"}">
-<h2>Alignment {"reached" if reached else "not reached"}</h2>
+    return f"""<section id="verdict" class="{VERDICTS[found]}">
+<h2>Alignment {found}</h2>
 <p>{escape(words)}</p>
 <ul class="criteria">{items}</ul>
 {_tiles(run)}
@@ -99,13 +105,27 @@ def _tiles(run: Run) -> str:
     frechet = [_mean(numbers(s, "frechet", kind)) for kind in ("base", "aligned")]
     motion = [number(s, "motion", kind) for kind in ("base", "aligned")]
     best = short(number(s, "motion", "real_through_vae"))
+    faults, following = (
+        [number(s, key, kind) for kind in ("base", "aligned")] for key in ("fault_rate", "prompt_following")
+    )
     tiles = [
+        ("Samples with a fault", _arrow(faults, percent), _interval(s, "fault_rate")),
+        ("Prompt followed", _arrow(following, percent), _interval(s, "prompt_following")),
+    ] * (faults[1] is not None) + [
         ("Region accuracy", _arrow(accuracy, percent), "on held-out pairs; 50 % is chance"),
         ("Winner’s error", None if change is None else signed_percent(change), "on real videos, against the base"),
         ("Fréchet distance", _arrow(frechet, short), "to real clips; lower is closer"),
         ("Motion", _arrow(motion, short), f"real clips after the VAE: {best}"),
     ]
     return f'<div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>'
+
+
+def _interval(summary: dict, key: str) -> str:
+    ends = numbers(summary, key, "interval")
+    if len(ends) != 2:
+        return "of the samples"
+    low, high = (f"{100 * end:+.0f}".replace("-", "−") for end in ends)
+    return f"change {low} to {high} points (95 % interval)"
 
 
 def _tile(name: str, value: str | None, note: str) -> str:
@@ -146,10 +166,14 @@ def _against_real(run: Run) -> str:
     ):
         values = {kind: number(run.summary, key, kind) for kind in KINDS}
         rows += _row(name, note, list(values.items()), [short(value) for value in values.values()])
-    shares = {kind: number(run.summary, "classifier", kind) for kind in KINDS}
-    count = number(run.summary, "classifier", "samples")
-    note = f"share of {count:g} samples, by a classifier" if count else "share of samples, by a classifier"
-    rows += _row("Prompt followed", note, list(shares.items()), [percent(v) for v in shares.values()], high=1.0)
+    for key, name, what in (
+        ("fault_rate", "Samples with a fault", "by a detector"),
+        ("prompt_following", "Prompt followed", "shape, colour and direction, by a classifier"),
+    ):
+        shares = {kind: number(run.summary, key, kind) for kind in KINDS}
+        count = number(run.summary, key, "samples")
+        note = f"share of {count:g} samples, {what}" if count else f"share of samples, {what}"
+        rows += _row(name, note, list(shares.items()), [percent(v) for v in shares.values()], high=1.0)
     if not rows:
         return f"<p>{MISSING}</p>"
     legend = "".join(f'<span><i class="{kind}"></i>{label}</span>' for kind, label in KINDS.items())

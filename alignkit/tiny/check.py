@@ -1,7 +1,8 @@
-"""How good a tiny base is: samples from held-out prompts, named by the classifier.
+"""How good a tiny base is: samples from held-out prompts, seen by the judges.
 
-``python -m alignkit.tiny.check --samples 64`` prints the shares that came out right and, with ``--sheet``,
-writes a picture of the samples to look at: frames 0, 4, 8, 12 and 16 of each, in the order of the prompts.
+``python -m alignkit.tiny.check --samples 64`` prints the shares that came out right and the share with a fault, at the
+demo's own sampling settings, and, with ``--sheet``, writes a picture of the samples to look at: frames 0, 4, 8, 12
+and 16 of each, in the order of the prompts.
 """
 
 import argparse
@@ -15,9 +16,13 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from alignkit.config import load_config, shipped_config
+from alignkit.files import write_lines
+from alignkit.media.videos import write_video
 from alignkit.models import shipped_model
 from alignkit.tiny.classifier import NAMED, classify
-from alignkit.tiny.clips import ATTRIBUTES, FRAMES, SIZE, caption_of, random_attributes
+from alignkit.tiny.clips import ATTRIBUTES, FPS, FRAMES, SIZE, caption_of, random_attributes
+from alignkit.tiny.detector import FAULTY, fault_scores
 from alignkit.tiny.recipes import FAMILIES
 
 PROMPT_SEED = 7001
@@ -81,25 +86,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="a diffusers folder, instead of the shipped one")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.5)
+    parser.add_argument("--steps", type=int, help="of the sampler; the demo's unless given")
+    parser.add_argument("--guidance", type=float, help="the demo's unless given")
     parser.add_argument("--max-sequence-length", type=int, default=64)
+    parser.add_argument("--videos", type=Path, help="write the samples (mp4) and FAMILY.jsonl into this folder")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet (PNG) here")
     given = parser.parse_args(arguments)
     pipeline = DiffusionPipeline.from_pretrained(given.model or shipped_model(given.family))
     pipeline.set_progress_bar_config(disable=True)
     attributes = [random_attributes(PROMPT_SEED, i) for i in range(given.samples)]
+    demo = load_config(shipped_config(f"{given.family}-tiny-localdpo.yaml"), ["output.dir=runs"]).sample
     started = time.monotonic()
     frames = sample(
         pipeline,
         [caption_of(entry) for entry in attributes],
         seed=given.seed,
-        steps=given.steps,
-        guidance=given.guidance,
+        steps=given.steps or demo.num_inference_steps,
+        guidance=demo.guidance_scale if given.guidance is None else given.guidance,
         max_sequence_length=given.max_sequence_length,
     )
     seconds = time.monotonic() - started
-    print(json.dumps(shares_right(frames, attributes) | {"seconds": round(seconds, 1)}))
+    faulty = float((fault_scores(frames) > FAULTY).mean())
+    print(json.dumps(shares_right(frames, attributes) | {"faulty": faulty, "seconds": round(seconds, 1)}))
+    if given.videos:
+        given.videos.mkdir(parents=True, exist_ok=True)
+        rows = [{"video": f"{given.family}-{i:03d}.mp4", "prompt": caption_of(a)} for i, a in enumerate(attributes)]
+        for row, clip in zip(rows, frames, strict=True):
+            write_video(given.videos / row["video"], torch.from_numpy(clip), FPS)
+        write_lines(given.videos / f"{given.family}.jsonl", rows)
     if given.sheet:
         contact_sheet(frames, given.sheet)
     return 0

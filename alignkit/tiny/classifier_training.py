@@ -1,4 +1,4 @@
-"""Training of the clip classifier, on real clips and on clips that went through the VAE."""
+"""Training of the clip classifiers, on clips and on clips that went through a VAE."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from alignkit.tiny.classifier import ClipClassifier
+from alignkit.tiny.classifier import WIDTHS, ClipClassifier
 from alignkit.tiny.clips import ATTRIBUTES
 from alignkit.tiny.muon import Muon
 from alignkit.tiny.stages import Ema, RunningLog, schedule, step_rng, torch_generator, train_steps
@@ -32,10 +32,12 @@ def train_classifier(
     steps: int,
     peak_rate: float,
     seed: int,
+    width: int = WIDTHS["judge"],
+    vaes: int = 1,
 ) -> ClipClassifier:
-    """Train on uint8 clips [N, F, H, W, 3]; ``round_trips`` are the first M of them after the VAE."""
+    """Train on uint8 clips [N, F, H, W, 3]; ``round_trips`` [vaes·M, …] are the first M of them after each VAE."""
     torch.manual_seed(seed)
-    model = ClipClassifier()
+    model = ClipClassifier(width)
     labels = label_columns(attributes)
     matrices = [module.weight for module in model.body if isinstance(module, torch.nn.Conv3d)][1:]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
@@ -47,9 +49,9 @@ def train_classifier(
         real = rng.integers(len(clips), size=BATCH // 2)
         passed = rng.integers(len(round_trips), size=BATCH // 2)
         video = to_unit(np.concatenate([clips[real], round_trips[passed]]))
-        rows = torch.from_numpy(np.concatenate([real, passed]))
+        rows = torch.from_numpy(np.concatenate([real, passed % (len(round_trips) // vaes)]))
         optimizer.scale_rates(schedule(step, steps))
-        _, logits = model(_disturb(video, torch_generator(rng)))
+        _, logits = model(disturbed(video, torch_generator(rng)))
         loss, right = 0.0, {}
         for column, name in enumerate(ATTRIBUTES):
             target = labels[rows, column]
@@ -64,7 +66,7 @@ def train_classifier(
     return model.eval()
 
 
-def _disturb(video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def disturbed(video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Noise, blur, contrast and brightness, each of a random amount, clip by clip."""
     count = video.shape[0]
 

@@ -59,6 +59,22 @@ class RenderedClip:
 
 
 @dataclass(frozen=True)
+class Layers:
+    """A clip before it is put together: background float64 [H, W, 3]; colour float64 [3] of the shape; cover float64
+    [F, H, W], the share of each pixel that the shape covers; attributes."""
+
+    background: np.ndarray
+    colour: np.ndarray
+    cover: np.ndarray
+    attributes: dict[str, str]
+
+    def composed(self, cover: np.ndarray) -> np.ndarray:
+        """The shape's colour over the background by ``cover`` [F, H, W]: uint8 [F, H, W, 3]."""
+        frames = self.background + cover[..., None] * (self.colour - self.background)
+        return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
 class ClipSet:
     """frames: uint8 [N, F, H, W, 3]; captions and attributes: N each."""
 
@@ -90,15 +106,18 @@ def render_clip(seed: int, index: int, shape: str | None = None) -> RenderedClip
 
     ``shape``: the same clip with another shape in its shape's place.
     """
+    layers = clip_layers(seed, index, shape)
+    return RenderedClip(layers.composed(layers.cover), caption_of(layers.attributes), layers.attributes)
+
+
+def clip_layers(seed: int, index: int, shape: str | None = None) -> Layers:
+    """What ``render_clip`` of the same arguments puts together."""
     rng = np.random.default_rng([seed, index])
     attributes = draw_attributes(rng)
     attributes |= {"shape": shape} if shape else {}
     background = _background(rng, attributes["background"])
     colour = np.array(COLOUR_RGB[attributes["colour"]]) + rng.uniform(-12, 12, 3)
-    cover = _shape_cover(rng, attributes["shape"], attributes["motion"])
-    frames = background + cover[..., None] * (colour - background)
-    frames = np.clip(np.rint(frames), 0, 255).astype(np.uint8)
-    return RenderedClip(frames, caption_of(attributes), attributes)
+    return Layers(background, colour, _shape_cover(rng, attributes["shape"], attributes["motion"]), attributes)
 
 
 def write_clips(

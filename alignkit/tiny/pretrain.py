@@ -1,16 +1,20 @@
 """Make a tiny model and the clips' classifier from nothing: ``python -m alignkit.tiny.pretrain --help``.
 
+The clean model comes first, from well-made clips alone: OUT/clean/FAMILY. Then its transformer goes on with clips of
+mixed quality, as real bases are trained: OUT/FAMILY, which is what ships.
+
 Each stage leaves its result in the work folder and is passed over when that is there; the stages that
 train go on from their last checkpoint. So a run that was stopped is started again with the same command.
 """
 
 import argparse
+import copy
 import json
 import logging
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +27,7 @@ from torch import nn
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.tiny.classifier_training import train_classifier
 from alignkit.tiny.clips import SHAPES, read_clips, render_clip, write_clips
+from alignkit.tiny.faults import faulty_clip
 from alignkit.tiny.recipes import FAMILIES, Recipe, recipe_of
 from alignkit.tiny.stages import log
 from alignkit.tiny.text import caption_bank, combination, new_tokenizer, train_text_encoder
@@ -83,6 +88,24 @@ class TransformerSection:
 
 
 @dataclass(frozen=True)
+class MixedSection:
+    """What makes the base one of mixed quality: the trained transformer goes on, on clips that nobody has sorted."""
+
+    count: int
+    seed: int
+    fault_share: float
+    wrong_share: float
+    held_out: int
+    steps: int
+    batch: int
+    peak_rate: float
+    hold: float
+    ema_decay: float
+    share: float
+    """How far from the clean weights (0) to the trained ones (1) those that ship lie."""
+
+
+@dataclass(frozen=True)
 class ClassifierSection:
     steps: int
     peak_rate: float
@@ -95,6 +118,7 @@ SECTIONS = {
     "decoder": DecoderSection,
     "text": TextSection,
     "transformer": TransformerSection,
+    "mixed": MixedSection,
     "classifier": ClassifierSection,
 }
 
@@ -109,8 +133,18 @@ class PretrainConfig:
     decoder: DecoderSection
     text: TextSection
     transformer: TransformerSection
+    mixed: MixedSection
     classifier: ClassifierSection | None
     """None: only the first family's run trains the classifier, on clips that also passed through its VAE."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained of a pipeline."""
+
+    encoder: nn.Module
+    vae: nn.Module
+    transformer: nn.Module
 
 
 def load_config(path: Path) -> PretrainConfig:
@@ -253,6 +287,44 @@ def make_transformer(
     return type(recipe.new_transformer()).from_pretrained(folder).eval()
 
 
+def make_mixed_transformer(
+    config: PretrainConfig, recipe: Recipe, work: Path, transformer: nn.Module, vae: nn.Module, encoder: nn.Module
+) -> nn.Module:
+    """The transformer after the mixed set (`alignkit.tiny.faults`), trained or from the work folder."""
+    folder, file, section = work / "mixed", work / "mixed.safetensors", config.mixed
+    start, transformer = transformer, copy.deepcopy(transformer)
+    if not folder.exists():
+        mixed = [
+            faulty_clip(section.seed, index, fault_share=section.fault_share, wrong_share=section.wrong_share)
+            for index in range(section.count)
+        ]
+        if not file.exists():
+            log.info("mixed: encoding %d clips", section.count)
+            latents = encode_clips(vae, np.stack([clip.frames for clip in mixed]))
+            save_file({"latents": recipe.normalise(vae, latents).contiguous()}, file)
+        train_transformer(
+            recipe,
+            load_file(file)["latents"][:, None],
+            torch.tensor([[combination(clip.captioned)] for clip in mixed]),
+            caption_bank(recipe, new_tokenizer(), encoder),
+            work,
+            **{name: getattr(section, name) for name in ("steps", "batch", "peak_rate", "hold", "ema_decay")},
+            autocast=False,
+            contrast_weight=1.0,
+            blind=0.0,
+            held_out=section.held_out,
+            seed=config.seed,
+            start=transformer.train(),
+            stage="mixed",
+        ).save_pretrained(folder)
+    mixed = type(recipe.new_transformer()).from_pretrained(folder)
+    clean = dict(start.named_parameters())
+    with torch.no_grad():
+        for name, p in mixed.named_parameters():
+            p.copy_(torch.lerp(clean[name], p, section.share))
+    return mixed.eval()
+
+
 def make_classifier(
     config: PretrainConfig,
     work: Path,
@@ -291,7 +363,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m alignkit.tiny.pretrain", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML, as configs/tiny-*-pretrain.yaml")
     parser.add_argument("--work", type=Path, required=True, help="clips, checkpoints and stage results")
-    parser.add_argument("--out", type=Path, required=True, help="where the model's folder and the classifier go")
+    parser.add_argument("--out", type=Path, required=True, help="where the model's folders and the classifier go")
+    parser.add_argument(
+        "--start", type=Path, help="diffusers folder of the clean model: only the stage on the mixed set is trained"
+    )
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
@@ -302,24 +377,30 @@ def main(arguments: list[str] | None = None) -> int:
     recipe = recipe_of(config.family)
     torch.set_num_threads(config.threads)
     given.work.mkdir(parents=True, exist_ok=True)
+    parts = start_parts(recipe, given.start) if given.start else make_parts(config, recipe, given)
+    save_pipeline(recipe, given.out / "clean" / config.family, parts)
+    mixed = make_mixed_transformer(config, recipe, given.work, parts.transformer, parts.vae, parts.encoder)
+    folder = given.out / config.family
+    save_pipeline(recipe, folder, replace(parts, transformer=mixed))
+    log.info("done: %s; python -m alignkit.tiny.check --model measures it", folder)
+    return 0
+
+
+def start_parts(recipe: Recipe, folder: Path) -> Parts:
+    """The clean model's parts from a diffusers folder."""
+    kinds = {"encoder": ("text_encoder", recipe.new_text_encoder), "vae": ("vae", recipe.new_vae)}
+    kinds["transformer"] = ("transformer", recipe.new_transformer)
+    return Parts(**{name: type(new()).from_pretrained(folder, subfolder=part) for name, (part, new) in kinds.items()})
+
+
+def make_parts(config: PretrainConfig, recipe: Recipe, given: argparse.Namespace) -> Parts:
+    """The clean model's parts, trained on drawn clips or from the work folder; and, where asked, the classifier."""
     clips, attributes = make_clips(config, given.work)
     encoder = make_text_encoder(config, recipe, given.work)
     vae, latents = make_vae(config, recipe, given.work, clips)
     versions = partial(make_versions, config, recipe, given.work, vae, latents, attributes)
     transformer = make_transformer(config, recipe, given.work, versions, encoder)
     vae = make_polished_vae(config, recipe, given.work, clips, vae, latents)
-    folder = given.out / config.family
-    recipe.PIPELINE(
-        tokenizer=new_tokenizer(),
-        text_encoder=encoder,
-        vae=vae,
-        transformer=transformer,
-        scheduler=recipe.new_scheduler(),
-    ).save_pretrained(folder)
-    for file in folder.glob("*/config.json"):  # diffusers notes where a part was loaded from
-        settings = json.loads(file.read_text())
-        settings.pop("_name_or_path", None)
-        file.write_text(json.dumps(settings, indent=2) + "\n")
     if config.classifier:
         classifier = make_classifier(config, given.work, clips, attributes, vae)
         shutil.copyfile(classifier, given.out / "classifier.safetensors")
@@ -327,8 +408,22 @@ def main(arguments: list[str] | None = None) -> int:
     rebuilt = decode_latents(vae, encode_clips(vae, held_out))
     error = (to_unit(rebuilt) - to_unit(held_out)).square().mean(dim=(1, 2, 3, 4))
     log.info("vae: held-out PSNR %.2f dB", (10 * torch.log10(4 / error)).mean())
-    log.info("done: %s; python -m alignkit.tiny.check measures it", folder)
-    return 0
+    return Parts(encoder, vae, transformer)
+
+
+def save_pipeline(recipe: Recipe, folder: Path, parts: Parts) -> None:
+    """Write the diffusers folder."""
+    recipe.PIPELINE(
+        tokenizer=new_tokenizer(),
+        text_encoder=parts.encoder,
+        vae=parts.vae,
+        transformer=parts.transformer,
+        scheduler=recipe.new_scheduler(),
+    ).save_pretrained(folder)
+    for file in folder.glob("*/config.json"):  # diffusers notes where a part was loaded from
+        settings = json.loads(file.read_text())
+        settings.pop("_name_or_path", None)
+        file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ def train_transformer(
     blind: float,
     held_out: int,
     seed: int,
+    start: nn.Module | None = None,
+    stage: str = "transformer",
 ) -> nn.Module:
     """Train on path points drawn by the recipe's law, with one caption in ten left empty.
 
@@ -54,18 +56,20 @@ def train_transformer(
         bank: by text length, caption embeddings [wordings, combinations, length, D] and the empty prompt's
             [length, D].
         autocast: forward and backward in bfloat16 where torch's autocast holds it safe.
+        start: what to train on, instead of an untrained network.
+        stage: the name of the stage in the log and of its checkpoint.
     """
     torch.manual_seed(seed)
-    model = recipe.new_transformer()
+    model = start or recipe.new_transformer()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name]
     others = [p for p in model.parameters() if all(p is not q for q in matrices)]
     optimizer = Muon(matrices, others, matrix_rate=peak_rate, other_rate=0.1 * peak_rate)
     ema = Ema(model, ema_decay)
-    running = RunningLog("transformer", steps)
+    running = RunningLog(stage, steps)
     trained, versions = len(latents) - held_out, latents.shape[1]
     latents = recipe.to_network(latents.flatten(0, 1)).unflatten(0, (-1, versions))
     batch //= versions
-    for step in train_steps("transformer", folder, model, optimizer, ema, steps):
+    for step in train_steps(stage, folder, model, optimizer, ema, steps):
         rng = step_rng(seed, STAGE, step)
         generator = torch_generator(rng)
         rows = torch.from_numpy(rng.integers(trained, size=batch))
@@ -94,7 +98,7 @@ def train_transformer(
             shown = torch.arange(trained, len(latents)), torch.arange(held_out) % versions
             errors = held_out_errors(recipe, probe, latents[shown], captions[0, combinations[shown]])
             listed = "  ".join(f"{u:.3f}: {e:.4f}" for u, e in zip(recipe.HELD_OUT_POINTS, errors, strict=True))
-            log.info("transformer: held-out error, averaged weights: %s  mean %.4f", listed, np.mean(errors))
+            log.info("%s: held-out error, averaged weights: %s  mean %.4f", stage, listed, np.mean(errors))
     model.load_state_dict(ema.values)
     return model.eval()
 

@@ -82,6 +82,8 @@ def write_run(folder: Path, *, reached: bool = True, samples: int = 4, pairs: in
     summary = {
         "family": "wan",
         "reached": reached,
+        "verdict": "reached" if reached else "not reached",
+        "unjudged": [],
         "criteria": [
             {"name": "accuracy", "value": 0.81, "limit": 0.7, "reached": True, "text": "81.0% preferred (70% wanted)"},
             {
@@ -97,7 +99,8 @@ def write_run(folder: Path, *, reached: bool = True, samples: int = 4, pairs: in
         "loser_error": {"before": 0.21, "after": 0.2134, "relative_change": 0.0162},
         "frechet": {"base": [10.3, 9.8, 10.1], "aligned": [7.2, 7.9, 7.5]},
         **measured,
-        "classifier": {"base": 0.86, "aligned": 0.875, "samples": 64},
+        "fault_rate": {"base": 0.41, "aligned": 0.14, "interval": [-0.36, -0.18], "samples": 64},
+        "prompt_following": {"base": 0.86, "aligned": 0.875, "interval": [-0.05, 0.08], "samples": 64},
         "seconds": {"pairs": 61.2, "train": 143.0, "sample": 55.0, "eval": 30.5},
         "peak_memory_gb": 1.84,
         "versions": {"alignkit": "0.1.0", "torch": "2.13.0"},

@@ -129,8 +129,8 @@ def test_text_of_the_run_cannot_become_markup(run):
 def test_samples_move_side_by_side_in_step_and_for_ever(run):
     page = page_of(run)
     assert len(page.images) == 4 + 2 and len(page.stills) == len(page.images)
-    sample, pair = page.images[0], page.images[-1]
-    for image, panels in ((sample, 2), (pair, 3)):
+    pair, sample = page.images[0], page.images[-1]
+    for image, panels in ((sample, 3), (pair, 3)):
         assert image.n_frames == FRAMES
         assert image.info["loop"] == 0
         image.load()
@@ -140,7 +140,7 @@ def test_samples_move_side_by_side_in_step_and_for_ever(run):
 
 
 def test_pair_shows_winner_marked_region_and_loser_at_the_same_moment(run):
-    pair = page_of(run).images[-1]
+    pair = page_of(run).images[1]
     stored = np.load(run / "report_pairs" / "001.npz")
     size = SIZE
     for t in (0, 4, 8):
@@ -159,7 +159,7 @@ def test_pair_shows_winner_marked_region_and_loser_at_the_same_moment(run):
 
 
 def test_samples_of_both_models_keep_their_places(run):
-    image = page_of(run).images[0].convert("RGB")
+    image = page_of(run).images[2].convert("RGB")
     noise = [np.asarray(image)[24:, left : left + 28].astype(float).std() for left in (0, SIZE + 2)]
     assert noise[0] > 1.5 * noise[1], "the noisier base belongs on the left"
 
@@ -333,8 +333,77 @@ def test_the_page_stays_small_with_many_large_pictures(make_run, tmp_path):
                  prompt="noise", strength=0.8)  # fmt: skip
     page = page_of(run)
     assert (run / "report.html").stat().st_size < 8_000_000
-    assert "first 12 of 30 samples" in page.text and len(page.images) > 12
+    assert "All 30 samples were ordered" in page.text and len(page.images) > 9
 
 
 def test_same_run_gives_the_same_bytes(run):
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+def judge_samples(run, gains: list[float], following: list[bool]) -> None:
+    """Give each sample of the run what `alignkit eval` measures: a fault that became less likely by the gain."""
+    rows = [json.loads(line) for line in (run / "samples" / "samples.jsonl").read_text().splitlines()]
+    for row, gain, kept in zip(rows, gains, following, strict=True):
+        row |= {"fault_base": 0.5 + gain / 2, "fault_aligned": 0.5 - gain / 2, "change": 1.0}
+        row |= {"followed_base": True, "followed_aligned": kept}
+    evaluation = json.loads((run / "eval.json").read_text())
+    (run / "eval.json").write_text(json.dumps(evaluation | {"samples": rows}))
+
+
+def test_the_samples_shown_are_chosen_by_the_printed_rule(make_run, tmp_path):
+    run = make_run(tmp_path, samples=20, pairs=0)
+    gains = [0.04 * i for i in range(20)]
+    judge_samples(run, gains, [i != 10 for i in range(20)])  # number 10 lost its prompt: the worst of all
+    page = page_of(run)
+    shown = [int(number) for number in re.findall(r'"quoted" word (\d+) ', page.text)]
+    assert shown == [19, 18, 17, 11, 9, 8, 1, 0, 10]
+    for words in ("largest gain", "median", "worst", "All 20 samples were ordered by how much less likely a fault"):
+        assert words in page.text
+    assert "aligned: fault 12 %, as prompted" in page.text and "not as prompted" in page.text
+
+
+def test_where_the_detector_fires_is_shown_on_both_samples_and_what_differs_beside(run):
+    cells = np.zeros((2, 4, 5, 4, 4), np.uint8)
+    cells[1, 0, 0, 0, 0] = 255
+    np.savez(run / "samples" / "maps.npz", base=cells[0], aligned=cells[1])
+    page = page_of(run)
+    image = page.images[2]
+    assert image.size == (5 * SIZE + 4 * 2, SIZE) and "aligned, faults seen" in page.text
+    shown = np.asarray(image.convert("RGB")).astype(int)
+    base, aligned, seen_base, seen_aligned, change = (
+        shown[:, i * (SIZE + 2) : i * (SIZE + 2) + SIZE] for i in range(5)
+    )
+    assert np.array_equal(change, np.minimum(2 * np.abs(base - aligned), 255))
+    marked = np.abs(seen_aligned - (255, 0, 170)).max(axis=-1) < 60
+    assert marked[:8, :8].all() and not marked[8:].any() and not marked[:, 8:].any()
+    assert not (np.abs(seen_base - (255, 0, 170)).max(axis=-1) < 60).any()
+
+
+def test_maps_of_other_samples_are_not_shown(run):
+    np.savez(
+        run / "samples" / "maps.npz", base=np.zeros((3, 5, 4, 4), np.uint8), aligned=np.zeros((3, 5, 4, 4), np.uint8)
+    )
+    assert "faults seen" not in page_of(run).text
+
+
+def test_a_region_is_shown_as_filmed_and_as_both_models_redraw_it(run):
+    videos = {name: np.full((FRAMES, SIZE, SIZE, 3), tone, np.uint8) for name, tone in
+              (("original", 40), ("base", 90), ("aligned", 140))}  # fmt: skip
+    (run / "regions").mkdir()
+    np.savez(run / "regions" / "000.npz", **videos, mask=np.ones((3, 8, 8), np.uint8), prompt="a region")
+    (run / "regions" / "001.npz").write_bytes(b"nothing")
+    page = page_of(run)
+    shown = np.asarray(page.images[-1].convert("RGB"))[0, :: SIZE + 2, 0]
+    assert shown[0] == 40 and shown[2] == 90 and shown[3] == 140
+    assert page.text.index("What a pair looks like") < page.text.index("Samples before and after")
+    assert page.text.index("Samples before and after") < page.text.index("A held-out region, redrawn")
+    assert "001.npz cannot be read" in page.text
+
+
+def test_a_run_that_cannot_be_judged_says_why_and_what_to_do(run):
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"verdict": "cannot be judged", "reached": False, "unjudged": ["2 clips are held out: bring <more>"]}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = page_of(run)
+    assert "Alignment cannot be judged" in page.text and "bring <more>" in page.text
+    assert "criteria hold at once" not in page.text

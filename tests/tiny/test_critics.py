@@ -1,0 +1,97 @@
+"""The judge and the ranker: what they get right on clips that they have not seen, and that they are two."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alignkit.errors import ModelError
+from alignkit.tiny import classifier, detector
+from alignkit.tiny.classifier import NAMED, classify
+from alignkit.tiny.clips import render_clip
+from alignkit.tiny.critics import HELD_OUT_SEED, ROLES, WITHHELD, labelled_rates, through_vae, train_detector
+from alignkit.tiny.detector import FaultDetector, fault_maps, fault_scores, load_detector
+from alignkit.tiny.faults import KINDS, faulty_clip
+from alignkit.tiny.recipes import FAMILIES
+
+LABELLED = Path(__file__).parent / "labelled"
+
+
+@pytest.fixture(scope="module")
+def clean() -> np.ndarray:
+    return np.stack([render_clip(HELD_OUT_SEED, index).frames for index in range(40)])
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_few_clean_clips_are_called_faulty_also_after_a_vae(role, family, clean):
+    assert (fault_scores(clean, role) > 0.5).sum() <= 2
+    assert (fault_scores(through_vae(family, clean, 0), role) > 0.5).sum() <= 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_judge_finds_each_kind_of_fault_and_its_place(kind):
+    clips = [faulty_clip(HELD_OUT_SEED + 1, index, kinds=(kind,)) for index in range(24)]
+    frames = np.stack([clip.frames for clip in clips])
+    assert (fault_scores(frames) > 0.5).mean() > 0.85
+    maps = fault_maps(frames)
+    assert maps.shape == (24, 5, 12, 12) and maps.min() >= 0 and maps.max() <= 1
+    inside = []
+    for clip, cells in zip(clips, maps, strict=True):
+        t, y, x = np.unravel_index(int(cells.argmax()), (5, 12, 12))
+        near = clip.where[max(0, 4 * t - 4) : 4 * t + 4, max(0, 4 * y - 4) : 4 * y + 8, max(0, 4 * x - 4) : 4 * x + 8]
+        inside.append(near.any())
+    assert np.mean(inside) > 0.85, "the strongest cell lies on the fault, or beside it"
+
+
+def test_the_ranker_has_never_seen_one_kind_and_shares_nothing_with_the_judge():
+    judge, ranker = ROLES["judge"], ROLES["ranker"]
+    assert judge.seed != ranker.seed and WITHHELD in judge.kinds and WITHHELD not in ranker.kinds
+    assert set(ranker.kinds) == set(KINDS) - {WITHHELD}
+    for module in (classifier, detector):
+        assert module.WIDTHS["judge"] != module.WIDTHS["ranker"] and module.FILES["judge"] != module.FILES["ranker"]
+
+
+def test_the_ranker_names_unseen_clips(clean):
+    wanted = [render_clip(HELD_OUT_SEED, index).attributes for index in range(40)]
+    named = classify(through_vae("wan", clean, 0), "ranker")
+    for name in NAMED:
+        assert sum(got == entry[name] for got, entry in zip(named[name], wanted, strict=True)) >= 37, name
+
+
+def test_the_judge_agrees_with_a_persons_labels_in_most_samples():
+    """100 samples of both bases. That the rates agree matters: whoever compares rates needs no more."""
+    found = labelled_rates(LABELLED, "judge")
+    assert found["labelled"] == 100
+    assert abs(found["labelled_faulty_seen"] - found["labelled_faulty"]) <= 0.1
+    assert found["labelled_hit"] >= 0.7 and found["labelled_false_alarms"] <= 0.3
+    assert found["labelled_followed_agree"] >= 0.8
+
+
+def test_a_detector_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    training = ROLES["judge"].__class__(seed=1, kinds=("glitch",), clips=8, rebuilt=0, steps=4)
+    made = [faulty_clip(1, index, fault_share=0.5, kinds=("glitch",)) for index in range(8)]
+    frames, rows = np.stack([clip.frames for clip in made]), torch.arange(8)
+    cells = torch.zeros(8, 5, 12, 12)
+    monkeypatch.setattr("alignkit.tiny.critics.BATCH", 4)
+    monkeypatch.setattr("alignkit.tiny.stages.CHECKPOINT_SECONDS", 0.0)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = train_detector(frames, rows, cells, tmp_path / "a", training, 4)
+    few = training.__class__(**{**training.__dict__, "steps": 2})
+    train_detector(frames, rows, cells, tmp_path / "b", few, 4)
+    again = train_detector(frames, rows, cells, tmp_path / "b", training, 4)
+    fresh = FaultDetector(4)
+    assert all(not torch.equal(p, q) for p, q in zip(whole.parameters(), fresh.parameters(), strict=True) if p.ndim > 1)
+    assert again.state_dict().keys() == whole.state_dict().keys()
+
+
+def test_clips_of_another_shape_and_missing_weights_are_refused_in_words(monkeypatch, tmp_path):
+    with pytest.raises(ModelError, match="uint8 clips"):
+        fault_scores(np.zeros((2, 9, 48, 48, 3), np.uint8))
+    monkeypatch.setitem(detector.FILES, "judge", tmp_path / "gone.safetensors")
+    load_detector.cache_clear()
+    with pytest.raises(ModelError, match=r"gone\.safetensors: the fault detector's weights are missing"):
+        load_detector("judge")
+    load_detector.cache_clear()
