@@ -18,8 +18,8 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     """Read `path` (YAML) and apply `overrides` ("train.steps=20"; values are YAML).
 
     An override that names another objective than the file's begins with that one's own defaults; one that gives a β
-    comes without the file's limits for an automatic one, and one that brings masks (pairs.mask.files) without the file's
-    random ones: what the file sets beside them was for its own.
+    comes without the file's limits for an automatic one, and one that brings masks (pairs.mask.files) without the
+    file's random ones: what the file sets beside them was for its own.
 
     Raises ConfigError for a missing or malformed file, an unknown key (with the nearest known one),
     a value of the wrong type or range.

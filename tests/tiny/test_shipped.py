@@ -110,7 +110,7 @@ def test_the_classifier_refuses_other_shapes():
 
 
 CLEAN = Path(__file__).parent / "clean"
-DEMO = {"wan": {"steps": 12, "guidance": 2.0}, "cogvideox": {"steps": 10, "guidance": 4.5}}
+DEMO = {"wan": {"steps": 12, "guidance": 2.0}, "cogvideox": {"steps": 10, "guidance": 2.0}}
 
 
 def test_the_clean_model_draws_what_is_prompted_and_the_base_that_ships_does_it_worse(family, pipeline):
