@@ -52,7 +52,7 @@ def _samples(run: Run, fps: float) -> str:
         facts = [kind] * bool(kind) + [f"seed {row['seed']}"] * ("seed" in row) + _judgement(row)
         return picture, escape(row["prompt"]) + "".join(f' <span class="fact">{escape(fact)}</span>' for fact in facts)
 
-    marks = ("base, faults seen", "aligned, faults seen") if maps else ()
+    marks = ("base: faults", "aligned: faults") if maps else ()
     cards, left_out, problems = _cards(shown, make, ("base", "aligned", *marks, "difference × 2"), SAMPLE_BYTES)
     omitted = f" {left_out} of them did not fit in the page." if left_out else ""
     return (

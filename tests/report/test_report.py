@@ -368,7 +368,7 @@ def test_where_the_detector_fires_is_shown_on_both_samples_and_what_differs_besi
     np.savez(run / "samples" / "maps.npz", base=cells[0], aligned=cells[1])
     page = page_of(run)
     image = page.images[2]
-    assert image.size == (5 * SIZE + 4 * 2, SIZE) and "aligned, faults seen" in page.text
+    assert image.size == (5 * SIZE + 4 * 2, SIZE) and "aligned: faults" in page.text
     shown = np.asarray(image.convert("RGB")).astype(int)
     base, aligned, seen_base, seen_aligned, change = (
         shown[:, i * (SIZE + 2) : i * (SIZE + 2) + SIZE] for i in range(5)
@@ -383,7 +383,7 @@ def test_maps_of_other_samples_are_not_shown(run):
     np.savez(
         run / "samples" / "maps.npz", base=np.zeros((3, 5, 4, 4), np.uint8), aligned=np.zeros((3, 5, 4, 4), np.uint8)
     )
-    assert "faults seen" not in page_of(run).text
+    assert "aligned: faults" not in page_of(run).text
 
 
 def test_a_region_is_shown_as_filmed_and_as_both_models_redraw_it(run):

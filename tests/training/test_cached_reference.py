@@ -101,7 +101,7 @@ def forbid_weights(monkeypatch):
     "keys",
     [
         (),
-        ("deepspeed.preset=zero2", "model.dtype=bf16", "train.lora={rank: 4, alpha: 8}", "train.learning_rate=1e-3"),
+        ("deepspeed.preset=zero2", "model.dtype=bf16", "train.lora={rank: 4, alpha: 8}"),
     ],
     ids=["zero3", "zero2 bf16 lora"],
 )
