@@ -47,7 +47,7 @@ SMALL = (
     "sample.seeds=[0]",
     "sample.batch_size=2",
     "evaluation.positions=[0.5]",
-    # the published loss and masks and a small rate, not those that the demo's base calls for: bounds in tests are derived for these
+    # The published loss and masks and a small rate, not what the demo takes: bounds in tests are derived for these.
     "objective={}",
     "pairs.mask={}",
     "pairs.guidance_scale=4.0",
