@@ -67,7 +67,6 @@ def test_a_real_video_beside_a_rollout_is_an_anchor(build, rollouts, clips, anch
     if anchor == "shared":
         assert pair.path_w is None and not store.inverted
     else:
-        # six steps are few: 1 would be a round trip that brings nothing back
         assert 0 < pair.path_w.error < 1 and pair.path_w.states.shape == pair.path_l.states.shape
         assert store.inversion_errors[store.ids.index(0)] == pair.path_w.error
     model = load_model(config.model, with_transformer=False, with_encoders=False)
