@@ -59,10 +59,13 @@ class ClipClassifier(nn.Module):
 @lru_cache(maxsize=2)
 def load_classifier(role: Role = "judge") -> ClipClassifier:
     """The shipped classifier, in eval mode on the CPU. Raises ModelError when its weights are missing."""
-    file = FILES[role]
+    return with_weights(ClipClassifier(WIDTHS[role]), FILES[role], "classifier")
+
+
+def with_weights(model: nn.Module, file: Path, title: str) -> nn.Module:
+    """``model`` with the weights of ``file``, in eval mode. Raises ModelError where it is missing."""
     if not file.exists():
-        raise ModelError(f"{file}: the classifier's weights are missing; reinstall alignkit")
-    model = ClipClassifier(WIDTHS[role])
+        raise ModelError(f"{file}: the {title}'s weights are missing; reinstall alignkit")
     model.load_state_dict(load_file(file))
     return model.eval().requires_grad_(False)
 

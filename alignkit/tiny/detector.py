@@ -5,12 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alignkit.errors import ModelError
-from alignkit.tiny.classifier import Role, unit_batches
+from alignkit.tiny.classifier import Role, unit_batches, with_weights
 
 FILES: dict[Role, Path] = {
     "judge": Path(__file__).with_name("detector.safetensors"),
@@ -61,12 +59,7 @@ def clip_logit(cells: Tensor) -> Tensor:
 @lru_cache(maxsize=2)
 def load_detector(role: Role = "judge") -> FaultDetector:
     """The shipped detector, in eval mode on the CPU. Raises ModelError when its weights are missing."""
-    file = FILES[role]
-    if not file.exists():
-        raise ModelError(f"{file}: the fault detector's weights are missing; reinstall alignkit")
-    model = FaultDetector(WIDTHS[role])
-    model.load_state_dict(load_file(file))
-    return model.eval().requires_grad_(False)
+    return with_weights(FaultDetector(WIDTHS[role]), FILES[role], "fault detector")
 
 
 @torch.no_grad()
