@@ -96,23 +96,22 @@ def _share(plan: Plan, out: Path, runs: list[tuple[Arm, str, int]], split: str, 
 
 
 def _share_curves(plan: Plan, out: Path, runs: list[tuple[Arm, str, int]], device: torch.device) -> None:
-    """Each run's samples after fewer steps: trained again as far, which gives the same weights, and measured."""
+    """The samples of what each run was exported as on its way."""
     wanted = [(*run, steps) for run in runs for steps in plan.curve_steps]
     files = [run_folder(plan, out, *run) / f"after-{steps}.json" for *run, steps in wanted]
 
     def make(number: int) -> None:
         arm, trial, seed, steps = wanted[number]
         say(f"[{number + 1}/{len(wanted)}] after {steps} steps: {arm.title}, {trial}, seed {seed}")
-        folder = run_folder(plan, out, arm, trial, seed) / f"after-{steps}"
-        config = _run_config(plan, out, arm, trial, seed, folder, f"train.steps={steps}")
-        try:
-            _train(config, store_folder(plan, out, plan.store(arm, trial)))
-        except TrainingDiverged as error:
-            return write_json(files[number], {"diverged": str(error)})
+        kept = after(run_folder(plan, out, arm, trial, seed), steps)
+        if not kept.is_dir():  # its training diverged
+            return write_json(files[number], {"diverged": "before the end"})
+        config = _run_config(plan, out, arm, trial, seed, kept.parent)
+        section = config.model.model_copy(update={"path": str(kept)})
         store = heldout_store(plan, out, "test")
-        numbers, _ = measure_samples(config, aligned_section(config), store, seed, plan.curve_samples, device)
+        numbers, _ = measure_samples(config, section, store, seed, plan.curve_samples, device)
         write_json(files[number], numbers)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(kept, ignore_errors=True)
 
     share_out(files, make)
 
@@ -142,7 +141,7 @@ def _train_and_measure(
     section = config.model
     if arm.pairs:
         try:
-            _train(config, store_folder(plan, out, plan.store(arm, trial)))
+            _train(config, store_folder(plan, out, plan.store(arm, trial)), plan.curve_steps if arm.curve else ())
         except TrainingDiverged as error:
             return {"diverged": str(error)}
         section = aligned_section(config)
@@ -152,17 +151,31 @@ def _train_and_measure(
     return numbers
 
 
-def _train(config: Config, store: Path) -> None:
-    """Train unless that was done already; of a finished run the export and the metrics are kept."""
-    if export_folder(config).is_dir():
+def after(folder: Path, steps: int) -> Path:
+    """The model that a run in `folder` was after so many steps."""
+    return folder / f"after-{steps}"
+
+
+def _train(config: Config, store: Path, stops: tuple[int, ...]) -> None:
+    """Train unless that was done already, with an export after each of `stops` too; of a finished run the exports and
+    the metrics are kept."""
+    checkpoints = config.output.dir / "train" / "checkpoints"
+    if export_folder(config).is_dir() and not checkpoints.is_dir():
         return
     config.output.dir.mkdir(parents=True, exist_ok=True)
     link = pairs_folder(config, "train").parent
     if not link.is_symlink():
         os.symlink(os.path.relpath(store / "pairs", link.parent), link)
-    if not train(config, start_process()):
-        raise SystemExit(0)
-    shutil.rmtree(config.output.dir / "train" / "checkpoints", ignore_errors=True)
+    for steps in (*stops, config.train.steps):
+        kept = after(config.output.dir, steps)
+        if kept.is_dir():
+            continue
+        section = config.train.model_copy(update={"steps": steps})
+        if not train(config.model_copy(update={"train": section}), start_process()):
+            raise SystemExit(0)
+        if steps < config.train.steps:
+            os.rename(export_folder(config), kept)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def choose_trial(plan: Plan, out: Path, arm: Arm) -> str:

@@ -49,19 +49,14 @@ def _local(rate: float, beta: float, sft: float, pairs: str | None = None) -> Tr
 
 
 SFT, DPO = "objective={name: sft}", "objective={name: dpo}"
-SFT_TRIALS = {
-    "2e-5": _at(2e-5, SFT),
-    "5e-5": _at(5e-5, SFT),
-    "1e-4": _at(1e-4, SFT),
-    "2e-4": _at(2e-4, SFT),
-    "3e-4": _at(3e-4, SFT),
-}
+SFT_TRIALS = {f"{rate:.0e}".replace("e-0", "e-"): _at(rate, SFT) for rate in (5e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3)}
 LOCAL_TRIALS = {
     "published": _local(2e-5, 5000, 0.1, pairs="published"),
     "beta500": _local(1e-4, 500, 500),
-    "beta150": _local(1e-4, 150, 100),
-    "beta100": _local(3e-4, 100, 20),
-    "auto": _at(3e-4),  # as the demo's configuration has it
+    "beta150": _local(3e-4, 150, 100),
+    "beta50": _at(3e-4),  # as the demo's configuration has it
+    "beta50-fast": _at(6e-4),
+    "auto": _at(3e-4, "objective={beta: auto, beta_min: 20, beta_max: 500, weight_sft: 100}"),
 }
 RANKED_TRIALS = {
     "published": _at(2e-5, DPO),
@@ -76,12 +71,15 @@ ARMS = (
     Arm("region_global", "region + global", "bezier", _weights(weight_sft=0), like="local_dpo", curve=True),
     Arm("local_dpo", "LocalDPO: region + global + SFT", "bezier", (), LOCAL_TRIALS, curve=True),
     Arm("rectangles", "LocalDPO with rectangles", "rectangle", (), like="local_dpo"),
+    Arm("sft_few", "SFT, 16 clips", "few", (), like="sft"),
+    Arm("local_dpo_few", "LocalDPO, 16 clips, 8 pairs of each", "few", (), like="local_dpo"),
 )
 MAIN_ARMS = ("base", "sft", "dpo_ranked", "local_dpo")
 STORES: dict[str, Settings] = {
     "bezier": (),
     "rectangle": ("pairs.mask.shape=rectangle",),
     "generated": (),
+    "few": ("pairs.per_clip=8",),
     "published": (
         "pairs.mask.area=[0.0,1.0]",
         "pairs.mask.blobs=[1,5]",
@@ -91,6 +89,7 @@ STORES: dict[str, Settings] = {
     ),
 }
 """What each store's pairs differ in from the demo's: the published sizes of masks and strengths, for one."""
+FEW_CLIPS = 16  # where an arm's name says so; by the settings above as many pairs as from all clips
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Plan:
     samples: int = 256
     validation_samples: int = 128
     curve_steps: tuple[int, ...] = (10, 20, 40)
-    curve_samples: int = 128
+    curve_samples: int = 64
     rollouts: int = 4
     """For each prompt of the ranked pairs: the best is the winner, the worst the loser."""
 
@@ -156,5 +155,9 @@ def run_config(plan: Plan, out: Path, folder: Path, *settings: str) -> Config:
         f"sample.count={plan.samples}",
         "pairs.previews=0",
         "pairs.block_size=32",
+        # what saves no memory that is short here costs a third of the time
+        "train.gradient_checkpointing=false",
+        "train.micro_batch_size=16",
+        "deepspeed.preset=zero2",
     )
     return load_config(shipped_config(f"{plan.family}-tiny-localdpo.yaml"), [*common, *settings])

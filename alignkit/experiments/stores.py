@@ -14,7 +14,7 @@ from alignkit.config import Config
 from alignkit.evaluation.drawn import thumbnails
 from alignkit.evaluation.regions import again
 from alignkit.evaluation.samples import sample_latents
-from alignkit.experiments.plan import STORES, Plan, run_config
+from alignkit.experiments.plan import FEW_CLIPS, STORES, Plan, run_config
 from alignkit.localdpo.build import build_pairs, guided_text
 from alignkit.models import load_model, working_dtype
 from alignkit.objectives.states.checks import sampler_terms
@@ -28,8 +28,8 @@ from alignkit.tiny.clips import write_clips
 from alignkit.tiny.detector import fault_scores
 from alignkit_kernels import Stream
 
-CLIP_SEEDS = {"train": 31_000, "heldout": 32_000}
-"""Neither is a seed of the shipped weights' clips, nor of the demo's."""
+CLIP_SEEDS = {"train": 31_000, "few": 31_000, "heldout": 32_000}
+"""None is a seed of the shipped weights' clips, nor of the demo's."""
 SEED = 33_000  # of the noise that ranked samples start from
 TIMED_PAIRS = 16
 OTHER_SPLIT = 1  # `alignkit pairs` wants a clip on either side of its split
@@ -37,7 +37,7 @@ OTHER_SPLIT = 1  # `alignkit pairs` wants a clip on either side of its split
 
 def prepare(plan: Plan, out: Path, device: torch.device, show: bool) -> None:
     """Draw the clips and make every store that the plan's arms need; processes share the work."""
-    for split, count in (("train", plan.train_clips), ("heldout", plan.heldout_clips)):
+    for split, count in _clip_counts(plan).items():
         folder = out / "clips" / split
         with one_at_a_time(folder.with_suffix(".lock")):
             if not (folder / "captions.jsonl").exists():
@@ -48,6 +48,11 @@ def prepare(plan: Plan, out: Path, device: torch.device, show: bool) -> None:
             _build_generated(plan, out, "train", device, show)
         else:
             build_pairs(_store_config(plan, out, name), device, show)
+
+
+def _clip_counts(plan: Plan) -> dict[str, int]:
+    counts = {"train": plan.train_clips, "heldout": plan.heldout_clips}
+    return counts | ({"few": min(FEW_CLIPS, plan.train_clips)} if "few" in plan.stores else {})
 
 
 def store_folder(plan: Plan, out: Path, name: str) -> Path:
@@ -64,8 +69,8 @@ def heldout_store(plan: Plan, out: Path, split: str) -> PairStore:
 
 
 def _store_config(plan: Plan, out: Path, name: str) -> Config:
-    split = "heldout" if name == "heldout" else "train"
-    clips = plan.heldout_clips if name == "heldout" else plan.train_clips
+    split = name if name in ("heldout", "few") else "train"
+    clips = _clip_counts(plan)[split]
     share = clips / (clips + OTHER_SPLIT) if name == "heldout" else OTHER_SPLIT / (clips + OTHER_SPLIT)
     return run_config(
         plan,

@@ -265,7 +265,7 @@ def test_the_plans(tmp_path):
         make_plan("cogvideox", smoke=False),
         make_plan("wan", smoke=True),
     )
-    assert len(whole.arms) == 8 and len(whole.seeds) == 3
+    assert len(whole.arms) == 10 and len(whole.seeds) == 3
     assert {arm.name for arm in other.arms} < {arm.name for arm in whole.arms} and len(other.seeds) == 3
     assert len(smoke.trained) <= 2 and len(smoke.seeds) == 1
     for plan in (whole, other):
