@@ -82,7 +82,7 @@ def write_preview(file: Path, pair: StoredPair, columns: int = 6) -> None:
 def pair_picture(pair: StoredPair, fps: float) -> Picture:
     """Winner, winner with the mask over it, loser."""
     winner, loser = _shrunk(pair.winner), _shrunk(pair.loser)  # before the mask is drawn: its outline stays sharp
-    return compose([winner, with_mask(winner, pair.mask), loser], fps)
+    return compose([winner, with_mask(winner, pair.mask), loser], fps, still=most_different(winner, loser))
 
 
 def sample_picture(base: Path, aligned: Path, fps: float, cells: list[np.ndarray]) -> Picture:
@@ -93,7 +93,7 @@ def sample_picture(base: Path, aligned: Path, fps: float, cells: list[np.ndarray
         raise DataError(f"{base.name} and {aligned.name} are not of one shape")
     videos = [_shrunk(video) for video in videos]
     marked = [with_heat(video, heat) for video, heat in zip(videos, cells, strict=False)]
-    return compose([*videos, *marked, difference(*videos)], fps)
+    return compose([*videos, *marked, difference(*videos)], fps, still=most_different(*videos))
 
 
 def read_maps(file: Path, count: int) -> dict[str, np.ndarray]:
@@ -121,12 +121,18 @@ def region_picture(file: Path, fps: float) -> tuple[Picture, str]:
     if original.ndim != 4 or not original.shape == base.shape == aligned.shape:
         raise DataError(f"{file.name}: its videos are not of one shape")
     videos = [_shrunk(video) for video in (original, base, aligned)]
-    return compose([videos[0], with_mask(videos[0], mask), *videos[1:]], fps), prompt
+    shown = [videos[0], with_mask(videos[0], mask), *videos[1:]]
+    return compose(shown, fps, still=most_different(*videos[1:])), prompt
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """What differs between two videos uint8 [F, H, W, 3], twice as strong, on black."""
     return np.minimum(2 * np.abs(first.astype(int) - second), 255).astype(np.uint8)
+
+
+def most_different(first: np.ndarray, second: np.ndarray) -> int:
+    """The frame in which two videos uint8 [F, H, W, 3] differ most."""
+    return int(difference(first, second).mean(axis=(1, 2, 3)).argmax())
 
 
 def with_heat(video: np.ndarray, cells: np.ndarray) -> np.ndarray:
@@ -167,8 +173,10 @@ def _mask_frames(frames: int, mask_frames: int) -> np.ndarray:
     return index * mask_frames // frames
 
 
-def compose(videos: list[np.ndarray], fps: float) -> Picture:
-    """Videos uint8 [F, H, W, 3] of one shape, side by side with a transparent gap, moving together for ever."""
+def compose(videos: list[np.ndarray], fps: float, still: int = 0) -> Picture:
+    """Videos uint8 [F, H, W, 3] of one shape, side by side with a transparent gap, moving together for ever.
+
+    still: the frame for people who want no motion."""
     every = -(-videos[0].shape[0] // MOST_FRAMES)
     videos = [_shrunk(video[::every]) for video in videos]
     frames, height, width = videos[0].shape[:3]
@@ -182,7 +190,7 @@ def compose(videos: list[np.ndarray], fps: float) -> Picture:
     animation, options = _animated(images, duration=round(1000 * every / fps))
     return Picture(
         animation=animation,
-        still=_webp(images[frames // 2], **options),
+        still=_webp(images[still // every], **options),
         width=canvas.shape[2] * scale,
         panels=len(videos),
         magnified=scale > 1,

@@ -1,5 +1,6 @@
 """The experiment: the whole of it in little, what each number is of, how it chooses, and what is checked in."""
 
+import contextlib
 import csv
 import json
 from dataclasses import replace
@@ -18,6 +19,7 @@ from alignkit.files import write_json
 from alignkit.media.videos import VideoSpec, decode_clip
 from alignkit.stores.pairs import PairStore
 from alignkit.tiny.recipes import FAMILIES
+from alignkit.training.export import export_folder
 
 WRITTEN = Path(__file__).parents[2] / "docs" / "experiment"
 BY_NAME = {arm.name: arm for arm in ARMS}
@@ -31,6 +33,7 @@ TINY = Plan(
         replace(BY_NAME["dpo_ranked"], trials={"one": Trial(("objective={name: dpo}",))}),
         replace(BY_NAME["local_dpo"], trials=ONE | {"two": Trial(("train.learning_rate=1e-5",))}, curve=False),
         replace(BY_NAME["region"], curve=False),
+        BY_NAME["sft_few"],
     ),
     seeds=(3,),
     train_clips=4,
@@ -143,6 +146,45 @@ def test_the_trial_is_chosen_by_samples_among_those_that_keep_the_error_on_real_
         file.parent.mkdir(parents=True)
         write_json(file, found)
     assert choose_trial(TINY, tmp_path, arm) == wanted
+
+
+def test_a_run_is_kept_as_it_was_on_its_way_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """Stopped before any training, after any export, or before its checkpoints are gone: the same folders come out."""
+    config = run_config(TINY, tmp_path, tmp_path / "run", "train.steps=40")
+    checkpoints, model = config.output.dir / "train" / "checkpoints", export_folder(config) / "model"
+    trained, interruptions = [], [10, 20, 40]
+
+    def train(config, process):
+        trained.append(config.train.steps)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        if interruptions[:1] == [config.train.steps]:
+            interruptions.pop(0)
+            raise KeyboardInterrupt
+        model.parent.mkdir(exist_ok=True)
+        model.write_text(str(config.train.steps))
+        return True
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    def once():
+        localdpo._train(config, tmp_path / "store", (10, 20))
+
+    monkeypatch.setattr(localdpo, "train", train)
+    monkeypatch.setattr(localdpo, "start_process", lambda: None)
+    for _ in range(6):
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(localdpo.os, "rename", stopped)  # between the export and the place where it is kept
+            once()
+        with contextlib.suppress(KeyboardInterrupt):
+            once()
+    assert not interruptions
+    assert sorted(set(trained)) == [10, 20, 40] and trained == sorted(trained) and not checkpoints.exists()
+    assert model.read_text() == "40"
+    assert [(localdpo.after(config.output.dir, n) / "model").read_text() for n in (10, 20)] == ["10", "20"]
+    before = len(trained)
+    once()
+    assert len(trained) == before, "a finished run is not trained again"
 
 
 def test_a_part_of_a_method_takes_its_settings_and_changes_its_own():

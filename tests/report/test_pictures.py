@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignkit.report.pictures import LARGEST_PANEL, MOST_FRAMES, compose, with_mask
+from alignkit.report.pictures import LARGEST_PANEL, MOST_FRAMES, StoredPair, compose, pair_picture, with_mask
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,13 @@ def test_long_and_large_videos_are_thinned_at_their_own_speed():
     assert animation.n_frames == 34 <= MOST_FRAMES  # every third
     assert animation.info["duration"] == 120, "three frames' worth, so that it plays as fast as before"
     assert animation.size == (2 * LARGEST_PANEL + 2, 48) and not picture.magnified
+
+
+def test_the_still_is_the_frame_that_shows_the_difference():
+    """The middle one often shows none: a fault of a few frames would be missed by people who want no motion."""
+    winner = np.full((17, 48, 48, 3), 100, np.uint8)
+    loser = winner.copy()
+    loser[13, 10:30, 10:30] = 0
+    picture = pair_picture(StoredPair(winner, loser, np.ones((5, 6, 6), np.uint8), "a circle", None), fps=8)
+    still = np.asarray(Image.open(io.BytesIO(picture.still)).convert("RGB"))
+    assert (still[20, -28] == 0).all()
