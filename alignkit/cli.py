@@ -98,6 +98,19 @@ def pairs(config: ConfigFile, overrides: Overrides = None, nproc: Processes = 1)
     _run("pairs", settings)
 
 
+ranking = typer.Typer(no_args_is_help=True, help="Say which of two videos of a prompt is better.")
+app.add_typer(ranking, name="rank")
+
+
+@ranking.command("run")
+def rank_run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Have ranker.by compare the rollouts of each prompt; the best and the worst of each become pairs.
+
+    Every answer is kept, and a run that was stopped goes on where it was.
+    """
+    _run("rank", _settings(config, overrides))
+
+
 @app.command()
 def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Look through data.videos, data.pairs or data.prompts for what cannot be used, and say why; nothing is made."""

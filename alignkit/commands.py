@@ -139,6 +139,16 @@ def _rollout(config: Config) -> None:
         write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
 
 
+def _rank(config: Config) -> None:
+    from alignkit.rankers.rollouts import rank_rollouts
+
+    set_threads(1)
+    ranked = rank_rollouts(config, _device())
+    rollouts = config.data.rollouts or rollouts_folder(config)
+    say(f"{ranked.pairs} pairs from {ranked.prompts} prompts, {ranked.ties} dropped as ties, in {ranked.file}")
+    say(f"make pairs of them with: alignkit pairs … data.rollouts={rollouts} data.pairs={ranked.file}")
+
+
 def _preview_rollouts(config: Config, model, store: RolloutStore) -> None:
     """Some rollouts as videos for people to check: previews/ID.mp4 beside them."""
     folder = store.folder / "previews"
@@ -242,6 +252,7 @@ def _device() -> torch.device:
 
 COMMANDS = {
     "rollout": _rollout,
+    "rank": _rank,
     "pairs": _pairs,
     "cache-reference": _cache_reference,
     "train": _train,

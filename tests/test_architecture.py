@@ -17,7 +17,7 @@ LAYERS = [
     {"stores"},
     {"apo", "given", "localdpo", "objectives"},
     {"training"},
-    {"evaluation", "report"},
+    {"evaluation", "report", "rankers"},
     {"stages"},
     {"commands", "experiments"},
     {"demo"},

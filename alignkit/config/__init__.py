@@ -6,6 +6,7 @@ the file and the key. `load_config` is the only way in; commands get a frozen `C
 
 from alignkit.config.noise import NoiseSection, ReferenceSection, RolloutSection, Sampler
 from alignkit.config.objective import OBJECTIVES, ObjectiveSection
+from alignkit.config.ranker import RankerSection
 from alignkit.config.reading import changed, dump_config, load_config, merged, shipped_config
 from alignkit.config.sections import (
     DataSection,
@@ -37,6 +38,7 @@ __all__ = [
     "ObjectiveSection",
     "OutputSection",
     "PairsSection",
+    "RankerSection",
     "ReferenceSection",
     "RolloutSection",
     "SampleSection",

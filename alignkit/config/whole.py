@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from alignkit.config.noise import NoiseSection, ReferenceSection, RolloutSection, Sampler
 from alignkit.config.objective import OBJECTIVES, ObjectiveSection
+from alignkit.config.ranker import RankerSection
 from alignkit.config.sections import (
     DataSection,
     DeepSpeedSection,
@@ -43,6 +44,7 @@ class Config(Section):
     pairs: PairsSection = PairsSection()
     noise: NoiseSection = NoiseSection()
     rollout: RolloutSection = RolloutSection()
+    ranker: RankerSection = RankerSection()
     objective: ObjectiveSection = ObjectiveSection()
     reference: ReferenceSection = ReferenceSection()
     train: TrainSection = TrainSection()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from alignkit.errors import DataError
 from alignkit.media.videos import read_video
 
 FRAMES = 8  # of a video that HPSv2, a scorer of pictures, looks at
@@ -27,20 +28,34 @@ DIMENSIONS = (
 )
 
 
-def installed() -> dict[str, Callable[[list[Path], list[str], Path], dict[str, float]]]:
-    """The scorers that can be imported here, by the name of what has to be."""
+Scorer = Callable[[list[Path], list[str], Path], dict[str, list[float]]]
+"""(videos, prompts, a folder for its own files) to numbers by name, each with one for every video."""
+
+
+def installed() -> dict[str, Scorer]:
+    """The scorers that can be imported here, by name."""
     return {name: scorer for name, scorer in SCORERS.items() if _is_there(MODULES[name])}
 
 
 def score(videos: list[Path], prompts: list[str], work: Path) -> dict[str, float]:
     """Every number that the installed scorers give, means over `videos`; `work` is for their own files."""
-    found: dict[str, float] = {}
+    found = {}
     for scorer in installed().values():
-        found |= scorer(videos, prompts, work)
+        found |= {name: float(np.mean(values)) for name, values in scorer(videos, prompts, work).items()}
     return found
 
 
-def _vbench(videos: list[Path], prompts: list[str], work: Path) -> dict[str, float]:
+def scores_to_rank_by(name: str, videos: list[Path], prompts: list[str], work: Path) -> list[float]:
+    """One number a video, the higher the better: VideoAlign's "Overall", HPSv2's score, the mean of VBench's
+    dimensions. Raises DataError where the scorer is not installed."""
+    if name not in installed():
+        raise DataError(f"{name}: is not installed ({INSTALL[name]}); docs/judges.md says which version fits")
+    numbers = SCORERS[name](videos, prompts, work)
+    chosen = [numbers["videoalign/Overall"]] if name == "VideoAlign" else list(numbers.values())
+    return [float(value) for value in np.mean(chosen, axis=0)]
+
+
+def _vbench(videos: list[Path], prompts: list[str], work: Path) -> dict[str, list[float]]:
     import torch
     from vbench import VBench
 
@@ -56,23 +71,27 @@ def _vbench(videos: list[Path], prompts: list[str], work: Path) -> dict[str, flo
         mode="custom_input",
     )
     results = json.loads((work / "alignkit_eval_results.json").read_text())
-    return {f"vbench/{name}": float(value[0]) for name, value in results.items()}
+    found = {}
+    for name, (mean, each) in results.items():
+        by_video = {Path(row["video_path"]).name: float(row["video_results"]) for row in each}
+        alone = len(videos) == 1 or not each
+        found[f"vbench/{name}"] = [float(mean) if alone else by_video[video.name] for video in videos]
+    return found
 
 
-def _hpsv2(videos: list[Path], prompts: list[str], work: Path) -> dict[str, float]:
+def _hpsv2(videos: list[Path], prompts: list[str], work: Path) -> dict[str, list[float]]:
     import hpsv2
 
     scores = []
     for video, prompt in zip(videos, prompts, strict=True):
         frames = read_video(video).numpy()
         times = np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int)
-        scores += [
-            float(s) for s in hpsv2.score([Image.fromarray(frames[t]) for t in times], prompt, hps_version="v2.1")
-        ]
-    return {"hpsv2.1": float(np.mean(scores))}
+        pictures = [Image.fromarray(frames[t]) for t in times]
+        scores.append(float(np.mean([float(s) for s in hpsv2.score(pictures, prompt, hps_version="v2.1")])))
+    return {"hpsv2.1": scores}
 
 
-def _videoalign(videos: list[Path], prompts: list[str], work: Path) -> dict[str, float]:
+def _videoalign(videos: list[Path], prompts: list[str], work: Path) -> dict[str, list[float]]:
     """VideoAlign's repository is no package: its folder, with `checkpoints` in it, has to be on PYTHONPATH."""
     import inference
     import torch
@@ -81,11 +100,17 @@ def _videoalign(videos: list[Path], prompts: list[str], work: Path) -> dict[str,
     checkpoints = Path(inference.__file__).parent / "checkpoints"
     model = inference.VideoVLMRewardInference(str(checkpoints), device=device, dtype=torch.bfloat16)
     rewards = model.reward([str(video) for video in videos], prompts, use_norm=True)
-    return {f"videoalign/{name}": float(np.mean([r[name] for r in rewards])) for name in ("VQ", "MQ", "TA", "Overall")}
+    names = ("VQ", "MQ", "TA", "Overall")
+    return {f"videoalign/{name}": [float(reward[name]) for reward in rewards] for name in names}
 
 
-SCORERS = {"VBench": _vbench, "HPSv2": _hpsv2, "VideoAlign": _videoalign}
+SCORERS: dict[str, Scorer] = {"VBench": _vbench, "HPSv2": _hpsv2, "VideoAlign": _videoalign}
 MODULES = {"VBench": "vbench", "HPSv2": "hpsv2", "VideoAlign": "inference"}
+INSTALL = {
+    "VBench": "pip install vbench",
+    "HPSv2": "pip install hpsv2",
+    "VideoAlign": "clone its repository, with its checkpoints, and put it on PYTHONPATH",
+}
 
 
 def _is_there(module: str) -> bool:

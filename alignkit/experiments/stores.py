@@ -11,21 +11,19 @@ import numpy as np
 import torch
 
 from alignkit.config import Config
-from alignkit.evaluation.drawn import thumbnails
 from alignkit.evaluation.regions import again
 from alignkit.evaluation.samples import sample_latents
 from alignkit.experiments.plan import FEW_CLIPS, STORES, Plan, run_config
 from alignkit.localdpo.build import build_pairs, guided_text
 from alignkit.models import load_model, working_dtype
 from alignkit.objectives.states.checks import sampler_terms
+from alignkit.rankers.measures import small_world_score
 from alignkit.sharing import one_at_a_time
 from alignkit.stores.blocks import Made, build_store
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.origins import Origin
 from alignkit.stores.pairs import Pair, PairStore
-from alignkit.tiny.classifier import attributes_in, log_probability
 from alignkit.tiny.clips import write_clips
-from alignkit.tiny.detector import fault_scores
 from alignkit_kernels import Stream
 
 CLIP_SEEDS = {"train": 31_000, "few": 31_000, "heldout": 32_000}
@@ -104,7 +102,7 @@ def _rank_rows(
     made, scores = [], []
     for number in range(rollouts):
         latents = sample_latents(config, model, prompts, [rollouts * row + number for row in rows], SEED, shape)
-        scores.append(ranker_score(prompts, model.decode_video(latents)))
+        scores.append(small_world_score(prompts, model.decode_video(latents)))
         made.append(latents.cpu())
     order = np.argsort(np.stack(scores), axis=0, kind="stable")
     pairs = []
@@ -120,13 +118,6 @@ def _rank_rows(
         pairs.append(replace(pair, origin_w=origin_w, origin_l=origin_l))
     advance(len(rows))
     return pairs, []
-
-
-def ranker_score(prompts: list[str], frames: torch.Tensor) -> np.ndarray:
-    """How good the ranker finds samples uint8 [B, F, H, W, 3]: log P(as prompted) + log P(no fault), float64 [B]."""
-    clips = thumbnails(frames)
-    likely = log_probability(clips, [attributes_in(prompt) for prompt in prompts], "ranker")
-    return likely + np.log1p(-np.minimum(fault_scores(clips, "ranker"), 1 - 1e-9))
 
 
 def time_pairs(plan: Plan, out: Path, device: torch.device) -> dict[str, float]:

@@ -213,7 +213,7 @@ def test_the_best_of_several_samples_wins_against_the_worst(tmp_path, made_pairs
     )  # fmt: skip
     monkeypatch.setattr(type(wan), "decode_video", lambda self, latents: latents[:, 0, 0, 0, 0])
     score = np.array([0.1, 0.9, 0.5, 0.8, 0.2, 0.3, 0.4, 0.4, 0.4])
-    monkeypatch.setattr(stores, "ranker_score", lambda prompts, numbers: score[numbers.long().numpy()])
+    monkeypatch.setattr(stores, "small_world_score", lambda prompts, numbers: score[numbers.long().numpy()])
     config = run_config(TINY, tmp_path, tmp_path)
     pairs, problems = stores._rank_rows(config, wan, local, 3, range(3), lambda count: None)
     assert [(p.winner.flatten()[0].item(), p.loser.flatten()[0].item()) for p in pairs] == [(1, 0), (3, 4), (8, 6)]

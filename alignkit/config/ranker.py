@@ -1,0 +1,22 @@
+"""The section that says who ranks rollouts."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from alignkit.config.sections import Fraction, Positive, Section
+
+
+class RankerSection(Section):
+    """Which of two rollouts of a prompt is better; what ranks should not judge afterwards."""
+
+    by: str | None = Field(
+        None,
+        description="people, endpoint, small_world, motion, flicker, VideoAlign, VBench, HPSv2, or your own function, "
+        "package.module:function",
+    )
+    min_margin: Fraction = Field(0.1, description="where |P(a) - P(b)| is less, neither is better")
+    keep: Literal["best_worst", "all"] = Field(
+        "best_worst", description="of each prompt: the best against the worst, or every pair that is no tie"
+    )
+    votes: Positive = Field(1, description="people: answers wanted for each pair of videos")

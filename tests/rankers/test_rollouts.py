@@ -1,0 +1,120 @@
+"""From rollouts to a ranking that `alignkit pairs` reads."""
+
+import json
+import shutil
+import sys
+import types
+from collections import Counter
+
+import pytest
+import torch
+
+from alignkit.apo.pairs import build_rollout_pairs
+from alignkit.config import load_config
+from alignkit.errors import DataError
+from alignkit.media.videos import read_video
+from alignkit.models import load_model
+from alignkit.rankers.rollouts import rank_rollouts, ranking_file, rankings_folder
+from alignkit.stores.pairs import PairStore
+from alignkit.stores.rollouts import RolloutStore
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def settings(made_rollouts, rollout_overrides, config_file, tmp_path):
+    """`settings("ranker.min_margin=0.2")`: of the made rollouts, ranked by a function that the test sets."""
+
+    def make(*more):
+        rollouts = f"data.rollouts={made_rollouts / 'rollouts'}"
+        return load_config(config_file, rollout_overrides(tmp_path / "run", rollouts, "ranker.by=mine:better", *more))
+
+    return make
+
+
+@pytest.fixture
+def ranked_by(monkeypatch):
+    """Sets the function that compares."""
+
+    def use(function):
+        module = types.ModuleType("mine")
+        module.better = function
+        monkeypatch.setitem(sys.modules, "mine", module)
+
+    return use
+
+
+def brighter(prompt, video_a, video_b):
+    return float(video_a.double().mean() > video_b.double().mean())
+
+
+def test_the_best_and_the_worst_of_each_prompt_become_its_pair(settings, ranked_by, made_rollouts):
+    ranked_by(brighter)
+    config = settings()
+    ranked = rank_rollouts(config, CPU, show=False)
+    rollouts, model = RolloutStore(made_rollouts / "rollouts"), load_model(config.model, with_transformer=False)
+    videos = {r.id: read_video(rankings_folder(config) / "videos" / f"{r.id:06d}.mp4") for r in rollouts}
+    decoded = model.decode_video(rollouts.by_id(0).latents[None])[0]
+    assert (videos[0].double() - decoded.double()).abs().mean() < 4, "each file is its rollout"
+    rows = [json.loads(line) for line in ranked.file.read_text().splitlines()]
+    assert len(rows) == ranked.pairs == ranked.prompts == len(set(r.prompt_id for r in rollouts)) and ranked.ties == 0
+    for row in rows:
+        light = {r.id: videos[r.id].double().mean().item() for r in rollouts if r.prompt == row["prompt"]}
+        assert (row["chosen"], row["rejected"]) == (max(light, key=light.get), min(light, key=light.get))
+    pairs = config.model_copy(update={"data": config.data.model_copy(update={"pairs": ranked.file})})
+    assert sum(build_rollout_pairs(pairs, CPU, show=False).values()) == ranked.pairs
+    (first, *_) = PairStore(config.output.dir / "pairs" / "train")
+    assert first.origin_w.kind == "rollout"
+
+
+def test_every_pair_that_is_no_tie_is_kept_if_asked_for_and_ties_are_counted(settings, ranked_by):
+    ranked_by(lambda prompt, a, b: 0.5)
+    with pytest.raises(DataError, match=r"no rollout is better .* ranker.min_margin=0.1; look at the videos there"):
+        rank_rollouts(settings(), CPU, show=False)
+    answers = iter([0.9, 0.52, 0.1] * 3)
+    shutil.rmtree(rankings_folder(settings()))
+    ranked_by(lambda prompt, a, b: next(answers))
+    ranked = rank_rollouts(settings("ranker.keep=all"), CPU, show=False)
+    assert (ranked.pairs, ranked.ties) == (6, 3)
+    rows = [json.loads(line) for line in ranked.file.read_text().splitlines()]
+    assert Counter(row["p"] for row in rows) == {0.9: 6}, "P of the better one"
+
+
+def test_stopped_in_the_middle_it_asks_for_the_rest_alone(settings, ranked_by):
+    asked = []
+
+    def fails_later(prompt, video_a, video_b):
+        asked.append(prompt)
+        return brighter(prompt, video_a, video_b) if len(asked) < 5 else None
+
+    ranked_by(fails_later)
+    with pytest.raises(DataError, match="answered None"):
+        rank_rollouts(settings(), CPU, show=False)
+    kept = (rankings_folder(settings()) / "answers.jsonl").read_text()
+    assert len(kept.splitlines()) == 4 and not ranking_file(settings()).exists()
+    asked.clear()
+    ranked_by(lambda prompt, a, b: asked.append(prompt) or brighter(prompt, a, b))
+    rank_rollouts(settings(), CPU, show=False)
+    assert len(asked) == 9 - 4
+    assert (rankings_folder(settings()) / "answers.jsonl").read_text().startswith(kept)
+
+
+def test_videos_of_other_rollouts_are_refused(settings, ranked_by):
+    ranked_by(brighter)
+    rank_rollouts(settings(), CPU, show=False)
+    file = rankings_folder(settings()) / "rollouts.json"
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(DataError, match="holds videos of other rollouts than there are now"):
+        rank_rollouts(settings(), CPU, show=False)
+
+
+def test_the_command_says_what_to_do_next_and_a_ranker_that_is_not_set_changes_nothing(
+    command, config_file, rollout_overrides, made_rollouts, tmp_path
+):
+    given = rollout_overrides(tmp_path / "run", f"data.rollouts={made_rollouts / 'rollouts'}")
+    refused = command("rank", "run", config_file, *given)
+    assert refused.returncode == 2 and refused.stderr.startswith("alignkit: ranker.by: not set")
+    assert not (tmp_path / "run").exists()
+    result = command("rank", "run", config_file, *given, "ranker.by=motion", "ranker.min_margin=0")
+    assert result.returncode == 0, result.stderr
+    assert "3 pairs from 3 prompts, 0 dropped as ties" in result.stderr and "alignkit pairs" in result.stderr
