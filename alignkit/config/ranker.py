@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from alignkit.config.endpoint import EndpointSection
 from alignkit.config.sections import Fraction, Positive, Section
 
 
@@ -19,4 +20,11 @@ class RankerSection(Section):
     keep: Literal["best_worst", "all"] = Field(
         "best_worst", description="of each prompt: the best against the worst, or every pair that is no tie"
     )
+    endpoint: EndpointSection | None = Field(None, description="the vision-language model, with ranker.by: endpoint")
     votes: Positive = Field(1, description="people: answers wanted for each pair of videos")
+
+    @model_validator(mode="after")
+    def _endpoint_where_it_is_asked(self) -> "RankerSection":
+        if (self.by == "endpoint") != (self.endpoint is not None):
+            raise ValueError("endpoint: goes with ranker.by: endpoint, and needs url and model")
+        return self

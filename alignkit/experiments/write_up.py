@@ -136,8 +136,9 @@ def _real_rows(plan: Plan, out: Path) -> list[str]:
 def _differences(plan: Plan, rows: list[dict]) -> list[str]:
     """Each arm against the base and against SFT: only what lies beyond the spread over seeds is called a difference."""
     lines = [
-        "An arm is better or worse in a measure only where the ranges over seeds do not touch; the interval is of the",
-        "paired bootstrap over the samples of all seeds together (95 %), in points of good samples.",
+        "Arms are compared seed by seed, from the same noise, in the same order: one is better or worse in a measure",
+        "only where the mean of these differences is larger than their spread (the largest minus the smallest). The",
+        "interval is of the paired bootstrap over the samples of all seeds together (95 %), in points of good samples.",
         "",
         "| arm | against | better in | worse in | change of good samples |",
         "| --- | --- | --- | --- | --- |",
@@ -148,27 +149,32 @@ def _differences(plan: Plan, rows: list[dict]) -> list[str]:
             if arm is other or not mine or not theirs:
                 continue
             better, worse = [], []
+            pairs = _by_seed(mine, theirs)
             for name in COMPARED:
-                side = compare([row[name] for row in mine], [row[name] for row in theirs])
+                side = compare([one[name] - another[name] for one, another in pairs])
                 side = side if name in BETTER_WHEN_HIGH else -side
                 (better if side > 0 else worse).append(COLUMNS[name][0].removesuffix(", %")) if side else None
             lines.append(
                 f"| {arm.title} | {other.title} | {', '.join(better) or 'nothing'} | {', '.join(worse) or 'nothing'} | "
-                f"{_interval(mine, theirs)} |"
+                f"{_interval(pairs)} |"
             )
     return lines
 
 
-def compare(mine: list[float], theirs: list[float]) -> int:
-    """1 where every value of `mine` is above every one of `theirs`, −1 where below, 0 where their ranges touch."""
-    if min(mine) > max(theirs):
-        return 1
-    return -1 if max(mine) < min(theirs) else 0
+def compare(differences: list[float]) -> int:
+    """The sign of the mean of several seeds' differences where it is larger than their spread; 0 where it is not, and
+    where there are fewer than two."""
+    if len(differences) < 2 or abs(np.mean(differences)) <= max(differences) - min(differences):
+        return 0
+    return int(np.sign(np.mean(differences)))
 
 
-def _interval(mine: list[dict], theirs: list[dict]) -> str:
-    by_seed = {row["seed"]: row for row in theirs}
-    pairs = [(row, by_seed[row["seed"]]) for row in mine if row["seed"] in by_seed]
+def _by_seed(mine: list[dict], theirs: list[dict]) -> list[tuple[dict, dict]]:
+    others = {row["seed"]: row for row in theirs}
+    return [(row, others[row["seed"]]) for row in mine if row["seed"] in others]
+
+
+def _interval(pairs: list[tuple[dict, dict]]) -> str:
     if not pairs:
         return ""
     after, before = (np.concatenate([_good(pair[side]) for pair in pairs]) for side in (0, 1))

@@ -8,6 +8,7 @@ from pathlib import Path
 from alignkit.config import RankerSection
 from alignkit.errors import ConfigError
 from alignkit.evaluation.scorers import SCORERS, installed, scores_to_rank_by
+from alignkit.rankers.endpoint import ByEndpoint
 from alignkit.rankers.functions import ByFunction, find_function
 from alignkit.rankers.measures import MEASURES, ByScore
 from alignkit.rankers.protocol import Ranker
@@ -24,6 +25,8 @@ def open_ranker(section: RankerSection, work: Path) -> Ranker:
     by = section.by
     if by is None:
         raise ConfigError(f"ranker.by: not set; one of {', '.join(names())}, or package.module:function")
+    if section.endpoint is not None:
+        return ByEndpoint(section.endpoint)
     if by in MEASURES:
         return ByScore(by, MEASURES[by])
     if by in SCORERS:

@@ -16,7 +16,7 @@ from alignkit.errors import DataError
 from alignkit.files import write_json, write_lines
 from alignkit.media.videos import write_video
 from alignkit.models import load_model
-from alignkit.progress import progress
+from alignkit.progress import progress, say
 from alignkit.rankers import open_ranker
 from alignkit.rankers.asking import ask
 from alignkit.rankers.protocol import Comparison
@@ -47,7 +47,12 @@ def rank_rollouts(config: Config, device: torch.device, show: bool = True) -> Ra
     rollouts = open_rollouts(config)
     comparisons = comparisons_of(rollouts, folder)
     decode_rollouts(config, rollouts, device, show)
-    return write_ranking(config, rollouts, ask(ranker, comparisons, folder / "answers.jsonl", show=show))
+    try:
+        answers = ask(ranker, comparisons, folder / "answers.jsonl", show=show)
+    finally:
+        if show and hasattr(ranker, "cost"):
+            say(f"{ranker.who}: {ranker.cost}")
+    return write_ranking(config, rollouts, answers)
 
 
 def rankings_folder(config: Config) -> Path:

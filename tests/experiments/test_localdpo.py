@@ -258,25 +258,26 @@ def write_results(out: Path, results: dict[str, list[float]]) -> None:
             write_json(folder / "test.json", numbers)
 
 
-def test_the_table_is_means_and_half_ranges_and_only_what_ranges_part_is_called_a_difference(tmp_path):
+def test_the_table_is_means_and_half_ranges_and_only_what_is_beyond_the_spread_is_called_a_difference(tmp_path):
     arms = tuple(replace(arm, trials=ONE, curve=False) for arm in (BY_NAME["sft"], BY_NAME["local_dpo"]))
     plan = Plan("wan", (BY_NAME["base"], *arms), seeds=(0, 1))
-    write_results(tmp_path, {"base": [0.25, 0.5], "sft": [0.5, 0.75], "local_dpo": [1.0, 1.0]})
+    write_results(tmp_path, {"base": [0.25, 0.75], "sft": [0.75, 0.5], "local_dpo": [1.0, 1.0]})
     rows = write_up._rows(plan, tmp_path, {"sft": "one", "local_dpo": "one"})
     *_, sft, local = write_up._table(plan, rows, {"sft": "one", "local_dpo": "one"})
     assert "| SFT | one | 62.5 ± 12.5 | 37.5 ± 12.5 | 100.0 ± 0.0 |" in sft
     assert "| 100.0 ± 0.0 | 0.0 ± 0.0 |" in local
     lines = write_up._differences(plan, rows)
-    assert "| SFT | base | nothing | nothing | +25.0 (" in next(line for line in lines if line.startswith("| SFT"))
+    assert "| SFT | base | nothing | nothing | +12.5 (" in next(line for line in lines if line.startswith("| SFT"))
     against_sft = next(line for line in lines if "| SFT |" in line and line.startswith("| LocalDPO"))
     assert "good samples, with a fault, Fréchet distance | nothing | +37.5 (" in against_sft
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs", "side"), [([3, 4], [1, 2], 1), ([1, 2], [3, 4], -1), ([1, 3], [2, 4], 0), ([2, 3], [1, 2], 0)]
+    ("differences", "side"),
+    [([2, 2.5, 3], 1), ([-2, -2.5, -3], -1), ([1, 2, 3], 0), ([-1, 0, 4], 0), ([5], 0), ([0, 0, 0], 0), ([1, 1, 1], 1)],
 )
-def test_a_difference_is_one_only_beyond_the_spread(mine, theirs, side):
-    assert write_up.compare(mine, theirs) == side
+def test_a_difference_is_one_only_beyond_the_spread(differences, side):
+    assert write_up.compare(differences) == side
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if (WRITTEN / family / "results.csv").exists()])
@@ -307,7 +308,7 @@ def test_the_plans(tmp_path):
         make_plan("cogvideox", smoke=False),
         make_plan("wan", smoke=True),
     )
-    assert len(whole.arms) == 10 and len(whole.seeds) == 3
+    assert len(whole.arms) == 12 and len(whole.seeds) == 3
     assert {arm.name for arm in other.arms} < {arm.name for arm in whole.arms} and len(other.seeds) == 3
     assert len(smoke.trained) <= 2 and len(smoke.seeds) == 1
     for plan in (whole, other):

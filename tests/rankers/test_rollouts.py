@@ -11,7 +11,7 @@ import torch
 
 from alignkit.apo.pairs import build_rollout_pairs
 from alignkit.config import load_config
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
 from alignkit.media.videos import read_video
 from alignkit.models import load_model
 from alignkit.rankers.rollouts import rank_rollouts, ranking_file, rankings_folder
@@ -118,3 +118,23 @@ def test_the_command_says_what_to_do_next_and_a_ranker_that_is_not_set_changes_n
     result = command("rank", "run", config_file, *given, "ranker.by=motion", "ranker.min_margin=0")
     assert result.returncode == 0, result.stderr
     assert "3 pairs from 3 prompts, 0 dropped as ties" in result.stderr and "alignkit pairs" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("ranker.by=endpoint",), "endpoint: goes with ranker.by: endpoint, and needs url and model"),
+        (("ranker.endpoint={url: http://localhost/v1, model: m}",), "goes with ranker.by: endpoint"),
+        (("ranker.by=endpoint", "ranker.endpoint={url: http://localhost/v1}"), "endpoint.model: missing"),
+    ],
+)
+def test_an_endpoint_is_described_where_it_is_asked_and_only_there(settings, given, words):
+    with pytest.raises(ConfigError, match=words):
+        settings(*given)
+
+
+def test_an_endpoint_that_is_down_is_one_line_and_what_it_has_cost_is_said(settings, capsys):
+    asked = "ranker.endpoint={url: 'http://127.0.0.1:9/v1', model: m, key_env: null, retries: 0}"
+    with pytest.raises(DataError, match=r"^127.0.0.1:9: cannot be reached .* what was answered is kept$"):
+        rank_rollouts(settings("ranker.by=endpoint", asked), CPU)
+    assert "0 questions, 0 tokens in, 0 out" in capsys.readouterr().err
