@@ -141,6 +141,23 @@ def train(
     _run("train", settings)
 
 
+@app.command("run")
+def run_everything(config: ConfigFile, overrides: Overrides = None, nproc: Processes = 1) -> None:
+    """Everything in a row: pairs, train (a chain of stages: each in its turn), sample, eval and report.
+
+    Run again, it goes on where it was stopped. With a shipped small model and no data named, clips are drawn.
+    """
+    from alignkit.training.distributed import launched, run_processes
+
+    settings = _settings(config, overrides)
+    if nproc > 1 and not launched():
+        sys.exit(run_processes(["run", str(config), *(overrides or [])], nproc))
+    _quiet_libraries()
+    from alignkit.demo import run, with_drawn_clips
+
+    run(with_drawn_clips(settings))
+
+
 @app.command("cache-reference")
 def cache_reference(config: ConfigFile, overrides: Overrides = None, nproc: Processes = 1) -> None:
     """Compute the reference's errors at everything that training will visit, for reference.strategy=cached.

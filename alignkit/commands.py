@@ -76,12 +76,16 @@ def validate(config: Config) -> None:
 
 def check_train(config: Config, processes: int) -> None:
     """What can be wrong with a training run before any process is started."""
-    store = PairStore(pairs_folder(config, "train"))
-    for _, stage in stage_configs(config) if config.stages else [("", config)]:
-        accumulation_steps(stage, processes)
-        check_states(stage, store)
-    if not config.stages:
+    from alignkit.stages.chain import check_chain
+
+    stages = stage_configs(config) if config.stages else [("", config)]
+    if config.stages:
+        check_chain(stages)
+    else:
+        check_states(config, PairStore(pairs_folder(config, "train")))
         check_reference(config)
+    for _, stage in stages:
+        accumulation_steps(stage, processes)
 
 
 def check_cache_reference(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""`alignkit demo`: every stage in a row on the shipped small model, from drawn clips or a folder of the user's own."""
+"""`alignkit demo` and `alignkit run`: every command in a row, from videos to a report."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 from alignkit.commands import run_command
 from alignkit.config import Config, Family, ModelSection, load_config, shipped_config
 from alignkit.progress import progress, say
+from alignkit.sharing import one_at_a_time
 from alignkit.stages import stage_configs
 from alignkit.tiny.clips import write_clips
+from alignkit.training.distributed import lone_worker
 
 STAGES = ("pairs", "train", "sample", "eval", "report")
 VERDICTS = {"reached": "reached", "not reached": "NOT reached", "cannot be judged": "cannot be judged"}
@@ -26,13 +28,39 @@ def run_demo(family: Family, videos: Path | None, out: Path | None, overrides: l
     folder = videos or out / "clips"
     settings = [f"data.videos={json.dumps(str(folder))}", f"output.dir={json.dumps(str(out))}", *overrides]
     config = load_config(shipped_config(f"{family}-tiny-localdpo.yaml"), settings)
-    stage_configs(config)  # refused before anything slow starts
+    stage_configs(config)  # refused before anything is drawn
     if videos is None:
         draw_clips(folder)
-    for number, name in enumerate(STAGES, 1):
-        say(f"\n[{number}/{len(STAGES)}] {name}")
-        run_command(name, config)
-    _conclude(config)
+    run(config)
+
+
+def run(config: Config) -> None:
+    """Pairs, train, sample, eval and report. Every process calls this; the first one does what is after the training.
+
+    A chain of stages without videos or pairs of its own, whose stages bring what they train on, is only trained.
+    """
+    stage_configs(config)  # refused before anything slow starts
+    judged = config.data.videos or config.data.pairs
+    names = STAGES if judged or not config.stages else ("train",)
+    main = lone_worker().main
+    for number, name in enumerate(names, 1):
+        if main or name in ("pairs", "train"):
+            if main:
+                say(f"\n[{number}/{len(names)}] {name}")
+            run_command(name, config)
+    if main and "eval" in names:
+        _conclude(config)
+
+
+def with_drawn_clips(config: Config) -> Config:
+    """Where a configuration of a shipped small model names no data: on clips drawn for it, in output.dir/clips."""
+    data = config.data
+    if config.model.path != "tiny" or data.videos or data.pairs or data.prompts:
+        return config
+    folder = config.output.dir / "clips"
+    with one_at_a_time(folder.with_name(".clips.lock")):
+        draw_clips(folder)
+    return config.model_copy(update={"data": data.model_copy(update={"videos": folder})})
 
 
 def draw_clips(folder: Path) -> None:

@@ -76,11 +76,29 @@ def build_rollout_pairs(
     law, rollouts = check_rollouts(config)
     rankings, problems = read_rankings(config.data.pairs, rollouts)
     splits = split_prompts(rankings, config.data.heldout, config.pairs.seed)
-    anchored = any(isinstance(side, Path) for row in rankings for side in (row.chosen, row.rejected))
-    inverted = config.noise.source == "inversion" or (anchored and config.noise.inverts("real", beside="rollout"))
     if show:
         write_skipped(config, problems)
         say(f"{len(splits['train'])} pairs to train on, {len(splits['heldout'])} held out; loading {config.model.path}")
+    build_ranked(config, device, law, rollouts, splits, show=show, preview=preview)
+    if show:
+        add_skipped_pairs(config)
+    return {split: len(rows) for split, rows in splits.items()}
+
+
+def build_ranked(
+    config: Config,
+    device: torch.device,
+    law: Law,
+    rollouts: RolloutStore,
+    splits: dict[str, list[Ranking]],
+    *,
+    show: bool = True,
+    preview: Callable[[VideoModel, PairStore], None] | None = None,
+) -> None:
+    """Every pair of `splits`, by split, that is not stored yet."""
+    rankings = [row for rows in splits.values() for row in rows]
+    anchored = any(isinstance(side, Path) for row in rankings for side in (row.chosen, row.rejected))
+    inverted = config.noise.source == "inversion" or (anchored and config.noise.inverts("real", beside="rollout"))
     dtype = working_dtype(config.model, device)
     model = load_model(config.model, with_transformer=inverted, device=device, dtype=dtype)
     shared = StoreInfo(
@@ -107,9 +125,6 @@ def build_rollout_pairs(
             folder, model, info, members, make, f"making {split} pairs",
             negative_prompt=config.sampler.negative_prompt, preview=preview, show=show,
         )  # fmt: skip
-    if show:
-        add_skipped_pairs(config)
-    return {split: len(rows) for split, rows in splits.items()}
 
 
 def check_rollouts(config: Config) -> tuple[Law, RolloutStore]:

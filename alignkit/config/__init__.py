@@ -6,6 +6,7 @@ the file and the key. `load_config` is the only way in; commands get a frozen `C
 
 from alignkit.config.noise import NoiseSection, ReferenceSection, RolloutSection, Sampler
 from alignkit.config.objective import OBJECTIVES, ObjectiveSection
+from alignkit.config.online import OnlineSection
 from alignkit.config.ranker import RankerSection
 from alignkit.config.reading import changed, dump_config, load_config, merged, shipped_config
 from alignkit.config.sections import (
@@ -36,6 +37,7 @@ __all__ = [
     "ModelSection",
     "NoiseSection",
     "ObjectiveSection",
+    "OnlineSection",
     "OutputSection",
     "PairsSection",
     "RankerSection",

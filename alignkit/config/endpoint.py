@@ -75,9 +75,7 @@ class EndpointSection(Section):
     @model_validator(mode="after")
     def _question_asks(self) -> "EndpointSection":
         if "{prompt}" not in self.question or '"better"' not in self.question:
-            raise ValueError(
-                'question: must hold {prompt} and ask for {"better": "first"}, or "second", or "tie"'
-            )
+            raise ValueError('question: must hold {prompt} and ask for {"better": "first"}, or "second", or "tie"')
         return self
 
     @model_validator(mode="after")

@@ -134,7 +134,9 @@ def _describe(error: ValidationError) -> str:
     )
     if not where:
         return message + more
-    got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"  # else it names the keys itself
+    # a section's own message names its keys; an endpoint may have been given with a password
+    hidden = isinstance(problem["input"], dict) or "endpoint" in problem["loc"]
+    got = "" if hidden else f", got {problem['input']!r}"
     return f"{where}: {message[0].lower()}{message[1:]}{got}{more}"
 
 

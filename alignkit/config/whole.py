@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from alignkit.config.noise import NoiseSection, ReferenceSection, RolloutSection, Sampler
 from alignkit.config.objective import OBJECTIVES, ObjectiveSection
+from alignkit.config.online import OnlineSection
 from alignkit.config.ranker import RankerSection
 from alignkit.config.sections import (
     DataSection,
@@ -23,7 +24,12 @@ from alignkit.config.sections import (
 class StageSection(Section):
     """One stage of a chain: its name, and what it changes of the sections around it."""
 
-    name: Literal["localdpo", "sft"]
+    name: Literal["localdpo", "sft", "offline", "online", "half_online"]
+    data: dict[str, Any] = Field(default_factory=dict)
+    pairs: dict[str, Any] = Field(default_factory=dict)
+    rollout: dict[str, Any] = Field(default_factory=dict)
+    ranker: dict[str, Any] = Field(default_factory=dict)
+    online: dict[str, Any] = Field(default_factory=dict)
     noise: dict[str, Any] = Field(default_factory=dict)
     objective: dict[str, Any] = Field(default_factory=dict)
     reference: dict[str, Any] = Field(default_factory=dict)
@@ -45,6 +51,7 @@ class Config(Section):
     noise: NoiseSection = NoiseSection()
     rollout: RolloutSection = RolloutSection()
     ranker: RankerSection = RankerSection()
+    online: OnlineSection = OnlineSection()
     objective: ObjectiveSection = ObjectiveSection()
     reference: ReferenceSection = ReferenceSection()
     train: TrainSection = TrainSection()

@@ -50,20 +50,21 @@ def ask(ranker: Ranker, comparisons: Sequence[Comparison], file: Path, *, show: 
 
 async def _ask_all(ranker: Ranker, left: list[Comparison], keep: Callable[[Comparison, float], None]) -> None:
     await ranker.prepare(left)
-    waiting = iter(left)
+    waiting, failed = iter(left), []
 
     async def work() -> None:
         for comparison in waiting:
-            answer = await ranker.compare(comparison.prompt, comparison.video_a, comparison.video_b)
-            keep(comparison, checked_answer(answer, ranker.who, comparison))
+            if failed:
+                return
+            try:
+                answer = await ranker.compare(comparison.prompt, comparison.video_a, comparison.video_b)
+                keep(comparison, checked_answer(answer, ranker.who, comparison))
+            except DataError as error:  # what is under way is waited for: it may have been paid for
+                failed.append(error)
 
-    workers = [asyncio.ensure_future(work()) for _ in range(min(ranker.at_once, len(left)))]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+    await asyncio.gather(*(work() for _ in range(min(ranker.at_once, len(left)))))
+    if failed:
+        raise failed[0]
 
 
 def digests_of(comparisons: Sequence[Comparison]) -> dict[str, str]:

@@ -139,6 +139,9 @@ class ByEndpoint:
             self._spending.not_charged()
             reason = "connection refused" if error.errno == errno.ECONNREFUSED else str(error)
             return Reply(0, f"cannot be reached ({shown(reason)}); start it, or correct ranker.endpoint.url")
+        except ValueError:  # of the address only: the rest was checked
+            self._spending.not_charged()
+            return Reply(0, "is no host's name; correct ranker.endpoint.url, or the proxy in the environment")
         except (aiohttp.ClientError, OSError) as error:
             return Reply(0, f"broke off its answer ({type(error).__name__}); look at its log, or run again later")
 

@@ -42,17 +42,29 @@ def rank_rollouts(config: Config, device: torch.device, show: bool = True) -> Ra
 
     Raises ConfigError for a ranker that is not there, DataError for what it cannot answer and where no pair is left.
     """
+    open_ranker(config.ranker, rankings_folder(config))  # refused before anything is decoded
+    rollouts = open_rollouts(config)
+    comparisons = comparisons_of(rollouts, rankings_folder(config))
+    decode_rollouts(config, rollouts, device, show)
+    rows, ties = choose(config, rollouts, answers_about(config, comparisons, show))
+    if not rows:
+        raise DataError(
+            f"{rankings_folder(config)}: no rollout is better than another of its prompt by ranker.min_margin="
+            f"{config.ranker.min_margin:g}; look at the videos there, lower it, or sample more (rollout.per_prompt)"
+        )
+    write_lines(ranking_file(config), rows)
+    return Ranked(ranking_file(config), len(rows), ties, len({c.prompt for c in comparisons}))
+
+
+def answers_about(config: Config, comparisons: list[Comparison], show: bool = True) -> Answers:
+    """P(video_a is better) by a comparison's id, of all of them, by `config.ranker`."""
     folder = rankings_folder(config)
     ranker = open_ranker(config.ranker, folder / "scores")
-    rollouts = open_rollouts(config)
-    comparisons = comparisons_of(rollouts, folder)
-    decode_rollouts(config, rollouts, device, show)
     try:
-        answers = ask(ranker, comparisons, folder / "answers.jsonl", show=show)
+        return ask(ranker, comparisons, folder / "answers.jsonl", show=show)
     finally:
         if show and hasattr(ranker, "cost"):
             say(f"{ranker.who}: {ranker.cost}")
-    return write_ranking(config, rollouts, answers)
 
 
 def rankings_folder(config: Config) -> Path:
@@ -111,11 +123,8 @@ def decode_rollouts(config: Config, rollouts: RolloutStore, device: torch.device
             bar.advance()
 
 
-def write_ranking(config: Config, rollouts: RolloutStore, answers: Answers) -> Ranked:
-    """Choose by the answers, P(A is better) by a comparison's id, and write `ranking_file`.
-
-    Raises DataError where not one pair is left.
-    """
+def choose(config: Config, rollouts: RolloutStore, answers: Answers) -> tuple[list[dict], int]:
+    """Rows for `alignkit pairs`, by the answers about pairs of rollouts, and how many were dropped as ties."""
     section, rows, ties = config.ranker, [], 0
     by_prompt: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
     for name, answer in answers.items():
@@ -128,14 +137,7 @@ def write_ranking(config: Config, rollouts: RolloutStore, answers: Answers) -> R
         for better, worse in pairs:
             answer = found[better, worse] if (better, worse) in found else 1 - found[worse, better]
             rows.append({"prompt": prompt, "chosen": better, "rejected": worse, "p": answer})
-    file = ranking_file(config)
-    if not rows:
-        raise DataError(
-            f"{file.parent}: no rollout is better than another of its prompt by ranker.min_margin="
-            f"{section.min_margin:g}; look at the videos there, lower it, or sample more (rollout.per_prompt)"
-        )
-    write_lines(file, rows)
-    return Ranked(file, len(rows), ties, len(by_prompt))
+    return rows, ties
 
 
 def _check_same(file: Path, terms: dict) -> None:

@@ -8,23 +8,38 @@ from collections.abc import Callable
 from alignkit.config import OBJECTIVES, Config, changed, merged
 from alignkit.errors import ConfigError
 from alignkit.stages.localdpo import localdpo
+from alignkit.stages.offline import offline
+from alignkit.stages.online import half_online, online
 from alignkit.stages.sft import sft
 
-STAGES: dict[str, Callable[[Config], dict]] = {"localdpo": localdpo, "sft": sft}
+STAGES: dict[str, Callable[[Config], dict]] = {
+    "localdpo": localdpo,
+    "sft": sft,
+    "offline": offline,
+    "online": online,
+    "half_online": half_online,
+}
 """By name: what the stage changes of the configuration around it, by section; its own entry goes on top."""
+SUPPLIED = ("online", "half_online")
+"""Those that make their pairs while they train."""
 
 
 def stage_configs(config: Config) -> list[tuple[str, Config]]:
     """Name and configuration of every stage, each with a folder of its own: output.dir/stages/01-NAME, and so on.
 
-    All train on the pairs of the chain. Raises ConfigError for an entry that does not fit, before anything is loaded.
+    A stage trains on the pairs of the chain, unless its entry changes `data` or `pairs`: then on its own, in its
+    folder, or on those of the `pairs.folder` that it names. Raises ConfigError for an entry that does not fit, before
+    anything is loaded.
     """
     stages = []
     for number, entry in enumerate(config.stages or (), 1):
         where = f"stages: entry {number} ({entry.name})"
+        folder = config.output.dir / "stages" / f"{number:02d}-{entry.name}"
+        shared = config.pairs.folder or config.output.dir / "pairs"
+        own = folder / "pairs" if entry.data or entry.pairs or entry.name in SUPPLIED else shared
         places = {
-            "output": {"dir": str(config.output.dir / "stages" / f"{number:02d}-{entry.name}")},
-            "pairs": {"folder": str(config.pairs.folder or config.output.dir / "pairs")},
+            "output": {"dir": str(folder)},
+            "pairs": {"folder": str(entry.pairs.get("folder") or own)},
         }
         own = merged(STAGES[entry.name](config), entry.model_dump(exclude={"name"}))
         stage = changed(config.model_copy(update={"stages": None}), own | places, where)

@@ -2,25 +2,28 @@
 
 from pathlib import Path
 
+from alignkit.apo.pairs import build_rollout_pairs
 from alignkit.config import Config, dump_config
 from alignkit.files import write_atomically
+from alignkit.given.build import build_given_pairs
+from alignkit.localdpo.build import build_pairs
 from alignkit.objectives.states.checks import check_states
 from alignkit.progress import say
-from alignkit.stages import stage_configs
+from alignkit.stages import SUPPLIED, stage_configs
+from alignkit.stages.online import rounds_of
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
-from alignkit.training.distributed import Process
+from alignkit.training.distributed import Process, on_main
 from alignkit.training.export import export_folder
 from alignkit.training.loop import Link, train, train_folder
+from alignkit.training.masters import handed_on
 
 
 def run_chain(config: Config, process: Process) -> bool:
     """Train every stage of `config.stages` that is not done; the last one exports to output.dir/export. Every process
-    calls this. False if a signal ended it early; the same call goes on where it was."""
+    calls this. False if a signal ended it early, or a stage waits for somebody; the same call goes on where it was."""
     stages = stage_configs(config)
-    store = PairStore(pairs_folder(config, "train"))
-    for _, stage in stages:  # the last one's faults too, before the first one trains
-        check_states(stage, store)
+    check_chain(stages)  # the last one's faults too, before the first one trains
     if process.main:
         config.output.dir.mkdir(parents=True, exist_ok=True)
         write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
@@ -28,7 +31,37 @@ def run_chain(config: Config, process: Process) -> bool:
     for number, (name, stage) in enumerate(stages, 1):
         if process.main:
             say(f"stage {number} of {len(stages)}: {name}")
-        if not train(stage, process, Link(before, export_folder(config) if number == len(stages) else None)):
+        supply = None
+        if name in SUPPLIED:
+            supply = on_main(process, lambda name=name, stage=stage, before=before: _rounds(name, stage, before))
+        elif makes_pairs(stage):
+            build_own_pairs(stage, process)
+        link = Link(before, export_folder(config) if number == len(stages) else None)
+        if not train(stage, process, link, supply):
             return False
         before = train_folder(stage)
     return True
+
+
+def check_chain(stages: list[tuple[str, Config]]) -> None:
+    """What can be wrong with stages whose pairs are there already. Raises ConfigError or DataError."""
+    for name, stage in stages:
+        if name not in SUPPLIED and not makes_pairs(stage):
+            check_states(stage, PairStore(pairs_folder(stage, "train")))
+
+
+def makes_pairs(stage: Config) -> bool:
+    """Whether the stage has pairs of its own to make first."""
+    return pairs_folder(stage, "train").is_relative_to(stage.output.dir)
+
+
+def build_own_pairs(config: Config, process: Process) -> None:
+    """The pairs of `config`'s data, those that are not there yet; every process takes a part."""
+    build = build_given_pairs if config.data.pairs else build_pairs
+    build = build_rollout_pairs if config.data.rollouts else build
+    build(config, process.device, show=process.main)
+
+
+def _rounds(name: str, stage: Config, before: Path | None):
+    record = handed_on(before) if before else None
+    return rounds_of(name, stage, record["sha256"] if record else "base")

@@ -232,6 +232,14 @@ class PairStore:
         chosen.rows, chosen.ids = self.rows.select(rows), [self.ids[row] for row in rows]
         return chosen
 
+    @classmethod
+    def joined(cls, stores: "Sequence[PairStore]") -> "PairStore":
+        """The rows of several stores of the same terms one after the other, under the first one's."""
+        whole = stores[0].select(list(range(len(stores[0]))))
+        whole.rows = datasets.concatenate_datasets([store.rows for store in stores])
+        whole.ids = [number for store in stores for number in store.ids]
+        return whole
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -28,6 +28,7 @@ from alignkit.training.metrics import MetricsLog
 from alignkit.training.references import check_reference, reads_cache
 from alignkit.training.references.cached import cache_digest, cache_info, check_cache
 from alignkit.training.run import Run, start_run
+from alignkit.training.supply import Supply, Waiting
 from alignkit.training.terms import difference, run_terms
 from alignkit.training.weights import open_start
 
@@ -50,21 +51,24 @@ class Link:
 
 
 @process_put_back()
-def train(config: Config, process: Process, link: Link | None = None) -> bool:
+def train(config: Config, process: Process, link: Link | None = None, supply: Supply | None = None) -> bool:
     """Train from the newest whole checkpoint to `train.steps`, then export; returns True. Every process calls this.
 
     SIGTERM or an interrupt ends it after the step under way, with a checkpoint; it then returns False. As a stage
     (`link`) it starts from the weights of the stage before and hands its own on; once it has, it is not run again.
+    supply: makes the pairs along the way; they are else those of the configuration.
     """
     accumulation_steps(config, process.world_size)  # refused before anything loads
     if link is None:
         check_reference(config)
     folder = train_folder(config)
-    store = PairStore(pairs_folder(config, "train"))
+    store = None if supply else PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)
-    check_origins(config, model, check_noise(config, model), store)
+    law = check_noise(config, model)
+    if store is not None:
+        check_origins(config, model, law, store)
     # reads all weights: once is enough
-    terms, done = on_main(process, lambda: _terms_of(config, process, store, model, folder, link))
+    terms, done = on_main(process, lambda: _terms_of(config, process, store, model, folder, link, supply))
     if done:
         return True
     if reads_cache(config) and process.device.type == "cpu":
@@ -80,11 +84,12 @@ def train(config: Config, process: Process, link: Link | None = None) -> bool:
             f"training on {process.world_size} process(es), {process.device}, {torch.get_num_threads()} threads each, "
             f"attention: {attention}"
         )
-        _say_inversions(config, store)
+        if store is not None:
+            _say_inversions(config, store)
     run = start_run(config, process, model, store, start)
     del start  # the first process may hold a copy
     try:
-        if not _iterate(run, folder, terms, chained=link is not None):
+        if not _iterate(run, folder, terms, supply, chained=link is not None):
             return False
         weights = full_precision_weights(run.policy)
         if process.main:
@@ -125,10 +130,12 @@ def _finish(run: Run, weights: dict[str, torch.Tensor], terms: dict, link: Link 
             write_json(record, {"masters": digest})
 
 
-def _terms_of(config: Config, process: Process, store: PairStore, model, folder: Path, link) -> tuple[dict, bool]:
+def _terms_of(
+    config: Config, process: Process, store: PairStore | None, model, folder: Path, link, supply: Supply | None
+) -> tuple[dict, bool]:
     """The run's terms, and whether it is a stage that is done. Raises CheckpointError if it is, under other terms, and
     DataError for cached errors of another reference."""
-    terms = run_terms(config, store, model)
+    terms = run_terms(config, store, model) | (supply.terms if supply else {})
     cache = cache_info(config, process, model, store) if reads_cache(config) else None
     if cache:
         terms["reference.cache"] = cache_digest(cache)
@@ -166,7 +173,7 @@ def _too_far(folder: Path, done: int, steps: int) -> str:
     return f"{folder}: this stage was trained for {done} steps, more than its train.steps, {steps}; put it back"
 
 
-def _iterate(run: Run, folder: Path, terms: dict, *, chained: bool) -> bool:
+def _iterate(run: Run, folder: Path, terms: dict, supply: Supply | None, *, chained: bool) -> bool:
     """Every step that is left, each logged, some of them saved; False if a signal ended it early."""
     config, process, policy = run.config, run.process, run.policy
     done = checkpoints.load_latest(policy, folder / "checkpoints", terms, run.parts)
@@ -179,10 +186,16 @@ def _iterate(run: Run, folder: Path, terms: dict, *, chained: bool) -> bool:
     with _stop_signals() as stop, progress("training", config.train.steps, done=done, show=process.main) as bar:
         for number in range(done, config.train.steps):
             begun = time.perf_counter()
+            try:
+                supplied = supply.refresh(run, number) if supply else {}
+            except Waiting as reason:
+                if process.main:
+                    say(f"{reason}; the same command continues")
+                return False
             step = run.step(number)
             bad_in_a_row = 0 if step.applied else bad_in_a_row + 1
             if log:
-                log.write(number + 1, _printable(step.metrics), _timings(begun, len(step.rows)))
+                log.write(number + 1, _printable(step.metrics | supplied), _timings(begun, len(step.rows)))
                 bar.advance(note=f"loss {step.metrics['loss']:.4f}  winner's error {step.metrics['error_w']:.4f}")
             if bad_in_a_row >= config.train.max_bad_steps:
                 _stop_diverged(run, folder, number, step.rows)

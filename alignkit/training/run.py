@@ -40,7 +40,8 @@ class Run:
     """The policy's engine and all that a step needs beside it. Each of `law`, `beta` and `reference` may have a
     state, which checkpoints hold (`parts`), and a hook that is called after each step that the optimizer took.
 
-    starts_apart: the policy does not start where the reference does.
+    starts_apart: the policy does not start where the reference does. since: the step at which `store` became what it
+    is; its pairs' epochs are counted from there, and no two steps share one.
     """
 
     config: Config
@@ -52,6 +53,7 @@ class Run:
     law: Law
     beta: AutoBeta | None
     starts_apart: bool = False
+    since: int = 0
 
     @property
     def parts(self) -> dict[str, object]:
@@ -60,7 +62,7 @@ class Run:
     def step(self, number: int) -> Step:
         """Step `number`, counted from 0: every micro-batch through loss and backward, then the optimizer."""
         config, process = self.config, self.process
-        rows = global_batch(len(self.store), config.train.seed, number, config.train.global_batch_size)
+        rows = self._rows(number)
         share = rank_share(rows, process.rank, process.world_size)
         self._set_learning_rate(number)
         micro_batches = _chunks(share, accumulation_steps(config, process.world_size))
@@ -130,6 +132,12 @@ class Run:
         if hasattr(self.reference, "release"):
             self.reference.release()
         release(self.policy)
+
+    def _rows(self, number: int) -> list[tuple[int, int]]:
+        """(row, epoch) of the step's pairs."""
+        size = self.config.train.global_batch_size
+        rows = global_batch(len(self.store), self.config.train.seed, number - self.since, size)
+        return [(row, epoch + self.since * size) for row, epoch in rows]
 
     def _set_learning_rate(self, number: int) -> None:
         warmup = self.config.train.warmup_steps

@@ -5,15 +5,19 @@ from alignkit.errors import DataError
 from alignkit.stores.pairs import PairStore
 
 
-def run_terms(config: Config, store: PairStore, model) -> dict:
-    """By name; how long to train and how often to save are free. Raises DataError for pairs of another model."""
-    _check_store(store, model, config)
+def run_terms(config: Config, store: PairStore | None, model) -> dict:
+    """By name; how long to train and how often to save are free. store: None where pairs are made along the way.
+
+    Raises DataError for pairs of another model.
+    """
+    if store is not None:
+        _check_store(store, model, config)
     train = config.train.model_dump(
         mode="json", exclude={"steps", "checkpoint_every", "keep_checkpoints", "max_bad_steps"}
     )
     return {
         "model": model.fingerprint(),
-        "pairs": store.fingerprint,
+        **({"pairs": store.fingerprint} if store is not None else {}),
         **{f"train.{key}": value for key, value in train.items()},
         **{f"objective.{key}": value for key, value in config.objective.model_dump(mode="json").items()},
         **_changed_from_default("noise", config.noise, "source", "timesteps"),

@@ -87,10 +87,10 @@ def test_what_is_no_probability_is_refused_in_one_line_and_the_rest_is_kept(comp
 def test_only_so_many_are_open_at_once_and_an_error_ends_all_of_them(comparisons, tmp_path):
     ranker = Scripted(at_once=3)
     assert len(ask(ranker, comparisons, tmp_path / "a.jsonl", show=False)) == 6 and ranker.most == 3
-    failing = Scripted(1, DataError("the ranker is gone"), at_once=2)
+    failing = Scripted(DataError("the ranker is gone"), 1, at_once=2)
     with pytest.raises(DataError, match="the ranker is gone"):
         ask(failing, comparisons, tmp_path / "b.jsonl", show=False)
-    assert len(failing.asked) <= 4 and len(read_answers(tmp_path / "b.jsonl")) == 1
+    assert len(failing.asked) <= 3 and len(read_answers(tmp_path / "b.jsonl")) >= 1, "what was under way is kept"
 
 
 def test_a_line_that_a_crash_cut_off_is_asked_for_again_and_any_other_damage_is_said(comparisons, tmp_path):

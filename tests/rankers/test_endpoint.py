@@ -364,6 +364,9 @@ def test_what_goes_wrong_is_one_line_that_says_what_to_do(serve, videos, reply, 
     server = serve(reply)
     message = refusal(ranker_for(server.url, timeout_s=0.1 if reply is hangs else 5), videos)
     assert message.startswith(server.host) and part in message and "what was answered is kept" in message
+    end = time.monotonic() + 2
+    while len(server.asked) < asked and time.monotonic() < end:  # a busy machine's server may read after the timeout
+        time.sleep(0.005)
     assert len(server.asked) == asked
 
 
@@ -383,7 +386,8 @@ def test_a_server_that_is_down_is_one_line(serve, videos):
     ranker = ranker_for(f"http://{host}/v1", budget=1, price_in=1, price_out=1)
     assert refusal(ranker, videos).startswith(f"{host}: cannot be reached ('connection refused'); start it, or correct")
     assert ranker.cost.startswith("0 questions")
-    assert "cannot be reached" in refusal(ranker_for("http://nowhere.invalid/v1"), videos)
+    for host in ("a..b", "a" * 70, "xn--ü"):
+        assert "is no host's name; correct ranker.endpoint.url" in refusal(ranker_for(f"http://{host}/v1"), videos)
 
 
 def test_a_video_that_cannot_be_read_costs_no_question(serve, videos, tmp_path):
@@ -429,8 +433,9 @@ def test_a_pause_may_be_given_in_seconds_or_as_a_date():
 
 
 def test_questions_tokens_and_cost_are_told(serve, videos):
-    server = serve(says("prose"), verdict("tie"))
-    ranker = ranker_for(server.url, price_in=2, price_out=100)
+    """What the endpoint refused or failed at is no question of its account's."""
+    server = serve(status(500), says("prose"), verdict("tie"))
+    ranker = ranker_for(server.url, retries=2, price_in=2, price_out=100)
     compare(ranker, videos)
     assert ranker.cost == "3 questions, 3000 tokens in, 30 out, cost 0.009"  # 3 · (1000 · 2 + 10 · 100) / 10⁶
 

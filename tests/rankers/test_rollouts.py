@@ -138,3 +138,9 @@ def test_an_endpoint_that_is_down_is_one_line_and_what_it_has_cost_is_said(setti
     with pytest.raises(DataError, match=r"^127.0.0.1:9: cannot be reached .* what was answered is kept$"):
         rank_rollouts(settings("ranker.by=endpoint", asked), CPU)
     assert "0 questions, 0 tokens in, 0 out" in capsys.readouterr().err
+
+
+def test_an_endpoint_given_as_an_address_is_refused_without_showing_it(settings):
+    with pytest.raises(ConfigError) as caught:
+        settings("ranker.by=endpoint", "ranker.endpoint=http://me:secret@host/v1")
+    assert "ranker.endpoint: input should be a section" in str(caught.value) and "secret" not in str(caught.value)
