@@ -111,6 +111,26 @@ def rank_run(config: ConfigFile, overrides: Overrides = None) -> None:
     _run("rank", _settings(config, overrides))
 
 
+@ranking.command("serve")
+def rank_serve(
+    folder: Annotated[Path, typer.Argument(help="A folder with comparisons.jsonl: a run's rankings, or a blind set.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Ask people on a page of this machine: two videos side by side, blind, by keyboard. Every vote is kept."""
+    from alignkit.rankers.people.server import serve
+
+    serve(folder, port, open_browser)
+
+
+@ranking.command("results")
+def rank_results(folder: Annotated[Path, typer.Argument(help="The same folder.")]) -> None:
+    """Print how often each kind of video won, with 95 % intervals, and how far the raters agree."""
+    from alignkit.rankers.people import summary
+
+    print("\n".join(summary(folder)))
+
+
 @app.command()
 def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Look through data.videos, data.pairs or data.prompts for what cannot be used, and say why; nothing is made."""

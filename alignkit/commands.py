@@ -32,6 +32,7 @@ from alignkit.training.cache import build_cache, with_cache
 from alignkit.training.distributed import lone_worker, set_threads, start_process
 from alignkit.training.engine import accumulation_steps
 from alignkit.training.references import check_reference
+from alignkit.training.supply import Waiting
 
 PAIRS_IN_REPORT = 6
 
@@ -147,7 +148,11 @@ def _rank(config: Config) -> None:
     from alignkit.rankers.rollouts import rank_rollouts
 
     set_threads(1)
-    ranked = rank_rollouts(config, _device())
+    try:
+        ranked = rank_rollouts(config, _device())
+    except Waiting as reason:
+        say(f"{reason}; the same command continues")
+        raise SystemExit(0) from None
     rollouts = config.data.rollouts or rollouts_folder(config)
     say(f"{ranked.pairs} pairs from {ranked.prompts} prompts, {ranked.ties} dropped as ties, in {ranked.file}")
     say(f"make pairs of them with: alignkit pairs … data.rollouts={rollouts} data.pairs={ranked.file}")

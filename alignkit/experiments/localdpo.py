@@ -58,7 +58,8 @@ def _check_plan(plan: Plan, out: Path) -> None:
     file = out / plan.family / "plan.json"
     config = run_config(plan, out, out)
     base = load_model(config.model, with_transformer=False, with_encoders=False)
-    settings = config.model_dump(mode="json", exclude={"output": True, "ranker": True, "online": True, "data": {"videos"}})
+    unread = {"output": True, "ranker": True, "online": True, "data": {"videos"}}
+    settings = config.model_dump(mode="json", exclude=unread)
     now = json.loads(json.dumps(asdict(plan) | {"base": base.fingerprint(), "settings": settings}))
     with one_at_a_time(file.with_suffix(".lock")):
         if not file.exists():

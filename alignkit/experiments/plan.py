@@ -72,11 +72,12 @@ ARMS = (
     Arm("region_sft", "region + SFT", "bezier", _weights(weight_global=0), like="local_dpo", curve=True),
     Arm("global_sft", "global + SFT", "bezier", _weights(weight_region=0), like="local_dpo", curve=True),
     Arm("local_dpo", "LocalDPO: region + global + SFT", "bezier", (), LOCAL_TRIALS, curve=True),
+    Arm("demo", "LocalDPO as the demo has it", "bezier", (), {"demo": Trial(())}),
     Arm("rectangles", "LocalDPO with rectangles", "rectangle", (), like="local_dpo"),
     Arm("sft_few", "SFT, 16 clips", "few", (), like="sft"),
     Arm("local_dpo_few", "LocalDPO, 16 clips, 8 pairs of each", "few", (), like="local_dpo"),
 )
-MAIN_ARMS = ("base", "sft", "dpo_ranked", "local_dpo")
+MAIN_ARMS = ("base", "sft", "dpo_ranked", "local_dpo", "demo")
 STORES: dict[str, Settings] = {
     "bezier": (),
     "rectangle": ("pairs.mask.shape=rectangle",),

@@ -10,8 +10,10 @@ import torch
 from alignkit.evaluation.intervals import paired_interval
 from alignkit.evaluation.summary import versions
 from alignkit.experiments.plan import Arm, Plan
+from alignkit.experiments.stores import heldout_store
 from alignkit.media.videos import write_video
 from alignkit.progress import say
+from alignkit.rankers.people import write_comparisons
 from alignkit.tiny.clips import FPS
 
 COLUMNS = {
@@ -382,22 +384,18 @@ def _samples(plan: Plan, out: Path, file: Path, chosen: dict[str, str]) -> None:
 
 
 def write_blind_set(plan: Plan, out: Path, folder: Path, chosen: dict[str, str]) -> None:
-    """Clips for people who are not told which arm made them: NNN-a.mp4 and NNN-b.mp4, the same prompt and noise.
-
-    SFT against LocalDPO, in a random order that key.csv holds; answers go into answers.csv (a, b or tie).
-    """
+    """Clips for people who are not told which arm made them, SFT's against LocalDPO's, the same prompt and noise: a
+    folder for `alignkit rank serve` and `alignkit rank results`."""
     both = [_shown(plan, out, plan.arm(name), chosen) for name in BLIND]
     if any(clips is None for clips in both):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    key, answers = ["number,a,b"], ["number,better"]
+    prompts = heldout_store(plan, out, "test").rows["prompt"]
+    rows = []
     for number, clips in enumerate(zip(*both, strict=True)):
-        order = rng.permutation(2)
-        for letter, place in zip("ab", order, strict=True):
-            write_video(folder / f"{number:03d}-{letter}.mp4", torch.from_numpy(clips[place]), FPS)
-        key.append(f"{number},{BLIND[order[0]]},{BLIND[order[1]]}")
-        answers.append(f"{number},")
-    (folder / "key.csv").write_text("\n".join(key) + "\n")
-    if not (folder / "answers.csv").exists():
-        (folder / "answers.csv").write_text("\n".join(answers) + "\n")
+        for side, clip in zip("ab", clips, strict=True):
+            write_video(folder / f"{number:03d}-{side}.mp4", torch.from_numpy(clip), FPS)
+        row = {"id": f"{number:03d}", "prompt": prompts[number % len(prompts)]}
+        row |= {side: f"{number:03d}-{side}.mp4" for side in "ab"}
+        rows.append(row | {f"kind_{side}": name for side, name in zip("ab", BLIND, strict=True)})
+    write_comparisons(folder, rows)

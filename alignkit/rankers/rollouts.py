@@ -17,11 +17,12 @@ from alignkit.files import write_json, write_lines
 from alignkit.media.videos import write_video
 from alignkit.models import load_model
 from alignkit.progress import progress, say
-from alignkit.rankers import open_ranker
+from alignkit.rankers import PEOPLE, open_ranker, people
 from alignkit.rankers.asking import ask
 from alignkit.rankers.protocol import Comparison
 from alignkit.rankers.tournament import pick
 from alignkit.stores.rollouts import RolloutStore
+from alignkit.training.supply import Waiting
 
 PLAYBACK_FPS = 8  # where data.fps does not say
 Answers = Mapping[str, float]
@@ -42,7 +43,8 @@ def rank_rollouts(config: Config, device: torch.device, show: bool = True) -> Ra
 
     Raises ConfigError for a ranker that is not there, DataError for what it cannot answer and where no pair is left.
     """
-    open_ranker(config.ranker, rankings_folder(config))  # refused before anything is decoded
+    if config.ranker.by != PEOPLE:
+        open_ranker(config.ranker, rankings_folder(config))  # refused before anything is decoded
     rollouts = open_rollouts(config)
     comparisons = comparisons_of(rollouts, rankings_folder(config))
     decode_rollouts(config, rollouts, device, show)
@@ -57,14 +59,31 @@ def rank_rollouts(config: Config, device: torch.device, show: bool = True) -> Ra
 
 
 def answers_about(config: Config, comparisons: list[Comparison], show: bool = True) -> Answers:
-    """P(video_a is better) by a comparison's id, of all of them, by `config.ranker`."""
+    """P(video_a is better) by a comparison's id, of all of them, by `config.ranker`.
+
+    Raises Waiting until people have given `ranker.votes` answers to each.
+    """
     folder = rankings_folder(config)
+    if config.ranker.by == PEOPLE:
+        return _votes_about(folder, comparisons, config.ranker.votes)
     ranker = open_ranker(config.ranker, folder / "scores")
     try:
         return ask(ranker, comparisons, folder / "answers.jsonl", show=show)
     finally:
         if show and hasattr(ranker, "cost"):
             say(f"{ranker.who}: {ranker.cost}")
+
+
+def _votes_about(folder: Path, comparisons: list[Comparison], wanted: int) -> Answers:
+    def row(comparison: Comparison) -> dict[str, str]:
+        a, b = (str(video.relative_to(folder)) for video in (comparison.video_a, comparison.video_b))
+        return {"id": comparison.id, "prompt": comparison.prompt, "a": a, "b": b}
+
+    people.write_comparisons(folder, map(row, comparisons))
+    missing = people.waiting(folder, wanted)
+    if missing:
+        raise Waiting(f"waiting for {missing} vote{'s' * (missing > 1)}, to be given by: alignkit rank serve {folder}")
+    return people.answers(folder)
 
 
 def rankings_folder(config: Config) -> Path:

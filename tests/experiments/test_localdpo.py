@@ -17,6 +17,7 @@ from alignkit.experiments.plan import ARMS, Plan, Trial, make_plan, run_config
 from alignkit.experiments.stores import heldout_store, store_folder
 from alignkit.files import write_json
 from alignkit.media.videos import VideoSpec, decode_clip
+from alignkit.rankers.people import read_comparisons
 from alignkit.stores.pairs import PairStore
 from alignkit.tiny.recipes import FAMILIES
 from alignkit.training.export import export_folder
@@ -90,7 +91,8 @@ def test_every_arm_is_measured_on_test_prompts_and_a_second_run_makes_nothing_ag
         assert words in page.read_text()
     pictures = {"samples.png", "measures.png", "convergence.png", "curves.png"}
     assert pictures <= {file.name for file in page.parent.iterdir()}
-    assert {file.name for file in (page.parent / "blind").iterdir()} >= {"000-a.mp4", "000-b.mp4", "key.csv"}
+    assert {file.name for file in (page.parent / "blind").iterdir()} >= {"000-a.mp4", "000-b.mp4", "comparisons.jsonl"}
+    assert {(pair.kind_a, pair.kind_b) for pair in read_comparisons(page.parent / "blind")} == {("sft", "local_dpo")}
     monkeypatch.setattr(localdpo, "train", lambda *_: pytest.fail("trained again"))
     for name in ("measure", "measure_samples"):
         monkeypatch.setattr(localdpo, name, lambda *_: pytest.fail("measured again"))
@@ -308,7 +310,7 @@ def test_the_plans(tmp_path):
         make_plan("cogvideox", smoke=False),
         make_plan("wan", smoke=True),
     )
-    assert len(whole.arms) == 12 and len(whole.seeds) == 3
+    assert len(whole.arms) == 13 and len(whole.seeds) == 3
     assert {arm.name for arm in other.arms} < {arm.name for arm in whole.arms} and len(other.seeds) == 3
     assert len(smoke.trained) <= 2 and len(smoke.seeds) == 1
     for plan in (whole, other):

@@ -14,6 +14,9 @@ from alignkit.config import load_config
 from alignkit.errors import ConfigError, DataError
 from alignkit.media.videos import read_video
 from alignkit.models import load_model
+from alignkit.rankers.asking import digests_of
+from alignkit.rankers.people import read_comparisons
+from alignkit.rankers.people.votes import record
 from alignkit.rankers.rollouts import rank_rollouts, ranking_file, rankings_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.stores.rollouts import RolloutStore
@@ -144,3 +147,30 @@ def test_an_endpoint_given_as_an_address_is_refused_without_showing_it(settings)
     with pytest.raises(ConfigError) as caught:
         settings("ranker.by=endpoint", "ranker.endpoint=http://me:secret@host/v1")
     assert "ranker.endpoint: input should be a section" in str(caught.value) and "secret" not in str(caught.value)
+
+
+def vote_of_everybody(folder, answer="a"):
+    comparisons = read_comparisons(folder)
+    for comparison, digest in zip(comparisons, digests_of(comparisons).values(), strict=True):
+        record(folder, "ada", comparison.id, digest, answer, "a")
+    return comparisons
+
+
+def test_people_are_waited_for_and_their_votes_become_the_ranking(
+    command, config_file, rollout_overrides, made_rollouts, settings, tmp_path
+):
+    given = rollout_overrides(tmp_path / "run", f"data.rollouts={made_rollouts / 'rollouts'}", "ranker.by=people")
+    folder = tmp_path / "run" / "rankings"
+    first = command("rank", "run", config_file, *given)
+    assert first.returncode == 0
+    assert f"waiting for 9 votes, to be given by: alignkit rank serve {folder}" in first.stderr
+    assert not (folder / "ranking.jsonl").exists()
+    vote_of_everybody(folder)
+    two = command("rank", "run", config_file, *given, "ranker.votes=2")
+    assert "waiting for 9 votes" in two.stderr
+    done = command("rank", "run", config_file, *given)
+    assert done.returncode == 0 and "3 pairs from 3 prompts, 0 dropped as ties" in done.stderr
+    rows = [json.loads(line) for line in (folder / "ranking.jsonl").read_text().splitlines()]
+    assert [(row["chosen"] % 3, row["rejected"] % 3, row["p"]) for row in rows] == [(0, 2, 1.0)] * 3
+    results = command("rank", "results", folder)
+    assert results.returncode == 0 and results.stdout.startswith("9 of 9 comparisons answered: 9 votes")

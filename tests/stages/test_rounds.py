@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 
 from alignkit.config import dump_config, load_config
 from alignkit.errors import CheckpointError, ConfigError, DataError
+from alignkit.rankers.asking import digests_of
+from alignkit.rankers.people import read_comparisons
+from alignkit.rankers.people.votes import record
 from alignkit.stages import stage_configs
 from alignkit.stages.chain import run_chain
 from alignkit.stores.pairs import PairStore
@@ -239,3 +242,19 @@ def test_run_does_everything_in_a_row_and_goes_on_where_it_was(command, config_f
     assert [(folder / "pairs").exists() for folder in folders] == [False, False, False, False, True]
     again = command("run", config_file, *given)
     assert again.returncode == 0 and "making" not in again.stderr and "step 1" not in again.stderr
+
+
+def test_a_stage_ranked_by_people_stops_for_their_votes_and_goes_on_by_the_same_call(chain, process, capsys):
+    config = chain("run", "{name: online, online: {every: 1}, train: {steps: 2}}", "ranker.by=people")
+    for number in range(2):
+        assert not run_chain(config, process)
+        folder = rounds_of(config)[number] / "rankings"
+        said = f"waiting for 3 votes, to be given by: alignkit rank serve {folder}; the same command continues"
+        assert said in capsys.readouterr().err
+        assert not run_chain(config, process), "nobody has voted yet"
+        comparisons = read_comparisons(folder)
+        for comparison, digest in zip(comparisons, digests_of(comparisons).values(), strict=True):
+            record(folder, "ada", comparison.id, digest, "b", "a")
+    assert run_chain(config, process)
+    store = PairStore(rounds_of(config)[1] / "pairs" / "train")
+    assert [pair.source for pair in store] == [f"rollout {2 * i + 1} over rollout {2 * i}" for i in range(3)]
