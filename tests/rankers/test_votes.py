@@ -190,6 +190,19 @@ def test_an_empty_file_that_a_crash_left_is_no_obstacle(tmp_path):
     assert counted(tmp_path) == [("ada", "0", "a")]
 
 
+def test_votes_in_a_folder_that_nobody_may_write_to_can_be_read(tmp_path):
+    record(tmp_path, "ada", "0", "d", "a", "a")
+    tmp_path.chmod(0o555)
+    try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("this user may write everywhere")
+        assert counted(tmp_path) == [("ada", "0", "a")]
+        with pytest.raises(DataError, match=r"votes.sqlite: votes cannot be written \(.*\); .* can be written to"):
+            record(tmp_path, "ada", "1", "d", "a", "a")
+    finally:
+        tmp_path.chmod(0o755)
+
+
 def test_a_rater_is_one_person_however_the_name_is_typed():
     assert rater_name("  Ada   Lovelace ") == rater_name("ada lovelace") == "ada lovelace"
     assert rater_name("小林") == "小林"

@@ -44,7 +44,7 @@ def read_comparisons(folder: Path) -> list[Pair]:
     file = folder / FILE
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{folder}: holds no {FILE}; name a folder that was made to be ranked by people") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read as UTF-8 text ({error}); write it again") from None
