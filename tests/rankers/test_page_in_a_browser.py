@@ -180,6 +180,30 @@ def test_space_is_a_tie_after_a_click_and_presses_a_button_that_was_reached_by_t
     assert sides(votes_of(folder, page)) == ["left", "tie", "right"]
 
 
+def test_who_has_skipped_can_answer_those_at_the_end(visit, folder):
+    page = visit()
+    for key in ("s", "ArrowLeft", "s", "ArrowLeft"):
+        press(page, key)
+    page.wait_for_timeout(SETTLED)
+    answer(page, lambda: page.click("#again"))
+    assert page.inner_text("#count") == "3 of 4"
+    for _ in range(2):
+        press(page, "ArrowRight")
+    assert sides(votes_of(folder, page)) == ["left", "left", "right", "right"] and page.is_hidden("#again")
+
+
+def test_the_down_key_scrolls_a_long_description_that_has_the_focus(visit, folder):
+    page = visit()
+    page.evaluate("at('prompt').textContent = 'word '.repeat(2000)")
+    page.focus("#prompt")
+    page.keyboard.press("ArrowDown")
+    page.wait_for_function("() => at('prompt').scrollTop > 0")
+    assert votes_of(folder, page) == []
+    page.evaluate("at('prompt').blur()")
+    press(page, "ArrowDown")
+    assert sides(votes_of(folder, page)) == ["tie"]
+
+
 def test_a_reload_keeps_the_rater_the_pair_and_its_sides(visit):
     page = visit()
     press(page, "ArrowLeft")

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from alignkit.errors import DataError
-from alignkit.rankers.people import read_comparisons, write_comparisons
+from alignkit.rankers.people import read_comparisons, waiting, write_comparisons
 from alignkit.rankers.people.server import application, left_side, serve
 from alignkit.rankers.people.votes import read_votes
 
@@ -109,6 +110,18 @@ def test_votes_are_taken_one_by_one_until_all_are_done_and_undone_again(page):
         _, state = page.post("/undo", {"rater": "ada", "pair": key})
         assert state["pair"]["key"] == key
     assert state["done"] == 0 and state["last"] is None and read_votes(page.folder) == []
+
+
+def test_skipped_pairs_can_be_answered_when_all_else_is_done(page):
+    """A stage that waits for votes would wait for ever where its only rater has skipped a pair."""
+    for answer in ("left", "skip", "skip", "tie"):
+        _, state = page.post("/vote", {"rater": "ada", "pair": page.next()["pair"]["key"], "answer": answer})
+    assert state["pair"] is None
+    status, state = page.post("/again", {"rater": "Ada"})
+    assert status == 200 and (state["done"], state["skipped"]) == (2, 0)
+    while state["pair"]:
+        _, state = page.post("/vote", {"rater": "ada", "pair": state["pair"]["key"], "answer": "right"})
+    assert waiting(page.folder) == 0
 
 
 def test_a_vote_sent_twice_counts_once_and_never_for_the_next_pair(page):
@@ -285,13 +298,19 @@ def test_a_video_that_changes_or_goes_is_not_voted_on_but_can_be_skipped(page):
     assert page.post("/undo", {"rater": "ada", "pair": key})[1]["done"] == 0
 
 
-def test_a_video_that_became_a_link_to_the_outside_is_not_served(page):
-    (page.folder.parent / "secret").write_bytes(b"secret")
+@pytest.mark.parametrize("disguised", [False, True])
+def test_a_video_that_became_a_link_to_the_outside_is_not_served(page, disguised):
+    """Also where what it leads to has the video's size and date, by which a changed one is known."""
+    key = page.next()["pair"]["key"]
     for video in (page.folder / "videos").iterdir():
+        secret, facts = page.folder.parent / video.name, video.stat()
+        secret.write_bytes(b"secret".ljust(facts.st_size))
+        if disguised:
+            os.utime(secret, ns=(facts.st_atime_ns, facts.st_mtime_ns))
         video.unlink()
-        video.symlink_to(page.folder.parent / "secret")
-    status, _, content = page.get(f"/video/{page.next()['pair']['key']}/left?rater=ada")
-    assert status == 409 and b"secret" not in content
+        video.symlink_to(secret)
+    status, _, content = page.get(f"/video/{key}/left?rater=ada")
+    assert status == (404 if disguised else 409) and b"secret" not in content
 
 
 def test_an_undo_from_another_window_is_refused(page):

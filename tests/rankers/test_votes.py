@@ -11,7 +11,7 @@ import pytest
 
 from alignkit.errors import DataError
 from alignkit.rankers.people.comparisons import read_comparisons, write_comparisons
-from alignkit.rankers.people.votes import open_votes, rater_name, read_votes, record, take_back
+from alignkit.rankers.people.votes import open_votes, rater_name, read_votes, record, take_back, take_skips_back
 
 GOOD = {"id": "000", "prompt": "a ball", "a": "videos/1.mp4", "b": "videos/2.mp4"}
 
@@ -107,6 +107,27 @@ def test_undo_takes_the_last_vote_back_then_the_one_before_and_loses_none(tmp_pa
     record(tmp_path, "ada", "2", "d", "b", "a")
     assert counted(tmp_path)[-1] == ("ada", "2", "b")
     assert rows(tmp_path) == ["a", "a", "a", "b", "undo", "undo", "b"]
+
+
+def test_what_a_rater_skipped_is_asked_again_and_nothing_else(tmp_path):
+    for rater in ("ada", "bo"):
+        for comparison, answer in (("0", "skip"), ("1", "a"), ("2", "skip")):
+            record(tmp_path, rater, comparison, "d", answer, "a")
+    take_skips_back(tmp_path, "ada")
+    take_skips_back(tmp_path, "ada")
+    assert counted(tmp_path) == [("ada", "1", "a"), ("bo", "0", "skip"), ("bo", "1", "a"), ("bo", "2", "skip")]
+    assert rows(tmp_path).count("undo") == 2 and rows(tmp_path).count("skip") == 4
+
+
+def test_a_file_system_without_wal_is_one_line_and_no_wait_without_end(tmp_path, monkeypatch):
+    class Refusing(sqlite3.Connection):
+        def execute(self, statement, *values):
+            return super().execute("select 'delete'" if "journal_mode" in statement else statement, *values)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *given, **named: connect(*given, factory=Refusing, **named))
+    with pytest.raises(DataError, match=r"votes cannot be written \(its file system has no write-ahead log\)"):
+        record(tmp_path, "ada", "0", "d", "a", "a")
 
 
 def test_the_file_itself_refuses_to_lose_a_vote(tmp_path):

@@ -76,6 +76,7 @@ function finish() {
   at("thanks").textContent = `, ${rater}`;
   at("tally").textContent =
     `${voted} ${voted === 1 ? "vote" : "votes"} on ${state.total} pairs` + (state.skipped ? `, ${state.skipped} skipped.` : ".");
+  at("again").hidden = !state.skipped;
   reveal("finished");
   at("announce").textContent = `That was all. ${at("tally").textContent}`;
   since = performance.now();
@@ -211,6 +212,8 @@ function act(what) {
   if (!state || busy || performance.now() - since < SETTLE_MS) return;
   if (what === "undo") {
     if (state.last) change("undo", { rater, pair: state.last });
+  } else if (what === "again") {
+    change("again", { rater });
   } else if (state.pair) {
     if (what !== "skip" && loaded !== state.pair.key) return complain("The videos are not there yet. Wait, or skip this pair.");
     change("vote", { rater, pair: state.pair.key, answer: what });
@@ -228,10 +231,16 @@ for (const button of document.querySelectorAll("[data-do]")) {
 addEventListener("keydown", (event) => {
   const what = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   const pressed = event.target instanceof HTMLButtonElement && event.key === " ";
-  if (!what || !state || pressed || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!what || !state || pressed || scrolls(event) || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
   if (!event.repeat) act(what);
 });
+
+// The keys of a tie scroll a description that is too long to be shown whole and has the focus.
+function scrolls(event) {
+  const { target, key } = event;
+  return target.id === "prompt" && (key === "ArrowDown" || key === " ") && target.scrollHeight > target.clientHeight;
+}
 
 at("name-form").addEventListener("submit", (event) => {
   event.preventDefault();

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from alignkit.rankers.asking import digests_of
 from alignkit.rankers.people.comparisons import Pair, read_comparisons
-from alignkit.rankers.people.votes import Vote, read_votes
+from alignkit.rankers.people.votes import SKIP, Vote, read_votes
 
-SKIP = "skip"
 NORMAL_95 = 1.959964  # the 0.975 quantile of the standard normal distribution
 SHARE = {"a": 1.0, "tie": 0.5, "b": 0.0}
 

@@ -20,7 +20,7 @@ from alignkit.errors import DataError
 from alignkit.progress import say
 from alignkit.rankers.asking import digests_of
 from alignkit.rankers.people.comparisons import Pair, is_inside, read_comparisons
-from alignkit.rankers.people.votes import open_votes, rater_name, read_votes, record, take_back
+from alignkit.rankers.people.votes import open_votes, rater_name, read_votes, record, take_back, take_skips_back
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -168,6 +168,11 @@ def application(folder: Path) -> "Starlette":
             raise Refused(409, "You have voted on another pair since, perhaps in another window. Reload the page.")
         return state(folder, pairs, rater)
 
+    def again(body: dict[str, Any]) -> dict:
+        rater = _rater(body.get("rater"))
+        take_skips_back(folder, rater)
+        return state(folder, pairs, rater)
+
     def taking(change: Callable[[dict[str, Any]], dict]) -> Callable:
         async def endpoint(request: Request) -> Response:
             from starlette.concurrency import run_in_threadpool
@@ -189,6 +194,7 @@ def application(folder: Path) -> "Starlette":
             Route("/video/{key}/{side}", show_video),
             Route("/vote", taking(vote), methods=["POST"]),
             Route("/undo", taking(undo), methods=["POST"]),
+            Route("/again", taking(again), methods=["POST"]),
         ],
         middleware=[Middleware(_guard)],
         exception_handlers={Refused: refuse, DataError: refuse, HTTPException: refuse},

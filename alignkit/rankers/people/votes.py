@@ -16,7 +16,8 @@ from pathlib import Path
 from alignkit.errors import DataError
 
 FILE = "votes.sqlite"
-ANSWERS = ("a", "b", "tie", "skip")
+SKIP = "skip"
+ANSWERS = ("a", "b", "tie", SKIP)
 TAKEN_BACK = "undo"
 LONGEST_NAME = 40
 SECONDS_TO_WAIT = 10.0  # for another process that is writing
@@ -94,6 +95,14 @@ def take_back(folder: Path, rater: str, comparison: str, digest: str, left: str)
         return True
 
 
+def take_skips_back(folder: Path, rater: str) -> None:
+    """Have all that the rater has skipped asked again. Raises DataError where that cannot be kept."""
+    with _writing(folder) as connection:
+        for vote in _standing(connection):
+            if vote.rater == rater and vote.answer == SKIP:
+                _append(connection, rater, vote.comparison, vote.digest, TAKEN_BACK, vote.left)
+
+
 def read_votes(folder: Path) -> list[Vote]:
     """The votes that count, oldest first; none where there is no file yet. Nothing is written.
 
@@ -146,7 +155,8 @@ def _use_wal(connection: sqlite3.Connection) -> None:
     end = time.monotonic() + SECONDS_TO_WAIT
     while connection.execute("pragma journal_mode").fetchone()[0] != "wal":
         try:
-            connection.execute("pragma journal_mode=wal")
+            if connection.execute("pragma journal_mode=wal").fetchone()[0] != "wal":  # how SQLite says that it cannot
+                raise sqlite3.OperationalError("its file system has no write-ahead log")
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > end:
                 raise
