@@ -239,7 +239,8 @@ def _search_table(plan: Plan, rows: list[dict], chosen: dict[str, str]) -> list[
         for trial in arm.trials or ([""] if not arm.pairs else []):
             cells = [_cell(_of(rows, arm, "validation", trial), name) for name in names]
             mark = "yes" if trial and chosen[arm.name] == trial else ""
-            written = f"{trial}: `{' '.join(arm.trials[trial].settings)}`" if trial else ""
+            changes = " ".join(arm.trials[trial].settings) if trial else ""
+            written = f"{trial}: " + (f"`{changes}`" if changes else "nothing changed") if trial else ""
             written += f" on {arm.trials[trial].pairs} pairs" if trial and arm.trials[trial].pairs else ""
             lines.append(f"| {arm.title} | {written} | " + " | ".join(cells) + f" | {mark} |")
     return lines
