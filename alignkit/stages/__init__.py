@@ -54,6 +54,13 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
                 f"{where}: reference.strategy: with its adapters off the model is the base, not what this stage starts "
                 "from; leave it at auto"
             )
+        if entry.name in SUPPLIED and stage.reference.strategy == "cached":
+            raise ConfigError(
+                f"{where}: reference.strategy: a cache holds errors of pairs that are there already, and this stage "
+                "makes its own; use copy"
+            )
+        if entry.name == "online" and stage.rollout.per_prompt < 2:
+            raise ConfigError(f"{where}: rollout.per_prompt: 1 leaves nothing to compare; 2 or more")
         if number > 1 and compares and stage.reference.strategy == "cached":
             raise ConfigError(
                 f"{where}: reference.strategy: a cache holds errors of the base, not of what this stage starts from; "

@@ -189,6 +189,20 @@ def test_a_stage_without_a_pair_says_so_and_what_to_do(half_online, process):
 
 
 @pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("{name: online, reference: {strategy: cached}}", r"entry 1 \(online\): reference.strategy: a cache"),
+        ("{name: half_online, reference: {strategy: cached}}", "a cache holds errors of pairs that are there already"),
+        ("{name: online, rollout: {per_prompt: 1}}", r"rollout.per_prompt: 1 leaves nothing to compare"),
+        ("{name: online, online: {every: 5, staleness: 4}}", "staleness: 4 steps end before the next round, after 5"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(chain, stage, words):
+    with pytest.raises(ConfigError, match=words):
+        stage_configs(chain("run", stage))
+
+
+@pytest.mark.parametrize(
     ("stages", "more", "words"),
     [
         (ONLINE, ("ranker.by=null",), "stage online: ranker.by: not set"),
