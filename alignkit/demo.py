@@ -55,7 +55,8 @@ def run(config: Config) -> None:
 def with_drawn_clips(config: Config) -> Config:
     """Where a configuration of a shipped small model names no data: on clips drawn for it, in output.dir/clips."""
     data = config.data
-    if config.model.path != "tiny" or data.videos or data.pairs or data.prompts:
+    own = any(entry.data or entry.pairs.get("folder") for entry in config.stages or ())
+    if config.model.path != "tiny" or data.videos or data.pairs or data.prompts or own:
         return config
     folder = config.output.dir / "clips"
     with one_at_a_time(folder.with_name(".clips.lock")):

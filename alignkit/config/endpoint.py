@@ -40,7 +40,7 @@ class EndpointSection(Section):
     retries: Count = Field(5, description="of a question that fails; the waits double, from a second to a minute")
     at_once: Positive = Field(4, description="comparisons in flight; each has one question open at a time")
     budget: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="what one run may spend, in the currency of the prices; null: no limit"
+        None, description="what one ranking, or round of a stage, may spend, in the prices' currency; null: no limit"
     )
     price_in: NonNegative | None = Field(None, description="of a million tokens; null: the cost is not known")
     price_out: NonNegative | None = Field(None, description="of a million tokens; null: the cost is not known")

@@ -45,7 +45,7 @@ def ask(ranker: Ranker, comparisons: Sequence[Comparison], file: Path, *, show: 
                 bar.advance()
 
             asyncio.run(_ask_all(ranker, left, keep))
-    return found
+    return {c.id: found[c.id] for c in comparisons}  # not as they came in: pairs get their numbers by it
 
 
 async def _ask_all(ranker: Ranker, left: list[Comparison], keep: Callable[[Comparison, float], None]) -> None:

@@ -70,7 +70,7 @@ def answers_about(config: Config, comparisons: list[Comparison], show: bool = Tr
     try:
         return ask(ranker, comparisons, folder / "answers.jsonl", show=show)
     finally:
-        if show and hasattr(ranker, "cost"):
+        if hasattr(ranker, "cost"):
             say(f"{ranker.who}: {ranker.cost}")
 
 

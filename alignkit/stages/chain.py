@@ -7,8 +7,10 @@ from alignkit.config import Config, dump_config
 from alignkit.files import write_atomically
 from alignkit.given.build import build_given_pairs
 from alignkit.localdpo.build import build_pairs
-from alignkit.objectives.states.checks import check_states
+from alignkit.models import load_model
+from alignkit.objectives.states.checks import check_noise, check_states
 from alignkit.progress import say
+from alignkit.rankers import PEOPLE, open_ranker
 from alignkit.stages import SUPPLIED, stage_configs
 from alignkit.stages.online import rounds_of
 from alignkit.stores.folders import pairs_folder
@@ -44,9 +46,15 @@ def run_chain(config: Config, process: Process) -> bool:
 
 
 def check_chain(stages: list[tuple[str, Config]]) -> None:
-    """What can be wrong with stages whose pairs are there already. Raises ConfigError or DataError."""
+    """What can be wrong with stages whose pairs are there already or are made while they train. Raises ConfigError or
+    DataError."""
     for name, stage in stages:
-        if name not in SUPPLIED and not makes_pairs(stage):
+        if name in SUPPLIED:
+            check_noise(stage, load_model(stage.model, with_transformer=False, with_encoders=False))
+            rounds_of(name, stage, "")
+            if stage.ranker.by != PEOPLE:
+                open_ranker(stage.ranker, stage.output.dir)
+        elif not makes_pairs(stage):
             check_states(stage, PairStore(pairs_folder(stage, "train")))
 
 

@@ -3,7 +3,7 @@
 from alignkit.apo.prompts import read_prompts
 from alignkit.config import Config
 from alignkit.errors import ConfigError
-from alignkit.localdpo.sources import find_usable, split_clips
+from alignkit.localdpo.sources import check_count, find_usable, split_clips
 from alignkit.stages.rounds import Rounds
 
 
@@ -30,7 +30,8 @@ def rounds_of(name: str, config: Config, start: str) -> Rounds:
     if config.data.videos is None:
         needed = "data.prompts or data.videos" if name == "online" else "data.videos, its anchors"
         raise ConfigError(f"stage {name}: {needed}: not set")
-    sources, _ = find_usable(config, show=False)
+    sources, problems = find_usable(config, show=False)
+    check_count(config, sources, problems)
     train, _ = split_clips(len(sources), config.data.heldout, config.pairs.seed)
     clips = {sources[n].clip.caption: sources[n].clip.path for n in reversed(train)}
     anchors = dict(reversed(clips.items()))  # of several clips with one caption the first

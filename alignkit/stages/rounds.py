@@ -35,8 +35,9 @@ from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.distributed import on_main
 from alignkit.training.run import Run
 
-ID_STRIDE = 2**20  # a round's pairs have ids, and so noise, of their own
+ID_STRIDE = 2**16  # a round's pairs have ids, and so noise, of their own; a key's ids end at 2³²
 RECORD = "round.json"
+REACHED = {"budget", "price_in", "price_out", "timeout_s", "retries", "at_once", "key_env", "max_tokens"}
 FREE = {
     "output": True,
     "stages": True,
@@ -45,9 +46,11 @@ FREE = {
     "data": {"videos", "pairs", "prompts", "rollouts", "heldout_pairs", "captions"},
     "pairs": {"folder", "previews"},
     "rollout": {"folder", "previews"},
+    "ranker": {"endpoint": REACHED},
     "train": {"steps", "checkpoint_every", "keep_checkpoints", "max_bad_steps"},
 }
-"""Of the configuration, what does not change a round's pairs: places, whose contents do, and how long to train."""
+"""Of the configuration, what does not change a round's pairs: places, whose contents do, how an endpoint is reached,
+and how long to train."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Rounds:
         if current != self._current:
             live = [r for r in range(current + 1) if (current - r) * online.every < (online.staleness or online.every)]
             self._stores = {r: self._stores.get(r) or self._open(run, r, number) for r in live}
-            run.store, run.since = self._newest(), current * online.every
+            run.store, run.since = self._newest(run, number), current * online.every
             self._current = current
         _, made = self._stores[current]
         return {
@@ -95,14 +98,23 @@ class Rounds:
             "online/drop_rate": made.dropped / made.compared,
         }
 
-    def _newest(self) -> PairStore:
+    def _newest(self, run: Run, step: int) -> PairStore:
         stores = [store for _, (store, _) in sorted(self._stores.items()) if store is not None]
+        for earlier in range(min(self._stores) - 1, -1, -1):
+            if stores:
+                break
+            store, _ = self._open(run, earlier, step)
+            if store is not None:
+                stores = [store]
+                if run.process.main:
+                    say(f"no newer round gave a pair; going on with those of round {earlier}")
         if not stores:
             newest = max(self._stores)
             made = self._stores[newest][1]
             raise DataError(
                 f"{self._folder(newest)}: none of {made.compared} comparisons gave a pair, and there are no older "
-                "pairs to go on with; look at the videos there, lower ranker.min_margin, or raise rollout.per_prompt"
+                "pairs to go on with; look at the videos there; with another ranker, a lower ranker.min_margin "
+                "(online) or a higher rollout.per_prompt, start again in another output.dir"
             )
         joined, queue = PairStore.joined(stores), self._config.online.queue
         return joined if queue is None else joined.select(list(range(len(joined)))[-queue:])
@@ -198,7 +210,8 @@ class Rounds:
         """
         assert self._anchors is not None
         folder, found = rankings_folder(config), {}
-        anchors = {prompt: folder / "anchors" / f"{i:06d}.mp4" for i, prompt in enumerate(dict.fromkeys(self._anchors))}
+        # beside the rollouts, under names of their own: a scorer may look a folder's files up by name
+        anchors = {prompt: folder / "videos" / f"anchor-{i:06d}.mp4" for i, prompt in enumerate(self._anchors)}
         comparisons = []
         for rollout in rollouts.ids:
             prompt = rollouts.prompt_of(rollout)

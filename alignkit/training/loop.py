@@ -189,6 +189,11 @@ def _iterate(run: Run, folder: Path, terms: dict, supply: Supply | None, *, chai
             try:
                 supplied = supply.refresh(run, number) if supply else {}
             except Waiting as reason:
+                if number > done:
+                    if log:
+                        log.flush_to_disk()
+                    keep = config.train.keep_checkpoints
+                    checkpoints.save(policy, folder / "checkpoints", number, terms, keep, run.parts)
                 if process.main:
                     say(f"{reason}; the same command continues")
                 return False

@@ -93,6 +93,20 @@ def test_only_so_many_are_open_at_once_and_an_error_ends_all_of_them(comparisons
     assert len(failing.asked) <= 3 and len(read_answers(tmp_path / "b.jsonl")) >= 1, "what was under way is kept"
 
 
+def test_answers_stand_in_the_order_of_the_questions_however_they_come_in(comparisons, tmp_path):
+    """Pairs get their numbers, and so their noise, by it."""
+
+    class Slower(Scripted):
+        async def compare(self, prompt, video_a, video_b):
+            self.asked.append(prompt)
+            await asyncio.sleep(0.06 - 0.01 * len(self.asked))
+            return 1.0
+
+    found = ask(Slower(at_once=6), comparisons, tmp_path / "a.jsonl", show=False)
+    assert list(found) == [c.id for c in comparisons]
+    assert list(ask(Scripted(), comparisons, tmp_path / "a.jsonl", show=False)) == list(found)
+
+
 def test_a_line_that_a_crash_cut_off_is_asked_for_again_and_any_other_damage_is_said(comparisons, tmp_path):
     file = tmp_path / "answers.jsonl"
     ask(Scripted(1, 1), comparisons[:2], file, show=False)

@@ -16,6 +16,7 @@ from alignkit.rankers.people import read_comparisons
 from alignkit.rankers.people.votes import record
 from alignkit.stages import stage_configs
 from alignkit.stages.chain import run_chain
+from alignkit.stages.rounds import Rounds
 from alignkit.stores.pairs import PairStore
 from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.distributed import start_process
@@ -24,6 +25,7 @@ from alignkit.training.masters import MASTERS
 from alignkit.training.metrics import read_metrics
 
 ONLINE = "{name: online, online: {every: 2, staleness: 4, prompts: 2}, train: {steps: 5}}"
+STEPS = "stages=[{{name: half_online, online: {{every: {}}}, train: {{steps: {}}}}}]"
 FAST = ("train.learning_rate=1e-3", "train.gradient_checkpointing=false", "deepspeed.preset=zero2")
 SHORT = ("rollout.num_inference_steps=2", "rollout.per_prompt=2", "noise={}", "rollout.block_size=2")
 
@@ -154,7 +156,7 @@ def half_online(chain, clips, monkeypatch):
     """A half-online chain on two of the clips; `better` sets P(a is better) by the videos' frames."""
     module = types.ModuleType("mine")
     monkeypatch.setitem(sys.modules, "mine", module)
-    stage = "{name: half_online, online: {every: 3}, train: {steps: 3}}"
+    stage = STEPS.format(3, 3).removeprefix("stages=[").removesuffix("]")
 
     def make(name, better, *more):
         module.better = better
@@ -180,6 +182,47 @@ def test_a_rollout_as_good_as_its_anchor_is_no_loser_and_is_counted(half_online,
     assert [origin.kind for origin in store.origins[0]] == ["real"] * 3
     assert [origin.kind for origin in store.origins[1]] == ["rollout"] * 3
     assert stage_of(config).objective.name == "winner_guarded"
+
+
+def test_a_round_without_a_pair_goes_on_with_those_before_it_also_when_resumed(half_online, process):
+    """What success looks like: the rollouts have become as good as their anchors."""
+    asked = []
+
+    def better(prompt, video_a, video_b):
+        asked.append(prompt)
+        return 0.2 if len(asked) <= 6 else 0.5
+
+    def train(name):
+        asked.clear()
+        config = half_online(name, better, STEPS.format(1, 3))
+        assert run_chain(config, process)
+        return config
+
+    whole = train("whole")
+    assert [row["online/drop_rate"] for row in metrics_of(whole)] == [0, 1, 1]
+    assert [row["online/pairs"] for row in metrics_of(whole)] == [3, 3, 3]
+    asked.clear()
+    broken = half_online("broken", better, STEPS.format(1, 2), "train.checkpoint_every=1")
+    assert run_chain(broken, process)
+    assert run_chain(half_online("broken", better, STEPS.format(1, 3), "train.checkpoint_every=1"), process)
+    assert metrics_of(broken) == metrics_of(whole)
+
+
+def test_a_later_stages_faults_are_said_before_the_first_one_trains(chain, process, monkeypatch):
+    monkeypatch.setattr("alignkit.stages.chain.train", lambda *_: pytest.fail("trained"))
+    stages = "{name: offline, pairs: {seed: 3}}, {name: online}"
+    for ranker, words in (("null", "stage online: ranker.by: not set"), ("no:where", "'no:where' cannot be imported")):
+        with pytest.raises(ConfigError, match=words):
+            run_chain(chain("run", stages, f"ranker.by={ranker}"), process)
+
+
+def test_how_an_endpoint_is_reached_may_change_between_rounds_and_what_it_is_asked_may_not(chain):
+    def terms(more):
+        asked = f"ranker.endpoint={{url: http://localhost/v1, model: m, price_in: 1, price_out: 1{more}}}"
+        config = chain("run", ONLINE, "ranker.by=endpoint", asked)
+        return Rounds(stage_of(config), ["a"], "base").terms
+
+    assert terms("") == terms(", budget: 3") == terms(", timeout_s: 7, retries: 1, at_once: 2") != terms(", frames: 5")
 
 
 def test_a_stage_without_a_pair_says_so_and_what_to_do(half_online, process):
