@@ -157,7 +157,7 @@ def after(folder: Path, steps: int) -> Path:
     return folder / f"after-{steps}"
 
 
-def _train(config: Config, store: Path, stops: tuple[int, ...]) -> None:
+def _train(config: Config, store: Path, stops: tuple[int, ...] = ()) -> None:
     """Train unless that was done already, with an export after each of `stops` too; of a finished run the exports and
     the metrics are kept."""
     checkpoints = config.output.dir / "train" / "checkpoints"
