@@ -10,13 +10,13 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def global_batch(count: int, seed: int, step: int, size: int) -> list[tuple[int, int]]:
-    """(row, epoch) of the `size` pairs of step `step`, counted from 0.
+def global_batch(count: int, seed: int, step: int, size: int, first_epoch: int = 0) -> list[tuple[int, int]]:
+    """(row, epoch) of the `size` pairs of step `step`, counted from 0, epochs from `first_epoch`.
 
     Epochs follow one another without a gap, so a batch may straddle two; each row comes once an epoch.
     """
-    positions = range(step * size, (step + 1) * size)
-    return [(int(_epoch_order(count, seed, p // count)[p % count]), p // count) for p in positions]
+    places = [(first_epoch + p // count, p % count) for p in range(step * size, (step + 1) * size)]
+    return [(int(_epoch_order(count, seed, epoch)[place]), epoch) for epoch, place in places]
 
 
 def rank_share(batch: list, rank: int, world_size: int) -> list:

@@ -136,8 +136,8 @@ class Run:
     def _rows(self, number: int) -> list[tuple[int, int]]:
         """(row, epoch) of the step's pairs."""
         size = self.config.train.global_batch_size
-        rows = global_batch(len(self.store), self.config.train.seed, number - self.since, size)
-        return [(row, epoch + self.since * size) for row, epoch in rows]
+        seed, epoch = self.config.train.seed, self.since * size
+        return global_batch(len(self.store), seed, number - self.since, size, epoch)
 
     def _set_learning_rate(self, number: int) -> None:
         warmup = self.config.train.warmup_steps

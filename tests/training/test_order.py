@@ -30,3 +30,11 @@ def test_processes_share_one_batch():
     for world_size in (1, 2, 4):
         shares = [rank_share(batch, rank, world_size) for rank in range(world_size)]
         assert [item for share in shares for item in share] == batch
+
+
+def test_epochs_that_are_counted_from_later_on_have_orders_of_their_own():
+    """Rounds of new pairs, each drawn from for less than an epoch: not the same places every time."""
+    rounds = [[row for step in range(3) for row, _ in global_batch(200, 3, step, 8, 24 * n)] for n in range(3)]
+    assert len({tuple(rows) for rows in rounds}) == 3
+    later, first = (global_batch(7, 3, 2, 8, epoch) for epoch in (5, 0))
+    assert [epoch for _, epoch in later] == [epoch + 5 for _, epoch in first]
