@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alignkit.errors import DataError
 from alignkit.media.videos import read_video
 
 FRAMES = 8  # of a video that HPSv2, a scorer of pictures, looks at
@@ -47,9 +46,7 @@ def score(videos: list[Path], prompts: list[str], work: Path) -> dict[str, float
 
 def scores_to_rank_by(name: str, videos: list[Path], prompts: list[str], work: Path) -> list[float]:
     """One number a video, the higher the better: VideoAlign's "Overall", HPSv2's score, the mean of VBench's
-    dimensions. Raises DataError where the scorer is not installed."""
-    if name not in installed():
-        raise DataError(f"{name}: is not installed ({INSTALL[name]}); docs/judges.md says which version fits")
+    dimensions. The scorer has to be installed."""
     numbers = SCORERS[name](videos, prompts, work)
     chosen = [numbers["videoalign/Overall"]] if name == "VideoAlign" else list(numbers.values())
     return [float(value) for value in np.mean(chosen, axis=0)]

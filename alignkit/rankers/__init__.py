@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alignkit.config import RankerSection
 from alignkit.errors import ConfigError
-from alignkit.evaluation.scorers import SCORERS, installed, scores_to_rank_by
+from alignkit.evaluation.scorers import INSTALL, SCORERS, installed, scores_to_rank_by
 from alignkit.rankers.endpoint import ByEndpoint
 from alignkit.rankers.functions import ByFunction, find_function
 from alignkit.rankers.measures import MEASURES, ByScore
@@ -31,7 +31,7 @@ def open_ranker(section: RankerSection, work: Path) -> Ranker:
         return ByScore(by, MEASURES[by])
     if by in SCORERS:
         if by not in installed():
-            raise ConfigError(f"ranker.by: {by} is not installed; docs/judges.md says how, or choose another ranker")
+            raise ConfigError(f"ranker.by: {by} is not installed ({INSTALL[by]}); install it or choose another ranker")
         return ByScore(by, lambda prompts, files: scores_to_rank_by(by, files, prompts, work))
     return ByFunction(by, find_function(by))
 

@@ -13,6 +13,7 @@ import torch
 from alignkit.apo.rollouts import rollouts_folder
 from alignkit.config import Config
 from alignkit.errors import DataError
+from alignkit.evaluation.samples import PLAYBACK_FPS
 from alignkit.files import write_json, write_lines
 from alignkit.media.videos import write_video
 from alignkit.models import load_model
@@ -24,7 +25,6 @@ from alignkit.rankers.tournament import pick
 from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.supply import Waiting
 
-PLAYBACK_FPS = 8  # where data.fps does not say
 Answers = Mapping[str, float]
 
 

@@ -13,6 +13,7 @@ from alignkit.apo.pairs import Ranking, build_ranked
 from alignkit.apo.rollouts import roll_out
 from alignkit.config import Config
 from alignkit.errors import DataError
+from alignkit.evaluation.samples import PLAYBACK_FPS
 from alignkit.files import write_json, write_lines
 from alignkit.media.videos import decode_clip, write_video
 from alignkit.models import load_model
@@ -20,7 +21,6 @@ from alignkit.objectives.states.checks import check_origins
 from alignkit.progress import say
 from alignkit.rankers.protocol import Comparison
 from alignkit.rankers.rollouts import (
-    PLAYBACK_FPS,
     answers_about,
     choose,
     comparisons_of,
