@@ -16,13 +16,14 @@ from alignkit.rankers.people import read_comparisons
 from alignkit.rankers.people.votes import record
 from alignkit.stages import stage_configs
 from alignkit.stages.chain import run_chain
-from alignkit.stages.rounds import Rounds
+from alignkit.stages.rounds import ID_STRIDE, Rounds
 from alignkit.stores.pairs import PairStore
 from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.distributed import start_process
 from alignkit.training.loop import train_folder
 from alignkit.training.masters import MASTERS
 from alignkit.training.metrics import read_metrics
+from alignkit.training.run import Run
 
 ONLINE = "{name: online, online: {every: 2, staleness: 4, prompts: 2}, train: {steps: 5}}"
 STEPS = "stages=[{{name: half_online, online: {{every: {}}}, train: {{steps: {}}}}}]"
@@ -86,6 +87,22 @@ def test_each_round_samples_the_policy_as_it_is_and_old_pairs_are_dropped(chain,
         assert all(row["p"] > 0.5 for row in rows)
 
 
+def test_a_queue_keeps_the_newest_pairs(chain, process):
+    config = chain("run", ONLINE.replace("staleness: 4", "staleness: 4, queue: 3"))
+    trained, real = [], Run.step
+
+    def step(run, number):
+        trained.append(run.store.ids)
+        return real(run, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "step", step)
+        assert run_chain(config, process)
+    assert trained[:2] == [[0, 1]] * 2
+    assert trained[2:4] == [[1, ID_STRIDE, ID_STRIDE + 1]] * 2
+    assert trained[4:] == [[ID_STRIDE + 1, 2 * ID_STRIDE, 2 * ID_STRIDE + 1]]
+
+
 def test_the_policy_moves_what_the_next_round_samples(chain, process):
     """Prompt 0 is sampled in rounds 0 and 3 of three prompts by two: from the same weights, were they not trained."""
     still = chain("still", ONLINE, "train.learning_rate=0.0", "online.prompts=null")
@@ -117,7 +134,6 @@ def test_broken_anywhere_and_resumed_the_stage_ends_in_the_same_bits(chain, proc
         monkeypatch.setattr(place, name, dying)
 
     from alignkit.stages import rounds
-    from alignkit.training.run import Run
 
     for count, name, place in ((2, "step", Run), (2, "build_ranked", rounds), (1, "answers_about", rounds)):
         with monkeypatch.context():
