@@ -5,7 +5,7 @@ Also from inside a training run, through the engine's own weights (`roll_out`).
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,13 +38,14 @@ def rollouts_folder(config: Config) -> Path:
 @dataclass(frozen=True)
 class Sampling:
     """What rollouts are sampled by: the model with its network, the law that draws which states are kept, and what each
-    rollout's origin says of it."""
+    rollout's origin says of it. rows: of the schedule, whose states are kept of all rollouts, instead of drawn ones."""
 
     config: Config
     model: VideoModel
     law: Law
     prompts: list[str]
     recipe: dict
+    rows: tuple[int, ...] | None = None
 
     @property
     def draw(self) -> int:
@@ -104,19 +105,20 @@ def roll_out(
     *,
     network: str,
     agree: Callable[[Callable[[], list[int]]], list[int]],
+    rows: tuple[int, ...] | None = None,
     show: bool = True,
 ) -> RolloutStore:
     """Rollouts of `prompts` in `folder` through a training engine's own weights; every process calls this.
 
     model: its parts beside the network, text encoder included. engine: DeepSpeed's, of whatever ZeRO stage: all
     processes run equally many forwards, however many prompts there are, and no weights are copied. network: what tells
-    these weights from others, for the rollouts' origins. agree: as in `build_together`.
+    these weights from others, for the rollouts' origins. agree: as in `build_together`. rows: as in `Sampling`.
     """
     sampler = copy.copy(model)
     sampler.transformer, sampler.dtype = engine, next(engine.parameters()).dtype
     sampler.attention = getattr(model, "attention", None)
     kind = f"zero{engine.zero_optimization_stage()}" if hasattr(engine, "zero_optimization_stage") else "module"
-    sampling = start_sampling(config, sampler, prompts, engine=kind, network=network)
+    sampling = replace(start_sampling(config, sampler, prompts, engine=kind, network=network), rows=rows)
     info = store_info(sampling)
 
     def prepare() -> list[int]:
@@ -166,6 +168,8 @@ def store_info(sampling: Sampling) -> StoreInfo:
     rollout, noise = config.rollout, config.noise
     kept = ("source", "timesteps", "interval", "path_steps", "path_between")
     states = {key: noise.model_dump(mode="json")[key] for key in kept} if noise.stores_states else None
+    if sampling.rows is not None:
+        states = {"source": "path", "rows": list(sampling.rows), "path_between": noise.path_between}
     regime, libraries = sampling.recipe["regime"], sampling.recipe["versions"]
     return StoreInfo(
         kind="rollout",
@@ -246,6 +250,8 @@ def _sample(sampling: Sampling, numbers: list[int]) -> list[Rollout]:
 def _kept_rows(sampling: Sampling, prompt: int) -> tuple[int, ...]:
     """Drawn by the timestep law for the prompt, so that any two of its rollouts share them."""
     config = sampling.config
+    if sampling.rows is not None:
+        return sampling.rows
     if not config.noise.stores_states:
         return ()
     return stored_rows(sampling.law, config.noise.path_steps, config.rollout.seed, prompt, sampling.draw)

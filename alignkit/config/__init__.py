@@ -23,6 +23,7 @@ from alignkit.config.sections import (
     Section,
     TrainSection,
 )
+from alignkit.config.student import StudentSection
 from alignkit.config.whole import Config, StageSection
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Sampler",
     "Section",
     "StageSection",
+    "StudentSection",
     "TrainSection",
     "changed",
     "dump_config",

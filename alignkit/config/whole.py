@@ -19,17 +19,19 @@ from alignkit.config.sections import (
     Section,
     TrainSection,
 )
+from alignkit.config.student import StudentSection
 
 
 class StageSection(Section):
     """One stage of a chain: its name, and what it changes of the sections around it."""
 
-    name: Literal["localdpo", "sft", "offline", "online", "half_online"]
+    name: Literal["localdpo", "sft", "offline", "online", "half_online", "distill", "drift_correction"]
     data: dict[str, Any] = Field(default_factory=dict)
     pairs: dict[str, Any] = Field(default_factory=dict)
     rollout: dict[str, Any] = Field(default_factory=dict)
     ranker: dict[str, Any] = Field(default_factory=dict)
     online: dict[str, Any] = Field(default_factory=dict)
+    student: dict[str, Any] = Field(default_factory=dict)
     noise: dict[str, Any] = Field(default_factory=dict)
     objective: dict[str, Any] = Field(default_factory=dict)
     reference: dict[str, Any] = Field(default_factory=dict)
@@ -52,6 +54,7 @@ class Config(Section):
     rollout: RolloutSection = RolloutSection()
     ranker: RankerSection = RankerSection()
     online: OnlineSection = OnlineSection()
+    student: StudentSection = StudentSection()
     objective: ObjectiveSection = ObjectiveSection()
     reference: ReferenceSection = ReferenceSection()
     train: TrainSection = TrainSection()
@@ -73,6 +76,21 @@ class Config(Section):
 
         names = ("num_inference_steps", "guidance_scale", "dynamic_guidance", "negative_prompt")
         return Sampler(own.solver, *(choose(name) for name in names))
+
+    @property
+    def few_step_sampler(self) -> Sampler | None:
+        """How the student that the chain makes is sampled; None where it makes none."""
+        made = [stage for stage in self.stages or () if stage.name in ("distill", "drift_correction")]
+        if not made:
+            return None
+        section = self.student.model_copy(update=made[-1].student)
+        return Sampler("first_order", section.num_inference_steps, 1.0, False, self.sample.negative_prompt)
+
+    @property
+    def usual_sampler(self) -> Sampler:
+        """How every other model is sampled to be looked at: `sample`."""
+        names = ("num_inference_steps", "guidance_scale", "dynamic_guidance", "negative_prompt")
+        return Sampler("model", *(getattr(self.sample, name) for name in names))
 
     @model_validator(mode="after")
     def _each_stage_once(self) -> "Config":

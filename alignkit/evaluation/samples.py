@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignkit.config import Config
+from alignkit.config import Config, Sampler
 from alignkit.errors import DataError
 from alignkit.files import write_lines
 from alignkit.media.videos import VideoSpec, decode_clip, write_video
@@ -39,15 +39,18 @@ def sample(config: Config, device: torch.device) -> Path:
     """Sample every prompt with every seed from both models; returns the list of what was written.
 
     Video number i of seed number j starts from keyed noise (seed, sample id i, stream "rollout"), the same for
-    both models, so that what differs between two videos is the training alone.
+    both models, so that what differs between two videos is the training alone; or that and the sampler, where the
+    aligned one is a few-step student.
     """
     prompts = heldout_prompts(config)
     folder = samples_folder(config)
     sections = {"base": config.model, "aligned": aligned_section(config)}
+    samplers = {"base": config.usual_sampler, "aligned": config.few_step_sampler or config.usual_sampler}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in MODELS:
-        say(f"sampling from the {name} model")
+        few = " in a few steps" if samplers[name].solver != "model" else ""
+        say(f"sampling from the {name} model{few}")
         model = load_model(sections[name], device=device, dtype=working_dtype(config.model, device))
         shape = model.latent_shape(config.data.num_frames, config.data.height, config.data.width)
         with progress(f"sampling {name}", len(prompts) * len(config.sample.seeds)) as bar:
@@ -55,7 +58,8 @@ def sample(config: Config, device: torch.device) -> Path:
                 for first in range(0, len(prompts), config.sample.batch_size):
                     numbers = range(first, min(first + config.sample.batch_size, len(prompts)))
                     chosen = [prompts[i] for i in numbers]
-                    frames = model.decode_video(sample_latents(config, model, chosen, list(numbers), seed, shape))
+                    latents = sample_latents(samplers[name], model, chosen, list(numbers), seed, shape)
+                    frames = model.decode_video(latents)
                     for i, video in zip(numbers, frames, strict=True):
                         write_video(folder / _file(name, seed, i), video, config.data.fps or PLAYBACK_FPS)
                     bar.advance(len(numbers))
@@ -68,20 +72,21 @@ def sample(config: Config, device: torch.device) -> Path:
     return folder / "samples.jsonl"
 
 
-def sample_latents(config: Config, model, prompts: list[str], ids: list[int], seed: int, shape) -> Tensor:
+def sample_latents(sampler: Sampler, model, prompts: list[str], ids: list[int], seed: int, shape) -> Tensor:
     """Latents [B, *shape] of `prompts`, from the keyed noise of their ids: (seed, id, draw 0, stream "rollout")."""
     device = model.vae.device
     key = NoiseKey(seed, torch.tensor(ids), 0, Stream.ROLLOUT)
     noise = keyed_randn((len(prompts), *shape), key, device=device)
     text = model.pad_text(model.encode_text(prompts)).to(device, model.dtype)
-    negative = model.pad_text(model.encode_text([config.sample.negative_prompt] * len(prompts))).to(device, model.dtype)
+    negative = model.pad_text(model.encode_text([sampler.negative_prompt] * len(prompts))).to(device, model.dtype)
     return model.sample(
         noise,
         text,
         negative,
-        num_steps=config.sample.num_inference_steps,
-        guidance=config.sample.guidance_scale,
-        dynamic=config.sample.dynamic_guidance,
+        num_steps=sampler.num_steps,
+        guidance=sampler.guidance,
+        dynamic=sampler.dynamic,
+        solver=sampler.solver,
     )
 
 

@@ -40,7 +40,7 @@ def evaluate(config: Config, device: torch.device) -> dict:
     encoder = load_model(config.model, with_transformer=False, device=device, dtype=dtype)
     real = _real_clips(config, encoder, store, device)
     rebuilt = _through_vae(config, encoder, real)
-    shown = shown_pairs(store)
+    shown = [] if config.few_step_sampler else shown_pairs(store)  # regions are redone in many steps
     texts = [guided_text(config, encoder, [pair.prompt], device) for pair in shown]
     del encoder
     base, trained = (
@@ -143,7 +143,10 @@ def _measure(
 
 def summarize(config: Config, pairs: dict, pictures: dict, unjudged: list[str], device: torch.device) -> dict:
     before, after = pairs["before"], pairs["after"]
-    checks = criteria(after, pictures)
+    student = config.few_step_sampler
+    checks = criteria(after, pictures, few_step=student is not None)
+    if student:
+        say(f"the aligned model is a student: it samples in {student.num_steps} steps without guidance; that is judged")
     for check in checks:
         say(f"{'reached' if check['reached'] else 'NOT reached'}: {check['text']}")
     found = verdict(checks, unjudged)
@@ -156,6 +159,7 @@ def summarize(config: Config, pairs: dict, pictures: dict, unjudged: list[str], 
         "reached": found == "reached",
         "unjudged": unjudged,
         "criteria": checks,
+        "student_steps": student.num_steps if student else None,
         "accuracy": {
             name: {"before": before[f"{name}_accuracy"], "after": after[f"{name}_accuracy"]}
             for name in ("region", "global")

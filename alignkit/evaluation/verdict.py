@@ -25,11 +25,23 @@ def verdict(checks: list[dict], unjudged: list[str]) -> str:
     return "reached" if all(check["reached"] for check in checks) else "not reached"
 
 
-def criteria(after: dict, pictures: dict) -> list[dict]:
-    """All must hold at once for an alignment to be called reached; accuracy alone is no success."""
+def criteria(after: dict, pictures: dict, few_step: bool = False) -> list[dict]:
+    """All must hold at once for an alignment to be called reached; accuracy alone is no success.
+
+    few_step: of a student that is trained at its own few steps, errors at others say nothing: its samples alone count.
+    """
+    checks = [] if few_step else _pair_checks(after)
+    checks += [_frechet_check(pictures["frechet"]), _motion_check(pictures["motion"])]
+    if pictures["fault_rate"]:
+        checks.append(_fault_check(pictures["fault_rate"]))
+        checks.append(_prompt_check(pictures["prompt_following"]))
+    return checks
+
+
+def _pair_checks(after: dict) -> list[dict]:
     accuracy = after["region_accuracy"]
     change = relative_change(after, "w")["relative_change"]
-    checks = [
+    return [
         _check(
             "accuracy",
             accuracy,
@@ -45,13 +57,7 @@ def criteria(after: dict, pictures: dict) -> list[dict]:
             change <= WINNER_ERROR_ALLOWED,
             f"the error on real held-out videos changed by {change:+.2%} (at most {WINNER_ERROR_ALLOWED:+.0%} allowed)",
         ),
-        _frechet_check(pictures["frechet"]),
-        _motion_check(pictures["motion"]),
     ]
-    if pictures["fault_rate"]:
-        checks.append(_fault_check(pictures["fault_rate"]))
-        checks.append(_prompt_check(pictures["prompt_following"]))
-    return checks
 
 
 def change_of(before: np.ndarray, after: np.ndarray) -> dict:

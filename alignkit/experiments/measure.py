@@ -117,7 +117,7 @@ def _samples(config: Config, model, prompts: list[str], seed: int) -> torch.Tens
     for first in range(0, len(prompts), size):
         chosen = prompts[first : first + size]
         ids = list(range(first, first + len(chosen)))
-        parts.append(model.decode_video(sample_latents(config, model, chosen, ids, seed, shape)))
+        parts.append(model.decode_video(sample_latents(config.usual_sampler, model, chosen, ids, seed, shape)))
     return torch.cat(parts)
 
 

@@ -56,6 +56,9 @@ class VideoModel(Protocol):
     def schedule(self, num_steps: int) -> Schedule:
         """The states that the model's sampler visits, read off its scheduler object."""
 
+    def few_step_scheduler(self, num_steps: int) -> Any:
+        """diffusers' scheduler by which the family's pipeline walks `schedule(num_steps)` by `schedules.one_step`."""
+
     def training_path(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u in [0, 1], fp64 [B], to coefficients (a, s, c, d) fp64 [B, 4] and timesteps fp64 [B]; u = 1 is noise."""
 

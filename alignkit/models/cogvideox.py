@@ -106,6 +106,10 @@ class CogVideoXModel(ModelFolder):
         """A scheduler with no steps taken."""
         return CogVideoXDDIMScheduler.from_config(self.scheduler.config)
 
+    def few_step_scheduler(self, num_steps: int) -> CogVideoXDDIMScheduler:
+        """DDIM, also in the place of a folder's DPM."""
+        return self.new_scheduler()
+
     def schedule(self, num_steps: int) -> Schedule:
         """The states that this model's sampler visits in `num_steps`, read off the scheduler object.
 

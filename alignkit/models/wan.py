@@ -88,6 +88,11 @@ class WanModel(ModelFolder):
         """A scheduler with no steps taken."""
         return UniPCMultistepScheduler.from_config(self.scheduler.config)
 
+    def few_step_scheduler(self, num_steps: int) -> UniPCMultistepScheduler:
+        """UniPC that uses no earlier step's prediction is Euler on its own noise levels."""
+        settings = self.scheduler.config
+        return UniPCMultistepScheduler.from_config(settings, solver_order=1, disable_corrector=list(range(num_steps)))
+
     def schedule(self, num_steps: int) -> Schedule:
         """The states that this model's sampler visits in `num_steps`, read off the scheduler object."""
         scheduler = self.new_scheduler()

@@ -45,6 +45,8 @@ def diagnostics(objective: ObjectiveSection, result: TrainingLoss, states: State
         numbers[f"{name}/saturated"] = (logit.abs() > SATURATED).double()
     if result.safeguard is not None:
         numbers["safeguard/factor"] = result.safeguard
+    if result.teacher_distance is not None:
+        numbers["teacher/distance"] = result.teacher_distance
     numbers |= {"error_w": result.error_w, "noise_level": states.coefficients[:, 1].double()}
     return {name: number.detach() for name, number in numbers.items()}
 

@@ -28,6 +28,7 @@ class TrainingLoss:
     sigmoids: those of `logits` that the loss puts through a sigmoid.
     safeguard: how much of the loser's gradient was kept; None with the safeguard off.
     beta: the one in force, a number; None without a reference.
+    teacher_distance: `Teacher.distance`; None without a teacher.
     """
 
     loss: Tensor
@@ -38,6 +39,12 @@ class TrainingLoss:
     sigmoids: Logits = field(default_factory=dict)
     safeguard: Tensor | None = None
     beta: float | None = None
+    teacher_distance: Tensor | None = None
+
+    def beside(self, distance: Tensor, weight: float) -> "TrainingLoss":
+        """The same with `weight` times a distance to the teacher, fp64 [B], in every pair's loss."""
+        loss, per_pair = self.loss + weight * distance.mean(), self.loss_per_pair + weight * distance
+        return replace(self, loss=loss, loss_per_pair=per_pair, teacher_distance=distance)
 
 
 def needs_reference(objective: ObjectiveSection) -> bool:

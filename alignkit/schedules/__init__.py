@@ -70,6 +70,30 @@ def split_prediction(state: Tensor, prediction: Tensor, coefficients: Tensor) ->
     return (c * state - s * prediction) / determinant, (a * prediction - d * state) / determinant
 
 
+def split_states(here: Tensor, there: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve a·x0 + s·ε at both ends of a step for (x0, ε): the pair by which a first-order solver gets from `here` to
+    `there`, [B, ...] each, in one step. ends: fp64 [B, 2, 2], (a, s) of each."""
+    (a, s), (next_a, next_s) = (
+        (row.to(here.device).view(-1, *[1] * (here.dim() - 1)) for row in end.unbind(1)) for end in ends.unbind(1)
+    )
+    determinant = a * next_s - next_a * s
+    here, there = here.double(), there.double()
+    clean, noise = (next_s * here - s * there) / determinant, (a * there - next_a * here) / determinant
+    return clean.float(), noise.float()
+
+
+def common_rows(few: Schedule, many: Schedule) -> tuple[int, ...] | None:
+    """Of each step of `few` the row of `many` at the same point and timestep; None where some step has none."""
+    rows = []
+    for coefficients, timestep in zip(few.coefficients, few.timesteps, strict=False):
+        # noise levels are computed in fp32, and the network's timesteps are whole numbers or come of them
+        off = (many.coefficients[:-1] - coefficients).abs().amax(dim=1) + (many.timesteps - timestep).abs() / 1000
+        if off.min() > 1e-5:
+            return None
+        rows.append(int(off.argmin()))
+    return tuple(rows)
+
+
 def one_step(state: Tensor, prediction: Tensor, row: Tensor, next_row: Tensor) -> Tensor:
     """First-order solver from one schedule row to the next: Euler for flow, DDIM (η = 0) for v and ε.
 

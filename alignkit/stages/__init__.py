@@ -11,6 +11,7 @@ from alignkit.stages.localdpo import localdpo
 from alignkit.stages.offline import offline
 from alignkit.stages.online import half_online, online
 from alignkit.stages.sft import sft
+from alignkit.stages.students import distill, drift_correction
 
 STAGES: dict[str, Callable[[Config], dict]] = {
     "localdpo": localdpo,
@@ -18,9 +19,13 @@ STAGES: dict[str, Callable[[Config], dict]] = {
     "offline": offline,
     "online": online,
     "half_online": half_online,
+    "distill": distill,
+    "drift_correction": drift_correction,
 }
 """By name: what the stage changes of the configuration around it, by section; its own entry goes on top."""
-SUPPLIED = ("online", "half_online")
+STUDENTS = ("distill", "drift_correction")
+"""Those that train a few-step student."""
+SUPPLIED = ("online", "half_online", *STUDENTS)
 """Those that make their pairs while they train."""
 
 
@@ -41,8 +46,11 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
             "output": {"dir": str(folder)},
             "pairs": {"folder": str(entry.pairs.get("folder") or own)},
         }
-        own = merged(STAGES[entry.name](config), entry.model_dump(exclude={"name"}))
-        stage = changed(config.model_copy(update={"stages": None}), own | places, where)
+        if entry.student and entry.name not in STUDENTS:
+            raise ConfigError(f"{where}: student: is read by {' and '.join(STUDENTS)} alone; leave it out")
+        around = changed(config.model_copy(update={"stages": None}), {"student": entry.student}, where)
+        own = merged(STAGES[entry.name](around), entry.model_dump(exclude={"name"}))
+        stage = changed(config.model_copy(update={"stages": None}), merged(own, places), where)
         for section, keys in STAGES[entry.name](stage).items():
             for key, value in keys.items():
                 raise ConfigError(f"{where}: {section}.{key}: this stage trains with {value!r}; leave it out")

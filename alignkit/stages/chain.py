@@ -1,5 +1,7 @@
 """Runs a chain of stages, or what is left of it."""
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from alignkit.apo.pairs import build_rollout_pairs
@@ -11,8 +13,10 @@ from alignkit.models import load_model
 from alignkit.objectives.states.checks import check_noise, check_states
 from alignkit.progress import say
 from alignkit.rankers import PEOPLE, open_ranker
-from alignkit.stages import SUPPLIED, stage_configs
+from alignkit.stages import STUDENTS, SUPPLIED, stage_configs
 from alignkit.stages.online import rounds_of
+from alignkit.stages.rounds import Rounds
+from alignkit.stages.students import correction_of, distillation_of
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.training.distributed import Process, on_main
@@ -30,17 +34,21 @@ def run_chain(config: Config, process: Process) -> bool:
         config.output.dir.mkdir(parents=True, exist_ok=True)
         write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
     before: Path | None = None
+    taught: Taught | None = None
     for number, (name, stage) in enumerate(stages, 1):
         if process.main:
             say(f"stage {number} of {len(stages)}: {name}")
         supply = None
         if name in SUPPLIED:
-            supply = on_main(process, lambda name=name, stage=stage, before=before: _rounds(name, stage, before))
+            supply = on_main(process, partial(_supply, name, stage, before, taught))
         elif makes_pairs(stage):
             build_own_pairs(stage, process)
-        link = Link(before, export_folder(config) if number == len(stages) else None)
+        last, few = number == len(stages), config.few_step_sampler
+        link = Link(before, export_folder(config) if last else None, few and few.num_steps)
         if not train(stage, process, link, supply):
             return False
+        if name == "distill":
+            taught = Taught(stage.output.dir, before)
         before = train_folder(stage)
     return True
 
@@ -48,12 +56,14 @@ def run_chain(config: Config, process: Process) -> bool:
 def check_chain(stages: list[tuple[str, Config]]) -> None:
     """What can be wrong with stages whose pairs are there already or are made while they train. Raises ConfigError or
     DataError."""
+    taught = None
     for name, stage in stages:
         if name in SUPPLIED:
             check_noise(stage, load_model(stage.model, with_transformer=False, with_encoders=False))
-            rounds_of(name, stage, "")
-            if stage.ranker.by != PEOPLE:
+            _supply_of(name, stage, "", taught)
+            if name not in STUDENTS and stage.ranker.by != PEOPLE:
                 open_ranker(stage.ranker, stage.output.dir)
+            taught = Taught(stage.output.dir, None) if name == "distill" else taught
         elif not makes_pairs(stage):
             check_states(stage, PairStore(pairs_folder(stage, "train")))
 
@@ -70,6 +80,22 @@ def build_own_pairs(config: Config, process: Process) -> None:
     build(config, process.device, show=process.main)
 
 
-def _rounds(name: str, stage: Config, before: Path | None):
+@dataclass(frozen=True)
+class Taught:
+    """A distill stage that is over: its folder, and the training folder of what it began with, None for the base."""
+
+    folder: Path
+    before: Path | None
+
+
+def _supply(name: str, stage: Config, before: Path | None, taught: Taught | None) -> Rounds:
     record = handed_on(before) if before else None
-    return rounds_of(name, stage, record["sha256"] if record else "base")
+    return _supply_of(name, stage, record["sha256"] if record else "base", taught)
+
+
+def _supply_of(name: str, stage: Config, start: str, taught: Taught | None) -> Rounds:
+    if name == "distill":
+        return distillation_of(stage, start)
+    if name == "drift_correction":
+        return correction_of(stage, start, taught and taught.folder, taught and taught.before)
+    return rounds_of(name, stage, start)

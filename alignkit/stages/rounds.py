@@ -9,27 +9,18 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import nn
+
 from alignkit.apo.pairs import Ranking, build_ranked
 from alignkit.apo.rollouts import roll_out
 from alignkit.config import Config
 from alignkit.errors import DataError
-from alignkit.evaluation.samples import PLAYBACK_FPS
 from alignkit.files import write_json, write_lines
-from alignkit.media.videos import decode_clip, write_video
 from alignkit.models import load_model
 from alignkit.objectives.states.checks import check_origins
 from alignkit.progress import say
-from alignkit.rankers.protocol import Comparison
-from alignkit.rankers.rollouts import (
-    answers_about,
-    choose,
-    comparisons_of,
-    decode_rollouts,
-    ranking_file,
-    rankings_folder,
-    video_file,
-)
-from alignkit.stores.folders import pairs_folder, video_spec
+from alignkit.rankers.rollouts import ranking_file
+from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.distributed import on_main
@@ -63,20 +54,28 @@ class Made:
 
 
 class Rounds:
-    """A supply of training pairs (`alignkit.training.supply`).
+    """A supply of training pairs (`alignkit.training.supply`); what is made of a round's rollouts is a subclass's.
 
-    anchors: a video of each prompt that rollouts are compared with (half-online); None: with each other (online).
-    start: what tells the weights that the stage starts from.
+    start: what tells the weights that the stage starts from. given: what else the pairs depend on, for JSON.
     """
 
-    def __init__(self, config: Config, prompts: list[str], start: str, anchors: dict[str, Path] | None = None):
-        self._config, self._prompts, self._anchors = config, prompts, anchors
+    def __init__(self, config: Config, prompts: list[str], start: str, given: object = None):
+        self.config, self.prompts, self.every = config, prompts, config.online.every
         self._stores: dict[int, tuple[PairStore | None, Made]] = {}
         self._current: int | None = None
         settings = config.model_dump(mode="json", exclude=FREE)
         sampler = asdict(config.sampler)  # what is taken from `sample`
-        given = [settings, sampler, prompts, start, {prompt: _digest(file) for prompt, file in (anchors or {}).items()}]
-        self._terms = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
+        depends = json.dumps([settings, sampler, prompts, start, given], sort_keys=True)
+        self._terms = hashlib.sha256(depends.encode()).hexdigest()[:16]
+
+    def rank(self, config: Config, run: Run, rollouts: RolloutStore, number: int) -> Made:
+        """Make the training pairs of round `number` from its rollouts, in the folders of `config`. On the first process
+        alone."""
+        raise NotImplementedError
+
+    def check(self, run: Run, store: PairStore) -> None:
+        """Raises DataError for pairs that cannot be trained on as the configuration says."""
+        check_origins(self.config, run.model, run.law, store)
 
     @property
     def terms(self) -> dict[str, str]:
@@ -84,12 +83,12 @@ class Rounds:
 
     def refresh(self, run: Run, number: int) -> dict[str, float]:
         """As in `Supply`. Raises DataError where no round that may still be trained on gave a pair."""
-        online = self._config.online
-        current = number // online.every
+        current = number // self.every
         if current != self._current:
-            live = [r for r in range(current + 1) if (current - r) * online.every < (online.staleness or online.every)]
+            staleness = self.config.online.staleness or self.every
+            live = [r for r in range(current + 1) if (current - r) * self.every < staleness]
             self._stores = {r: self._stores.get(r) or self._open(run, r, number) for r in live}
-            run.store, run.since = self._newest(run, number), current * online.every
+            run.store, run.since = self._newest(run, number), current * self.every
             self._current = current
         _, made = self._stores[current]
         return {
@@ -116,14 +115,14 @@ class Rounds:
                 "pairs to go on with; look at the videos there; with another ranker, a lower ranker.min_margin "
                 "(online) or a higher rollout.per_prompt, start again in another output.dir"
             )
-        joined, queue = PairStore.joined(stores), self._config.online.queue
+        joined, queue = PairStore.joined(stores), self.config.online.queue
         return joined if queue is None else joined.select(list(range(len(joined)))[-queue:])
 
     def _folder(self, number: int) -> Path:
-        return self._config.output.dir / "rounds" / f"{number:04d}"
+        return round_folder(self.config.output.dir, number)
 
     def _open(self, run: Run, number: int, step: int) -> tuple[PairStore | None, Made]:
-        folder, first = self._folder(number), number * self._config.online.every
+        folder, first = self._folder(number), number * self.every
         record = on_main(run.process, lambda: self._record(folder))
         if record is None:
             if step != first:
@@ -137,7 +136,7 @@ class Rounds:
         if not made.pairs:
             return None, made
         store = PairStore(pairs_folder(self._round_config(number), "train"))
-        check_origins(self._config, run.model, run.law, store)
+        self.check(run, store)
         return store, made
 
     def _record(self, folder: Path) -> dict | None:
@@ -155,87 +154,76 @@ class Rounds:
         return record
 
     def _round_config(self, number: int) -> Config:
-        """Everything of the round in its own folder, its rollouts from noise of their own."""
-        config, folder = self._config, self._folder(number)
+        """Everything of the round in its own folder."""
+        config, folder = self.sampled_by(number), self._folder(number)
         return config.model_copy(
             update={
                 "output": config.output.model_copy(update={"dir": folder}),
                 "pairs": config.pairs.model_copy(update={"folder": folder / "pairs"}),
-                "data": config.data.model_copy(update={"rollouts": folder / "rollouts"}),
-                "rollout": config.rollout.model_copy(update={"round": config.rollout.round + number}),
+                "data": config.data.model_copy(update={"rollouts": rollouts_of_round(config.output.dir, number)}),
             }
         )
 
+    def sampled_by(self, number: int) -> Config:
+        """What round `number` is sampled by: each from noise of its own."""
+        rollout = self.config.rollout
+        return self.config.model_copy(update={"rollout": rollout.model_copy(update={"round": rollout.round + number})})
+
     def _make(self, run: Run, number: int) -> None:
         config, process = self._round_config(number), run.process
-        count = min(self._config.online.prompts or len(self._prompts), len(self._prompts))
-        prompts = [self._prompts[(number * count + i) % len(self._prompts)] for i in range(count)]
+        count = min(self.config.online.prompts or len(self.prompts), len(self.prompts))
+        prompts = [self.prompts[(number * count + i) % len(self.prompts)] for i in range(count)]
         if process.main:
             say(f"round {number}: {config.rollout.per_prompt} rollouts of {count} prompts")
-        model = load_model(config.model, with_transformer=False, device=process.device, dtype=run.model.dtype)
-        model.attention = run.model.attention
-        rollouts = roll_out(
-            config, process, model, run.policy, prompts, self._folder(number) / "rollouts",
-            network=f"{self._terms} at step {number * config.online.every}",
-            agree=lambda look: on_main(process, look), show=False,
-        )  # fmt: skip
-        on_main(process, lambda: self._rank(config, run, rollouts, number))
+        rollouts = self.sample(config, run, prompts, number)
+        on_main(process, lambda: self._record_pairs(config, run, rollouts, number))
 
-    def _rank(self, config: Config, run: Run, rollouts: RolloutStore, number: int) -> None:
-        """On the first process alone."""
-        device, folder = run.process.device, rankings_folder(config)
-        decode_rollouts(config, rollouts, device, show=False)
-        if self._anchors is None:
-            comparisons = comparisons_of(rollouts, folder)
-            rows, dropped = choose(config, rollouts, answers_about(config, comparisons, show=False))
-            compared = len(comparisons) if config.ranker.keep == "all" else len({c.prompt for c in comparisons})
-        else:
-            rows, dropped, compared = self._beside_anchors(config, rollouts)
-        write_lines(ranking_file(config), rows)
-        rankings = [
-            Ranking(number * ID_STRIDE + i, f"{ranking_file(config).name}:{i + 1}", row["prompt"],
-                    Path(row["chosen"]) if isinstance(row["chosen"], str) else row["chosen"], row["rejected"])
-            for i, row in enumerate(rows)
-        ]  # fmt: skip
-        if rankings:
-            build_ranked(config, device, run.law, rollouts, {"train": rankings}, show=False)
-        say(f"round {number}: {len(rows)} pairs, {dropped} of {compared} dropped")
-        made = {"pairs": len(rows), "dropped": dropped, "compared": compared, "terms": self._terms}
-        write_json(self._folder(number) / RECORD, made)
+    def sample(self, config: Config, run: Run, prompts: list[str], number: int) -> RolloutStore:
+        """The rollouts of a round, by the policy as it is. Every process calls this."""
+        name = f"{self._terms} at step {number * self.every}"
+        return sample_through(run.policy, config, run, prompts, config.data.rollouts, name)
 
-    def _beside_anchors(self, config: Config, rollouts: RolloutStore) -> tuple[list[dict], int, int]:
-        """Rows of anchors that win against a rollout, how many rollouts were dropped, of how many.
-
-        SoPo's rule (arXiv 2412.05095), with P(the rollout is better) as its score: at 0.5 or above it is no loser.
-        """
-        assert self._anchors is not None
-        folder, found = rankings_folder(config), {}
-        # beside the rollouts, under names of their own: a scorer may look a folder's files up by name
-        anchors = {prompt: folder / "videos" / f"anchor-{i:06d}.mp4" for i, prompt in enumerate(self._anchors)}
-        comparisons = []
-        for rollout in rollouts.ids:
-            prompt = rollouts.prompt_of(rollout)
-            if not anchors[prompt].exists():  # as large and long as the rollouts are
-                clip = decode_clip(self._anchors[prompt], video_spec(config))
-                write_video(anchors[prompt], clip, config.data.fps or PLAYBACK_FPS)
-            comparisons.append(Comparison(str(rollout), prompt, video_file(folder, rollout), anchors[prompt]))
-        for name, answer in answers_about(config, comparisons, show=False).items():
-            prompt = rollouts.prompt_of(int(name))
-            if answer < 0.5:
-                found.setdefault(prompt, []).append((answer, int(name)))
-        rows = []
-        for prompt, losers in found.items():
-            kept = sorted(losers) if config.ranker.keep == "all" else [min(losers)]
-            rows += [
-                {"prompt": prompt, "chosen": str(self._anchors[prompt].resolve()), "rejected": loser, "p": 1 - answer}
-                for answer, loser in kept
-            ]
-        return rows, len(comparisons) - sum(map(len, found.values())), len(comparisons)
+    def _record_pairs(self, config: Config, run: Run, rollouts: RolloutStore, number: int) -> None:
+        made = self.rank(config, run, rollouts, number)
+        say(f"round {number}: {made.pairs} pairs, {made.dropped} of {made.compared} dropped")
+        write_json(self._folder(number) / RECORD, asdict(made) | {"terms": self._terms})
 
 
-def _digest(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise DataError(f"{file}: an anchor cannot be read ({error.strerror})") from None
+def round_folder(stage: Path, number: int) -> Path:
+    """Of the stage in the folder `stage`."""
+    return stage / "rounds" / f"{number:04d}"
+
+
+def rollouts_of_round(stage: Path, number: int) -> Path:
+    return round_folder(stage, number) / "rollouts"
+
+
+def sample_through(
+    engine: nn.Module,
+    config: Config,
+    run: Run,
+    prompts: list[str],
+    folder: Path,
+    network: str,
+    rows: tuple[int, ...] | None = None,
+) -> RolloutStore:
+    """`roll_out` by `engine` in the regime of `run`; every process calls this."""
+    process = run.process
+    model = load_model(config.model, with_transformer=False, device=process.device, dtype=run.model.dtype)
+    model.attention = run.model.attention
+    return roll_out(
+        config, process, model, engine, prompts, folder, network=network,
+        agree=lambda look: on_main(process, look), rows=rows, show=False,
+    )  # fmt: skip
+
+
+def build_rows(config: Config, run: Run, rollouts: RolloutStore, rows: list[dict], number: int) -> None:
+    """Write the ranking of round `number` and build its pairs."""
+    write_lines(ranking_file(config), rows)
+    rankings = [
+        Ranking(number * ID_STRIDE + i, f"{ranking_file(config).name}:{i + 1}", row["prompt"],
+                Path(row["chosen"]) if isinstance(row["chosen"], str) else row["chosen"], row["rejected"])
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    if rankings:
+        build_ranked(config, run.process.device, run.law, rollouts, {"train": rankings}, show=False)

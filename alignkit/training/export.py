@@ -1,5 +1,6 @@
 """Writes the trained model, or its adapters, for plain diffusers, from the engine's fp32 master weights."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from alignkit.config import Config, LoraSection, ModelSection
 from alignkit.errors import DataError
+from alignkit.files import write_json
 from alignkit.models.folder import LORA_FILE
 from alignkit.progress import say
 from alignkit.training.lora import peft_weights
@@ -36,10 +38,11 @@ def aligned_section(config: Config) -> ModelSection:
     return section.model_copy(update={"path": str(folder), "revision": None, "lora": ()})
 
 
-def export(model, weights: dict[str, Tensor], target: Path) -> None:
+def export(model, weights: dict[str, Tensor], target: Path, few_steps: int | None = None) -> None:
     """Write `target` as a diffusers folder: `model`'s own with the transformer's weights replaced by `weights` (fp32).
 
-    In bf16 most of a small update would round back to the base.
+    In bf16 most of a small update would round back to the base. few_steps: of a student, whose pipeline then samples as
+    it was trained to, with that `num_inference_steps` and guidance_scale=1.
     """
     with _appearing_whole(target) as partial:
         shutil.copytree(
@@ -52,6 +55,12 @@ def export(model, weights: dict[str, Tensor], target: Path) -> None:
         result = fresh.load_state_dict(weights, strict=True, assign=True)
         assert not result.missing_keys and not result.unexpected_keys
         fresh.save_pretrained(partial / "transformer")
+        if few_steps:
+            scheduler = model.few_step_scheduler(few_steps)
+            scheduler.save_pretrained(partial / "scheduler")
+            index = json.loads((partial / "model_index.json").read_text())
+            index["scheduler"] = ["diffusers", type(scheduler).__name__]
+            write_json(partial / "model_index.json", index)
 
 
 def export_lora(model, weights: dict[str, Tensor], section: LoraSection, target: Path) -> None:

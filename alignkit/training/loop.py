@@ -44,10 +44,12 @@ def train_folder(config: Config) -> Path:
 @dataclass(frozen=True)
 class Link:
     """A run's place in a chain of stages. start: the training folder of the stage before, None for the first.
-    export: where the last one's model goes, None for the others."""
+    export: where the last one's model goes, None for the others. few_steps: in which that model samples, of a student.
+    """
 
     start: Path | None
     export: Path | None
+    few_steps: int | None = None
 
 
 @process_put_back()
@@ -123,7 +125,7 @@ def _finish(run: Run, weights: dict[str, torch.Tensor], terms: dict, link: Link 
         if config.train.lora:
             export_lora(run.model, weights, config.train.lora, target)
         else:
-            export(run.model, weights, target)
+            export(run.model, weights, target, link.few_steps if link else None)
     if link:
         digest = hand_on(train_folder(config), weights, terms, config.train.steps)
         if target:

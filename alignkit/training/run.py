@@ -11,6 +11,7 @@ from alignkit.errors import AlignkitError
 from alignkit.models import VideoModel
 from alignkit.objectives.beta import AutoBeta
 from alignkit.objectives.diagnostics import diagnostics, inversion_numbers, signal
+from alignkit.objectives.distillation import distillation_states
 from alignkit.objectives.laws import SIGNAL, Law, start_law
 from alignkit.objectives.preference import TrainingLoss, preference_loss, supervised_loss
 from alignkit.objectives.states import States, predictions, training_states
@@ -20,6 +21,8 @@ from alignkit.training.engine import accumulation_steps, release, start_policy
 from alignkit.training.order import global_batch, rank_share
 from alignkit.training.references import Reference, start_reference
 from alignkit.training.references.cached import Visited
+from alignkit.training.references.copy import release_network
+from alignkit.training.teacher import Teacher
 from alignkit.training.weights import Start
 
 ROW = "row"  # of the schedule, beside a pair's signal
@@ -41,7 +44,8 @@ class Run:
     state, which checkpoints hold (`parts`), and a hook that is called after each step that the optimizer took.
 
     starts_apart: the policy does not start where the reference does. since: the step at which `store` became what it
-    is; its pairs' epochs are counted from there, and no two steps share one.
+    is; its pairs' epochs are counted from there, and no two steps share one. distils: whether the next step moves the
+    policy along its teacher's paths (`distillation_states`) instead of comparing pairs. teacher: whom it is held to.
     """
 
     config: Config
@@ -54,6 +58,8 @@ class Run:
     beta: AutoBeta | None
     starts_apart: bool = False
     since: int = 0
+    distils: bool = False
+    teacher: Teacher | None = None
 
     @property
     def parts(self) -> dict[str, object]:
@@ -79,7 +85,7 @@ class Run:
         metrics["grad_norm"] = float(self.policy.get_global_grad_norm()) if applied else math.nan
         if applied:
             for part in (self.law, self.beta):
-                if hasattr(part, "observe"):
+                if hasattr(part, "observe") and not self.distils:
                     part.observe(metrics | signals)
             if hasattr(self.reference, "after_step"):
                 self.reference.after_step(self.policy)
@@ -97,12 +103,25 @@ class Run:
         references = self.reference.answer(batch, states)
         beta = None if self.beta is None else self.beta.value
         predicted = predictions(self.model, self.policy, states).chunk(2)
-        return preference_loss(self.config.objective, predicted, references, batch, states, beta)
+        loss = preference_loss(self.config.objective, predicted, references, batch, states, beta)
+        if self.teacher is None:
+            return loss
+        return loss.beside(self.teacher.distance(predicted[1], states, self.store.negative_text), self.teacher.weight)
+
+    def distillation(self, batch: PairBatch, epochs: Tensor) -> tuple[TrainingLoss, States]:
+        """The loss of a micro-batch in a step that distils, and the states that it was taken at."""
+        dtype = next(self.policy.module.parameters()).dtype
+        taught, states = distillation_states(self.model, self.law, batch, epochs, dtype)
+        return supervised_loss(predictions(self.model, self.policy, states), taught, states), states
 
     def _forward_backward(self, micro: list[tuple[int, int]], number: int) -> dict[str, Tensor]:
         batch = load_rows(self.store, [row for row, _ in micro], self.process.device)
-        states = self.states(batch, torch.tensor([epoch for _, epoch in micro]))
-        result = self.loss(batch, states)
+        epochs = torch.tensor([epoch for _, epoch in micro])
+        if self.distils:
+            result, states = self.distillation(batch, epochs)
+        else:
+            states = self.states(batch, epochs)
+            result = self.loss(batch, states)
         if number == 0 and not self.starts_apart:
             check_first_logits(result.logits)
         self.policy.backward(result.loss)
@@ -110,7 +129,7 @@ class Run:
         numbers = diagnostics(self.config.objective, result, states)
         if self.store.inverted:
             numbers |= inversion_numbers(batch, self.config.noise.max_inversion_error)
-        if hasattr(self.law, "observe") and states.rows is not None:
+        if hasattr(self.law, "observe") and states.rows is not None and not self.distils:
             numbers |= {SIGNAL: signal(result), ROW: states.rows.double()}
         return numbers
 
@@ -131,6 +150,8 @@ class Run:
         """Free the engines, for the next run of this process; this one ends with it."""
         if hasattr(self.reference, "release"):
             self.reference.release()
+        if self.teacher is not None:
+            release_network(self.teacher.network)
         release(self.policy)
 
     def _rows(self, number: int) -> list[tuple[int, int]]:

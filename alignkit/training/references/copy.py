@@ -19,16 +19,10 @@ class Copy:
 
     def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
         self._model = model
-        start = where_from(config, model, start)
-        network = load_network(config, process, model, start)[0]
-        if start.adapters is not None:
-            put_adapters(network, config, start)
-        self.network = frozen(network, config, process)
+        self.network = second_network(config, process, model, where_from(config, model, start))
 
     def release(self) -> None:
-        """Free a partitioned copy."""
-        if hasattr(self.network, "destroy"):
-            release(self.network)
+        release_network(self.network)
 
     @torch.no_grad()
     def answer(self, batch: PairBatch, states: States) -> tuple[Tensor, Tensor]:
@@ -38,6 +32,20 @@ class Copy:
 def where_from(config: Config, model: VideoModel, start: Start) -> Start:
     """What a reference begins with that may be the model under all stages, `reference.from: base`."""
     return open_start(config, model) if start.later and config.reference.from_ == "base" else start
+
+
+def second_network(config: Config, process: Process, model: VideoModel, start: Start) -> nn.Module:
+    """`model`'s network as it is at `start`, `frozen`. Every process calls this."""
+    network = load_network(config, process, model, start)[0]
+    if start.adapters is not None:
+        put_adapters(network, config, start)
+    return frozen(network, config, process)
+
+
+def release_network(network: nn.Module) -> None:
+    """Free a partitioned one."""
+    if hasattr(network, "destroy"):
+        release(network)
 
 
 def frozen(network: nn.Module, config: Config, process: Process):

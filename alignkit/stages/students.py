@@ -1,0 +1,188 @@
+"""`distill` and `drift_correction`: a few-step student of the model as it is, and the same beside its teacher."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from alignkit.apo.students import build_taught, teacher_config, teacher_rows
+from alignkit.config import Config
+from alignkit.errors import ConfigError
+from alignkit.models import load_model
+from alignkit.objectives.laws import Law, start_law
+from alignkit.stages.online import prompts_of
+from alignkit.stages.rounds import ID_STRIDE, Made, Rounds, rollouts_of_round, sample_through
+from alignkit.stores.pairs import PairStore
+from alignkit.stores.rollouts import RolloutStore
+from alignkit.training.distributed import on_main
+from alignkit.training.masters import MASTERS
+from alignkit.training.references.copy import release_network, second_network
+from alignkit.training.run import Run
+from alignkit.training.teacher import Teacher
+from alignkit.training.weights import open_start
+
+
+def distill(config: Config) -> dict:
+    """Supervised, on states of the teacher's paths at the student's own steps."""
+    return _on_students_path(config) | ({} if config.objective.name == "sft" else {"objective": {"name": "sft"}})
+
+
+def drift_correction(config: Config) -> dict:
+    """`dpo`, where the objective around it compares regions or nothing, at the states that both samplers visited."""
+    compares = config.objective.name not in ("sft", "local_dpo")
+    return _on_students_path(config) | ({} if compares else {"objective": {"name": "dpo"}})
+
+
+def _on_students_path(config: Config) -> dict:
+    """The student's own sampler, and training at its steps."""
+    steps = config.student.num_inference_steps
+    wanted = {
+        "rollout": {
+            "solver": "first_order", "num_inference_steps": steps, "guidance_scale": 1.0, "dynamic_guidance": False,
+        },
+        "noise": {
+            "source": "path", "timesteps": "schedule", "path_steps": steps, "interval": None, "path_between": False,
+            "guided": False,
+        },
+    }  # fmt: skip
+    changes = {
+        section: {key: value for key, value in keys.items() if getattr(getattr(config, section), key) != value}
+        for section, keys in wanted.items()
+    }
+    return {section: keys for section, keys in changes.items() if keys}
+
+
+class Distillation(Rounds):
+    """One round, of the teacher's own rollouts: those of the weights that the stage starts from, with its states at the
+    student's steps."""
+
+    def __init__(self, config: Config, prompts: list[str], start: str):
+        self._teacher = teacher_config(config)
+        super().__init__(config, prompts, start, asdict(self._teacher.sampler))
+        self.every = sys.maxsize
+        self._rows = _rows_of(config)
+
+    def refresh(self, run: Run, number: int) -> dict[str, float]:
+        numbers = super().refresh(run, number)
+        run.distils = True
+        return {"pairs": numbers["online/pairs"]}
+
+    def check(self, run: Run, store: PairStore) -> None:
+        """Pairs of another sampler than the run's, and checked where they are built."""
+
+    def sample(self, config: Config, run: Run, prompts: list[str], number: int) -> RolloutStore:
+        sampled = config.model_copy(update={"rollout": self._teacher.rollout})
+        return sample_through(run.policy, sampled, run, prompts, config.data.rollouts, self.terms["rounds"], self._rows)
+
+    def rank(self, config: Config, run: Run, rollouts: RolloutStore, number: int) -> Made:
+        count = build_taught(config, run.process.device, rollouts, self._rows, None, 0, self._teacher.sampler)
+        return Made(count, len(rollouts) - count, len(rollouts))
+
+
+class Correction(Rounds):
+    """Each round's rollouts are the student's, each beside its teacher's of the same noise, which wins.
+
+    taught: the folder of the chain's distill stage, whose rollouts are the teacher's; start: the training folder of the
+    stage before that one, None for the base. Without `taught` the teacher is the model `student.teacher`.
+    """
+
+    def __init__(self, config: Config, prompts: list[str], start: str, taught: Path | None, before: Path | None):
+        self._teacher = teacher_config(config)
+        super().__init__(config, prompts, start, asdict(self._teacher.sampler))
+        self._rows, self._taught, self._before = _rows_of(config), taught, before
+        self._laws: tuple[Law, ...] = ()
+
+    def refresh(self, run: Run, number: int) -> dict[str, float]:
+        student = self.config.student
+        if not self._laws:
+            self._laws = run.law, start_law(_at_high_noise(self.config, run.law), run.model)
+            if student.weight:
+                run.teacher = self._teacher_of(run)
+        numbers = super().refresh(run, number)
+        run.distils = not student.weight and number % (student.ratio + 1) == student.ratio
+        early = number < student.high_noise_first * self.config.train.steps
+        run.law = self._laws[early and not run.distils]
+        return numbers | {"distils": int(run.distils)}
+
+    def check(self, run: Run, store: PairStore) -> None:
+        """Pairs of two samplers, checked where they are built."""
+
+    def sampled_by(self, number: int) -> Config:
+        """Every round is of the noise that the teacher's rollouts are of."""
+        return self.config
+
+    def sample(self, config: Config, run: Run, prompts: list[str], number: int) -> RolloutStore:
+        if self._taught is None:
+            self._sample_teacher(run, prompts)
+        return super().sample(config, run, prompts, number)
+
+    def rank(self, config: Config, run: Run, rollouts: RolloutStore, number: int) -> Made:
+        teacher = RolloutStore(self._teacher_folder)
+        first, sampler = number * ID_STRIDE, self._teacher.sampler
+        count = build_taught(config, run.process.device, teacher, self._rows, rollouts, first, sampler)
+        return Made(count, len(rollouts) - count, len(rollouts))
+
+    @property
+    def _teacher_folder(self) -> Path:
+        if self._taught is None:
+            return self.config.output.dir / "teacher"
+        return rollouts_of_round(self._taught, 0)
+
+    def _sample_teacher(self, run: Run, prompts: list[str]) -> None:
+        teacher = self._teacher_of(run)
+        name = on_main(run.process, teacher.model.fingerprint)  # reads all weights: once is enough
+        try:
+            sample_through(teacher.network, self._teacher, run, prompts, self._teacher_folder, name, self._rows)
+        finally:
+            if run.teacher is None:
+                release_network(teacher.network)
+
+    def _teacher_of(self, run: Run) -> Teacher:
+        """The run's, or one to be released by who asked; every process calls this."""
+        if run.teacher is not None:
+            return run.teacher
+        config, student = self.config, self.config.student
+        if self._taught is None:
+            model = config.model.model_copy(update={"path": student.teacher, "revision": None, "lora": ()})
+            config = config.model_copy(update={"model": model, "train": config.train.model_copy(update={"lora": None})})
+        model = load_model(config.model, with_transformer=False, with_encoders=False)
+        start = open_start(config, model, self._before / MASTERS if self._before else None)
+        network = second_network(config, run.process, model, start)
+        return Teacher(model, network, self._teacher.sampler, self._rows, student.weight)
+
+
+def distillation_of(config: Config, start: str) -> Distillation:
+    """Raises ConfigError for a teacher whose steps are not the student's too, or that is not the stage's start, and
+    DataError for prompts or videos that cannot be used."""
+    _check_prompts("distill", config)
+    if config.student.teacher is not None:
+        raise ConfigError("stage distill: student.teacher: is what the stage starts from, model.path; leave it out")
+    return Distillation(config, prompts_of("distill", config), start)
+
+
+def correction_of(config: Config, start: str, taught: Path | None, before: Path | None) -> Correction:
+    """Raises ConfigError for a teacher that is not there, or whose steps are not the student's too, and DataError for
+    prompts or videos that cannot be used."""
+    _check_prompts("drift_correction", config)
+    if taught is None and config.student.teacher is None:
+        raise ConfigError("stage drift_correction: student.teacher: not set, and no stage before this one is distill")
+    if taught is not None and config.student.teacher is not None:
+        raise ConfigError("stage drift_correction: student.teacher: is the one of the chain's distill; leave it out")
+    return Correction(config, prompts_of("drift_correction", config), start, taught, before)
+
+
+def _check_prompts(name: str, config: Config) -> None:
+    if config.online.prompts is not None:
+        raise ConfigError(
+            f"stage {name}: online.prompts: the student stands beside its teacher with all prompts; leave it out"
+        )
+
+
+def _rows_of(config: Config) -> tuple[int, ...]:
+    return teacher_rows(config, load_model(config.model, with_transformer=False, with_encoders=False))
+
+
+def _at_high_noise(config: Config, law: Law) -> Config:
+    """The noisier half of the student's steps alone."""
+    last = (len(law.schedule) + 1) // 2 - 1
+    low = law.schedule.timesteps[last].item() / law.model.scheduler.config.num_train_timesteps
+    return config.model_copy(update={"noise": config.noise.model_copy(update={"interval": (low, 1.0)})})

@@ -1,0 +1,351 @@
+"""A few-step student: distilled from its teacher's paths, and held beside it."""
+
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from alignkit.apo.students import teacher_rows
+from alignkit.config import ModelSection, Sampler, dump_config, load_config
+from alignkit.errors import ConfigError, DataError
+from alignkit.evaluation.samples import sample_latents
+from alignkit.models import family_module, load_model, shipped_model
+from alignkit.objectives.distillation import distillation_states
+from alignkit.objectives.laws import start_law
+from alignkit.objectives.states import States
+from alignkit.schedules import common_rows, one_step, split_states
+from alignkit.stages import stage_configs
+from alignkit.stages.chain import run_chain
+from alignkit.stages.rounds import rollouts_of_round, round_folder
+from alignkit.stores.pairs import PairStore, collate
+from alignkit.stores.rollouts import RolloutStore
+from alignkit.training.distributed import start_process
+from alignkit.training.loop import train_folder
+from alignkit.training.masters import MASTERS
+from alignkit.training.metrics import read_metrics
+from alignkit.training.run import Run
+from alignkit.training.teacher import Teacher
+from alignkit_kernels import NoiseKey, Stream, keyed_randn, region_errors
+
+DISTILL = "{name: distill, train: {steps: 4}}"
+CORRECT = "{name: drift_correction, student: {ratio: 2}, online: {every: 4}, train: {steps: 6}}"
+FAST = ("train.learning_rate=1e-3", "train.gradient_checkpointing=false", "deepspeed.preset=zero2")
+SMALL = (
+    "data.rollouts=null", "data.pairs=null", "noise={}", "rollout={per_prompt: 1, block_size: 2}",
+    "student.num_inference_steps=2", "sample.num_inference_steps=4", "sample.guidance_scale=2.0",
+)  # fmt: skip
+
+
+@pytest.fixture
+def process():
+    return start_process()
+
+
+@pytest.fixture
+def chain(rollout_overrides, config_file, tmp_path):
+    """`chain("run", STAGES, "key=value")`: the configuration of a chain with a student of two steps."""
+
+    def make(name, stages, *more):
+        given = rollout_overrides(tmp_path / name, *SMALL, *FAST, "train.checkpoint_every=2")
+        return load_config(config_file, [*given, f"stages=[{stages}]", *more])
+
+    return make
+
+
+def stage_of(config, number):
+    return stage_configs(config)[number][1]
+
+
+def metrics_of(config, number):
+    return read_metrics(train_folder(stage_of(config, number)) / "metrics.jsonl")
+
+
+def masters(config, number):
+    return load_file(train_folder(stage_of(config, number)) / MASTERS)
+
+
+@pytest.fixture(scope="module", params=["wan", "cogvideox"])
+def model(request):
+    section = ModelSection(family=request.param, max_sequence_length=64)
+    return load_model(section, with_transformer=False, with_encoders=False)
+
+
+def test_the_target_takes_a_first_order_solver_from_state_to_state(model):
+    """In both parameterisations, from pure noise and to the clean end: the one formula of the distillation."""
+    schedule = model.schedule(4)
+    shape = model.latent_shape(9, 32, 32)
+    for row in range(4):
+        key = NoiseKey(3, torch.arange(2), row, Stream.ROLLOUT)
+        here, there = (keyed_randn((2, *shape), replace(key, draw=draw)) for draw in (0, 9))
+        ends = schedule.coefficients[row : row + 2, :2].expand(2, 2, 2)
+        clean, noise = split_states(here, there, ends)
+        _, _, c, d = schedule.coefficients[row].tolist()
+        arrived = one_step(here, c * noise + d * clean, *schedule.coefficients[row : row + 2])
+        size = max(clean.abs().max().item(), noise.abs().max().item())  # what rounding is relative to
+        torch.testing.assert_close(arrived, there, rtol=0, atol=8 * size * 2**-24)
+
+
+def test_few_steps_are_found_among_many_and_others_are_not(model):
+    many = model.schedule(20)
+    assert common_rows(model.schedule(4), many) == (0, 5, 10, 15)
+    assert common_rows(many, many) == tuple(range(20))
+    assert common_rows(model.schedule(3), many) is None
+
+
+def test_a_teachers_steps_that_leave_some_of_the_students_out_are_refused_with_a_way_out(chain):
+    config = chain("run", DISTILL, "student.num_inference_steps=3")
+    network = load_model(config.model, with_transformer=False, with_encoders=False)
+    with pytest.raises(ConfigError, match=r"the 3 steps are no subset of the teacher's 4; .* for example to 6"):
+        teacher_rows(stage_of(config, 0), network)
+
+
+@pytest.fixture(scope="module")
+def run(rollout_overrides, config_file, tmp_path_factory):
+    """A chain of a student, done."""
+    out = tmp_path_factory.mktemp("student") / "run"
+    given = rollout_overrides(out, *SMALL, *FAST, "train.checkpoint_every=2")
+    config = load_config(config_file, [*given, f"stages=[{DISTILL}, {CORRECT}]"])
+    assert run_chain(config, start_process())
+    return config
+
+
+def test_the_teacher_is_what_the_stage_starts_from_sampled_as_usual(run):
+    stage = stage_of(run, 0)
+    rollouts = RolloutStore(rollouts_of_round(stage.output.dir, 0))
+    recipe = rollouts[0].origin.recipe
+    assert (recipe["solver"], recipe["steps"], recipe["guidance"]) == ("model", 4, 2.0)
+    base = load_model(run.model)
+    again = base.sample(
+        keyed_randn((1, *rollouts[0].latents.shape), NoiseKey(*_words(rollouts[0].origin.key))),
+        base.pad_text(base.encode_text([rollouts[0].prompt])),
+        base.pad_text(base.encode_text([run.sample.negative_prompt])),
+        num_steps=4,
+        guidance=2.0,
+    )
+    torch.testing.assert_close(again[0], rollouts[0].latents, rtol=1e-4, atol=1e-4)
+    pairs = PairStore(round_folder(stage.output.dir, 0) / "pairs" / "train")
+    assert pairs[0].path_rows == (0, 1) and torch.equal(pairs[0].path_w.following[-1], rollouts[0].latents)
+    assert torch.equal(pairs[0].path_w.states[1], rollouts[0].path.states[1]) and rollouts[0].path_rows == (0, 2)
+
+
+def _words(key):
+    return key[0], torch.tensor([key[1]]), key[2], key[3]
+
+
+def test_distilling_trains_towards_the_teachers_next_state(run):
+    """The logged error at the first step is the one computed from the stored states by hand."""
+    stage = stage_of(run, 0)
+    pairs = PairStore(round_folder(stage.output.dir, 0) / "pairs" / "train")
+    base = load_model(stage.model)
+    law = start_law(stage, base)
+    batch = collate([pairs[row] for row in range(len(pairs))])
+    taught, states = distillation_states(base, law, batch, torch.zeros(len(pairs), dtype=torch.int64), base.dtype)
+    predicted = family_module("wan").predict(base.transformer, states.inputs, states.timesteps, states.text)
+    for i, row in enumerate(states.rows.tolist()):
+        path = pairs[i].path_w
+        here, there = path.states[row].double(), path.following[row].double()
+        (a, s), (b, t) = law.schedule.coefficients[row : row + 2, :2].tolist()
+        clean, noise = torch.linalg.solve(
+            torch.tensor([[a, s], [b, t]]).double(), torch.stack([here, there]).flatten(1)
+        )
+        wanted = (predicted[i].double().flatten() - (noise - clean)).square().mean()
+        sums = region_errors(predicted[i : i + 1], taught.winner[i : i + 1], states.coefficients[i : i + 1],
+                             states.noise_w.__class__(states.noise_w.state[i : i + 1]))  # fmt: skip
+        assert (sums.error / sums.count).item() == pytest.approx(wanted.item(), rel=1e-4)
+    seen = metrics_of(run, 0)
+    assert [set(row) & {"rewards/margins", "error_l"} for row in seen] == [set()] * 4, "nothing is compared"
+
+
+def test_correction_alternates_and_pairs_are_of_one_noise(run):
+    seen = metrics_of(run, 1)
+    assert [row["distils"] for row in seen] == [0, 0, 1, 0, 0, 1], "two that compare to one that distils"
+    assert ["rewards/margins" in row for row in seen] == [True, True, False, True, True, False]
+    stage = stage_of(run, 1)
+    for number, at in ((0, 0), (1, 4)):
+        rollouts = RolloutStore(rollouts_of_round(stage.output.dir, number))
+        assert rollouts[0].origin.recipe["network"].endswith(f"at step {at}")
+        assert (rollouts[0].origin.recipe["solver"], rollouts[0].origin.recipe["steps"]) == ("first_order", 2)
+        pairs = PairStore(round_folder(stage.output.dir, number) / "pairs" / "train")
+        for pair, winner, loser in zip(pairs, *pairs.origins, strict=True):
+            assert winner.key == loser.key and winner.recipe["guidance"] == 2.0 and loser.recipe["guidance"] == 1.0
+            assert torch.equal(pair.path_w.states[0], pair.path_l.states[0]), "the same starting noise"
+            assert not torch.equal(pair.winner, pair.loser)
+
+
+def test_high_noise_comes_first(chain, process, monkeypatch):
+    drawn, real = [], Run.states
+
+    def states(run, batch, epochs):
+        found = real(run, batch, epochs)
+        drawn.append(set(found.rows.tolist()))
+        return found
+
+    monkeypatch.setattr(Run, "states", states)
+    steps = "{name: drift_correction, student: {ratio: 9, high_noise_first: 0.5}, train: {steps: 8}}"
+    assert run_chain(chain("run", f"{DISTILL}, {steps}"), process)
+    per_step = len(drawn) // 8
+    early, late = drawn[: 4 * per_step], drawn[4 * per_step :]
+    assert set().union(*early) == {0} and set().union(*late) == {0, 1}
+
+
+def test_the_exported_student_samples_in_diffusers_as_it_does_here(run):
+    export = run.output.dir / "export"
+    pipeline = DiffusionPipeline.from_pretrained(export)
+    pipeline.set_progress_bar_config(disable=True)
+    student = load_model(run.model.model_copy(update={"path": str(export)}))
+    sampler = run.few_step_sampler
+    assert (sampler.num_steps, sampler.guidance, sampler.solver) == (2, 1.0, "first_order")
+    shape = student.latent_shape(run.data.num_frames, run.data.height, run.data.width)
+    ours = sample_latents(sampler, student, ["a red circle"], [5], 0, shape)
+    noise = keyed_randn((1, *shape), NoiseKey(0, torch.tensor([5]), 0, Stream.ROLLOUT))
+    theirs = pipeline(
+        "a red circle", height=run.data.height, width=run.data.width, num_frames=run.data.num_frames,
+        num_inference_steps=2, guidance_scale=1.0, latents=noise, output_type="latent",
+        max_sequence_length=run.model.max_sequence_length,
+    ).frames  # fmt: skip
+    # UniPC's first order goes by logarithms of signal to noise: some ten roundings apart
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_broken_in_a_round_and_resumed_the_student_is_the_same(run, chain, process, monkeypatch):
+    broken = chain("broken", f"{DISTILL}, {CORRECT}")
+
+    class Killed(Exception):
+        pass
+
+    from alignkit.stages import students
+
+    for name, place, count in (("build_taught", students, 1), ("step", Run, 6), ("build_taught", students, 1)):
+        calls, real = [], getattr(place, name)
+
+        def dying(*given, _calls=calls, _real=real, _count=count, **options):
+            _calls.append(1)
+            if len(_calls) == _count:
+                raise Killed
+            return _real(*given, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, dying)
+            with pytest.raises(Killed):
+                run_chain(broken, process)
+    assert run_chain(broken, process)
+    for number in (0, 1):
+        assert metrics_of(broken, number) == metrics_of(run, number)
+        ours, theirs = masters(broken, number), masters(run, number)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_the_teacher_goes_on_from_the_students_own_states(family):
+    """Pairs at different steps in one batch, against walks of one state at a time."""
+    section = ModelSection(family=family, max_sequence_length=64)
+    model, module = load_model(section), family_module(family)
+    teacher, student = model.schedule(6), model.schedule(2)
+    shape = model.latent_shape(9, 32, 32)
+    at = torch.tensor([1, 0])
+    own = keyed_randn((4, *shape), NoiseKey(1, torch.arange(4), 0, Stream.ROLLOUT))
+    text, negative = (model.pad_text(model.encode_text([words])) for words in ("a red circle", "blurred"))
+    states = States(
+        own, student.timesteps[at].float().repeat(2), text.repeat(4, 1, 1), student.coefficients[at], None, rows=at
+    )
+    sampler = Sampler("model", 6, 3.0, False, "blurred")
+    found = Teacher(model, model.transformer, sampler, (0, 3), 1.0)
+    targets = found.targets(states, model.encode_text(["blurred"])[0])
+    for i, row in enumerate(at.tolist()):
+        here = state = own[2 + i : 3 + i]
+        with torch.no_grad():
+            for step in range(3 * row, 3 * row + 3):
+                timestep = teacher.timesteps[step].float()[None]
+                guided = module.guided(model.transformer, state, timestep, text, negative, 3.0)
+                state = one_step(state, guided, *teacher.coefficients[step : step + 2])
+        arrived = one_step(here, targets[i : i + 1], *student.coefficients[row : row + 2])
+        torch.testing.assert_close(arrived, state, rtol=2e-4, atol=2e-4)  # batches sum in another order
+    exact = found.distance(targets, states, model.encode_text(["blurred"])[0])
+    assert exact.shape == (2,) and exact.max() < 1e-6 < found.distance(targets + 0.1, states, negative[0]).min()
+
+
+def test_beside_the_teacher_on_its_own_states_instead(chain, process):
+    """λ: the teacher's network is there, no step distils, and the distance is part of the loss."""
+    weighed = "{name: drift_correction, student: {weight: 2.0}, train: {steps: 3, learning_rate: 0.0}}"
+    config = chain("run", f"{DISTILL}, {weighed}")
+    assert run_chain(config, process)
+    for row in metrics_of(config, 1):
+        assert row["teacher/distance"] > 1e-4 and not row["distils"]
+        assert row["loss"] == pytest.approx(math.log(2) + 2 * row["teacher/distance"], rel=1e-5)
+
+
+def test_a_student_that_makes_what_its_teacher_does_leaves_nothing_to_compare(chain, process):
+    """DDIM is of first order: without guidance and in as many steps it is the student's own sampler."""
+    same = ("sample.guidance_scale=1.0", "sample.num_inference_steps=2", "model.family=cogvideox")
+    config = chain("run", f"{{name: distill, train: {{steps: 1, learning_rate: 0.0}}}}, {CORRECT}", *same)
+    with pytest.raises(DataError, match="holds no pairs; the reasons are in"):
+        run_chain(config, process)
+    assert metrics_of(config, 0)[0]["loss"] < 1e-9, "and nothing to distil"
+
+
+def test_a_student_from_elsewhere_has_its_teacher_by_name(chain, process, tmp_path):
+    config = chain("run", CORRECT, f"student.teacher={shipped_model('wan')}")
+    assert run_chain(config, process)
+    stage = stage_of(config, 0)
+    teacher = RolloutStore(stage.output.dir / "teacher")
+    assert teacher[0].origin.recipe["network"] == load_model(config.model, with_transformer=False).fingerprint()
+    assert all(row["error_w"] > 0 for row in metrics_of(config, 0))
+
+
+def test_two_processes_under_zero3_train_the_student_of_one(chain, process, command):
+    """With the teacher in memory, partitioned too."""
+    stages = f"{DISTILL}, {{name: drift_correction, student: {{weight: 1.0}}, train: {{steps: 2}}}}"
+    one, two = (chain(name, stages, "deepspeed.preset=zero3") for name in ("one", "two"))
+    assert run_chain(one, process)
+    file = two.output.dir.parent / "two.yaml"
+    file.write_text(dump_config(two))
+    result = command("train", file, "--nproc", "2")
+    assert result.returncode == 0, result.stderr
+    for number in (0, 1):
+        for x, y in zip(metrics_of(one, number), metrics_of(two, number), strict=True):
+            assert x["error_w"] == pytest.approx(y["error_w"], rel=4e-4)
+
+
+@pytest.mark.parametrize(
+    ("stages", "more", "words"),
+    [
+        (CORRECT, (), "stage drift_correction: student.teacher: not set, and no stage before this one is distill"),
+        (f"{DISTILL}, {CORRECT}", ("student.teacher=x",), "stage distill: student.teacher: is what the stage starts"),
+        (DISTILL, ("data.prompts=null",), "stage distill: data.prompts or data.videos: not set"),
+        (DISTILL, ("online.prompts=1",), "stage distill: online.prompts: the student stands beside its teacher"),
+        (DISTILL, ("student.num_inference_steps=3",), "student.num_inference_steps: the 3 steps are no subset"),
+    ],
+)
+def test_what_a_student_needs_is_said_before_weights_are_read(chain, process, monkeypatch, stages, more, words):
+    monkeypatch.setattr("alignkit.training.loop.open_start", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError, match=words):
+        run_chain(chain("run", stages, *more), process)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("{name: distill, rollout: {guidance_scale: 3}}", r"entry 1 \(distill\): rollout.guidance_scale: .* 1.0"),
+        ("{name: distill, objective: {name: dpo}}", r"objective.name: this stage trains with 'sft'"),
+        ("{name: drift_correction, noise: {source: shared}}", r"noise.source: this stage trains with 'path'"),
+        ("{name: drift_correction, student: {ratio: 2, weight: 1.0}}", "ratio: is not read with a weight"),
+        ("{name: sft, student: {ratio: 2}}", r"entry 1 \(sft\): student: is read by distill and drift_correction"),
+    ],
+)
+def test_settings_that_a_students_stage_does_not_read_are_refused(chain, stage, words):
+    with pytest.raises(ConfigError, match=words):
+        stage_configs(chain("run", stage))
+
+
+def test_rollouts_of_another_noise_are_not_paired(run, chain, process, tmp_path):
+    other = chain("other", f"{DISTILL}, {CORRECT}", "rollout.seed=7")
+    run_chain(chain("other", DISTILL, "rollout.seed=7"), process)
+    taught = rollouts_of_round(stage_of(other, 0).output.dir, 0)
+    shutil.rmtree(taught)
+    shutil.copytree(rollouts_of_round(stage_of(run, 0).output.dir, 0), taught)
+    with pytest.raises(DataError, match=r"rollout \d+ is not of the noise and prompt of the teacher's"):
+        run_chain(other, process)
