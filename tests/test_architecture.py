@@ -103,7 +103,7 @@ def test_the_wheel_holds_the_two_packages_and_what_they_need(tmp_path):
     assert {name.split("/")[0] for name in names} == {"alignkit", "alignkit_kernels", "alignkit-0.1.0.dist-info"}
     families = ("wan", "cogvideox")
     for family in families:
-        assert f"alignkit/configs/{family}-tiny-localdpo.yaml" in names
+        assert {f"alignkit/configs/{family}-tiny-{method}.yaml" for method in ("localdpo", "apo")} <= set(names)
         assert f"alignkit/tiny/{family}/model_index.json" in names
     assert wheel.stat().st_size < 2e6 + 10e6 * len(families)
 

@@ -9,11 +9,13 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 
-from alignkit.config import load_config
+from alignkit.apo.students import teacher_rows
+from alignkit.config import ModelSection, load_config
 from alignkit.localdpo.masks import region_mask
-from alignkit.models import family_module
+from alignkit.models import family_module, load_model
 from alignkit.models.cogvideox import CogVideoXModel
 from alignkit.models.wan import WanModel
+from alignkit.stages import stage_configs
 from alignkit.training.engine import accumulation_steps, deepspeed_config
 from alignkit.training.lora import add_lora
 
@@ -34,8 +36,8 @@ COGVIDEOX_VAE = {
 PARTS = {"wan": (WanModel, AutoencoderKLWan, {}), "cogvideox": (CogVideoXModel, AutoencoderKLCogVideoX, COGVIDEOX_VAE)}
 
 
-def parts(name: str, *overrides: str):
-    config = load_config(CONFIGS / f"{name}-localdpo.yaml", ["data.videos=clips", *overrides])
+def parts(name: str, *overrides: str, recipe: str = "localdpo"):
+    config = load_config(CONFIGS / f"{name}-{recipe}.yaml", ["data.videos=clips", *overrides])
     adapter, vae, options = PARTS[config.model.family]
     architecture = json.loads((CONFIGS / "architectures" / f"{name}.json").read_text())
     with init_empty_weights(include_buffers=False):
@@ -45,9 +47,10 @@ def parts(name: str, *overrides: str):
     return config, adapter("nowhere", length, None, pipeline.vae.config, network, pipeline), network
 
 
+@pytest.mark.parametrize("recipe", ["localdpo", "apo"])
 @pytest.mark.parametrize("name", SIZES)
-def test_the_real_architecture_fits_its_configuration(name):
-    config, model, network = parts(name)
+def test_the_real_architecture_fits_its_configuration(name, recipe):
+    config, model, network = parts(name, recipe=recipe)
     count, tokens = SIZES[name]
     assert sum(parameter.numel() for parameter in network.parameters()) == count
     data = config.data
@@ -58,9 +61,25 @@ def test_the_real_architecture_fits_its_configuration(name):
     assert torch.empty(shape, device="meta").shape == torch.broadcast_shapes(model.region_layout(mask).shape, shape)
     for processes in (1, 8, 64):
         process = SimpleNamespace(device=torch.device("cpu"), world_size=processes)
-        settings = deepspeed_config(config, process)
-        assert settings["zero_optimization"]["stage"] == 3
-        assert settings["train_batch_size"] == 128 == processes * accumulation_steps(config, processes)
+        for _, stage in stage_configs(config) or [("", config)]:
+            settings = deepspeed_config(stage, process)
+            assert settings["zero_optimization"]["stage"] == 3
+            assert settings["train_batch_size"] == 128 == processes * accumulation_steps(stage, processes)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_students_steps_are_among_its_teachers(name):
+    """On the schedules of the published models: Wan's shift for 480p and 720p, CogVideoX's of the 2B and the 5B."""
+    config, model, _ = parts(name, recipe="apo")
+    wan = config.model.family == "wan"
+    key, values = ("flow_shift", (3.0, 5.0)) if wan else ("snr_shift_scale", (3.0, 1.0))
+    for value in values:
+        section = ModelSection(family=config.model.family, max_sequence_length=64)
+        tiny = load_model(section, with_transformer=False, with_encoders=False)
+        model.scheduler = type(tiny.scheduler).from_config(tiny.scheduler.config, **{key: value})
+        assert teacher_rows(config, model) == tuple(
+            range(0, config.student.teacher_steps, config.student.teacher_steps // 4)
+        )
 
 
 @pytest.mark.parametrize("name", SIZES)

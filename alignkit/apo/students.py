@@ -71,7 +71,7 @@ def build_taught(
         model=(student or teacher).info.model,
         vae=model.fingerprint("vae"),
         text_encoder=model.fingerprint("text_encoder"),
-        pairs=len(teacher),
+        pairs=len(student or teacher),
         block_size=config.pairs.block_size,
         dtype=stored,
         made=made | {"states": True, "max_sequence_length": config.model.max_sequence_length},
@@ -80,8 +80,9 @@ def build_taught(
     def make(numbers: range, advance) -> tuple[list[Pair], list[Problem]]:
         pairs, problems = [], []
         for number in numbers:
-            winner = teacher[number]
-            pair = _pair(model, winner, rows, _beside(winner, student) if student else None, first_id + number)
+            loser = student[number] if student else None
+            winner = _beside(loser, teacher) if loser else teacher[number]
+            pair = _pair(model, winner, rows, loser, first_id + number)
             fault = fault_of(pair, LATENT_DTYPES[stored]) if student else _unusable(pair)
             if fault:
                 problems.append(Problem(pair.source, fault))
@@ -90,7 +91,7 @@ def build_taught(
             advance(1)
         return pairs, problems
 
-    members = [[number, teacher.prompt_of(number)] for number in teacher.ids]
+    members = [[number, (student or teacher).prompt_of(number)] for number in (student or teacher).ids]
     build_store(
         pairs_folder(config, "train"), model, info, members, make, "making train pairs",
         negative_prompt=sampler.negative_prompt, show=False,
@@ -98,16 +99,16 @@ def build_taught(
     return len(PairStore(pairs_folder(config, "train")))
 
 
-def _beside(winner: Rollout, student: RolloutStore) -> Rollout:
-    if winner.id not in student:
-        raise DataError(f"{student.folder}: holds no rollout {winner.id} to stand beside the teacher's")
-    loser = student.by_id(winner.id)
+def _beside(loser: Rollout, teacher: RolloutStore) -> Rollout:
+    if loser.id not in teacher:
+        raise DataError(f"{teacher.folder}: holds no rollout {loser.id} to stand beside the student's")
+    winner = teacher.by_id(loser.id)
     if (loser.prompt, loser.origin.key) != (winner.prompt, winner.origin.key):
         raise DataError(
-            f"{student.folder}: rollout {winner.id} is not of the noise and prompt of the teacher's; sample the two "
+            f"{teacher.folder}: rollout {loser.id} is not of the noise and prompt of the student's; sample the two "
             "with the same prompts, rollout.seed and rollout.per_prompt"
         )
-    return loser
+    return winner
 
 
 def _pair(model: VideoModel, winner: Rollout, rows: tuple[int, ...], loser: Rollout | None, number: int) -> Pair:

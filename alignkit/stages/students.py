@@ -153,28 +153,24 @@ class Correction(Rounds):
 def distillation_of(config: Config, start: str) -> Distillation:
     """Raises ConfigError for a teacher whose steps are not the student's too, or that is not the stage's start, and
     DataError for prompts or videos that cannot be used."""
-    _check_prompts("distill", config)
     if config.student.teacher is not None:
         raise ConfigError("stage distill: student.teacher: is what the stage starts from, model.path; leave it out")
-    return Distillation(config, prompts_of("distill", config), start)
+    return Distillation(config, _prompts("distill", config), start)
 
 
 def correction_of(config: Config, start: str, taught: Path | None, before: Path | None) -> Correction:
     """Raises ConfigError for a teacher that is not there, or whose steps are not the student's too, and DataError for
     prompts or videos that cannot be used."""
-    _check_prompts("drift_correction", config)
     if taught is None and config.student.teacher is None:
         raise ConfigError("stage drift_correction: student.teacher: not set, and no stage before this one is distill")
     if taught is not None and config.student.teacher is not None:
         raise ConfigError("stage drift_correction: student.teacher: is the one of the chain's distill; leave it out")
-    return Correction(config, prompts_of("drift_correction", config), start, taught, before)
+    return Correction(config, _prompts("drift_correction", config), start, taught, before)
 
 
-def _check_prompts(name: str, config: Config) -> None:
-    if config.online.prompts is not None:
-        raise ConfigError(
-            f"stage {name}: online.prompts: the student stands beside its teacher with all prompts; leave it out"
-        )
+def _prompts(name: str, config: Config) -> list[str]:
+    """The first `online.prompts` of them: each round's rollouts stand beside the same ones of the teacher."""
+    return prompts_of(name, config)[: config.online.prompts]
 
 
 def _rows_of(config: Config) -> tuple[int, ...]:

@@ -316,7 +316,6 @@ def test_two_processes_under_zero3_train_the_student_of_one(chain, process, comm
         (CORRECT, (), "stage drift_correction: student.teacher: not set, and no stage before this one is distill"),
         (f"{DISTILL}, {CORRECT}", ("student.teacher=x",), "stage distill: student.teacher: is what the stage starts"),
         (DISTILL, ("data.prompts=null",), "stage distill: data.prompts or data.videos: not set"),
-        (DISTILL, ("online.prompts=1",), "stage distill: online.prompts: the student stands beside its teacher"),
         (DISTILL, ("student.num_inference_steps=3",), "student.num_inference_steps: the 3 steps are no subset"),
     ],
 )
@@ -341,11 +340,20 @@ def test_settings_that_a_students_stage_does_not_read_are_refused(chain, stage, 
         stage_configs(chain("run", stage))
 
 
+def test_the_first_prompts_are_enough_for_correction_and_more_than_the_teacher_has_are_not(run, chain, process):
+    fewer = chain("fewer", f"{DISTILL}, {CORRECT.replace('every: 4', 'every: 4, prompts: 2')}")
+    assert run_chain(fewer, process)
+    assert {row["online/pairs"] for row in metrics_of(fewer, 1)} == {2}
+    more = chain("more", f"{DISTILL.replace('train', 'online: {prompts: 2}, train')}, {CORRECT}")
+    with pytest.raises(DataError, match="holds no rollout 2 to stand beside the student's"):
+        run_chain(more, process)
+
+
 def test_rollouts_of_another_noise_are_not_paired(run, chain, process, tmp_path):
     other = chain("other", f"{DISTILL}, {CORRECT}", "rollout.seed=7")
     run_chain(chain("other", DISTILL, "rollout.seed=7"), process)
     taught = rollouts_of_round(stage_of(other, 0).output.dir, 0)
     shutil.rmtree(taught)
     shutil.copytree(rollouts_of_round(stage_of(run, 0).output.dir, 0), taught)
-    with pytest.raises(DataError, match=r"rollout \d+ is not of the noise and prompt of the teacher's"):
+    with pytest.raises(DataError, match=r"rollout \d+ is not of the noise and prompt of the student's"):
         run_chain(other, process)
