@@ -11,7 +11,7 @@ from alignkit.apo.pairs import broken_anchors, build_rollout_pairs, check_rollou
 from alignkit.apo.prompts import read_prompts
 from alignkit.apo.rollouts import build_rollouts, rollouts_folder
 from alignkit.config import Config, dump_config
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
 from alignkit.evaluation.readiness import CLIPS, cannot_draw, explained_share, too_few
 from alignkit.evaluation.samples import PLAYBACK_FPS
 from alignkit.files import write_atomically, write_json
@@ -24,7 +24,7 @@ from alignkit.models import load_model
 from alignkit.objectives.states.checks import check_noise, check_states
 from alignkit.progress import say
 from alignkit.report.pictures import StoredPair, write_pair, write_preview
-from alignkit.stages import stage_configs
+from alignkit.stages import SUPPLIED, stage_configs
 from alignkit.stores.folders import pairs_folder, video_spec
 from alignkit.stores.pairs import Pair, PairStore
 from alignkit.stores.rollouts import RolloutStore
@@ -62,7 +62,7 @@ def validate(config: Config) -> None:
         problems += broken_anchors(config, rankings)
     elif config.data.pairs:
         _, problems = find_given(config)
-    elif config.data.videos or not config.data.prompts:
+    elif config.data.videos or not (config.data.prompts or config.stages):
         check_settings(config)
         sources, problems = find_usable(config)
         problems += check_masks(config, sources)
@@ -72,6 +72,10 @@ def validate(config: Config) -> None:
         check_count(config, sources, problems)
     if problems:
         raise DataError(f"{len(problems)} {'thing' if len(problems) == 1 else 'things'} cannot be used, see above")
+    if config.stages:
+        from alignkit.stages.chain import check_supplies
+
+        check_supplies(stage_configs(config))
     say("everything can be used")
 
 
@@ -98,6 +102,10 @@ def _run_to_cache(config: Config) -> Config:
     """The run whose reference can be cached: of a chain its first stage, since the others start from other weights."""
     if config.stages:
         name, stage = stage_configs(config)[0]
+        if name in SUPPLIED:
+            raise ConfigError(
+                f"cache-reference: stage {name} makes its pairs while it trains; use reference.strategy: copy"
+            )
         return with_cache(stage, f"cache-reference: stage {name}")
     return with_cache(config, "cache-reference")
 

@@ -56,16 +56,23 @@ def run_chain(config: Config, process: Process) -> bool:
 def check_chain(stages: list[tuple[str, Config]]) -> None:
     """What can be wrong with stages whose pairs are there already or are made while they train. Raises ConfigError or
     DataError."""
+    check_supplies(stages)
+    for name, stage in stages:
+        if name not in SUPPLIED and not makes_pairs(stage):
+            check_states(stage, PairStore(pairs_folder(stage, "train")))
+
+
+def check_supplies(stages: list[tuple[str, Config]]) -> None:
+    """The same of those stages alone that make their pairs while they train."""
     taught = None
     for name, stage in stages:
-        if name in SUPPLIED:
-            check_noise(stage, load_model(stage.model, with_transformer=False, with_encoders=False))
-            _supply_of(name, stage, "", taught)
-            if name not in STUDENTS and stage.ranker.by != PEOPLE:
-                open_ranker(stage.ranker, stage.output.dir)
-            taught = Taught(stage.output.dir, None) if name == "distill" else taught
-        elif not makes_pairs(stage):
-            check_states(stage, PairStore(pairs_folder(stage, "train")))
+        if name not in SUPPLIED:
+            continue
+        check_noise(stage, load_model(stage.model, with_transformer=False, with_encoders=False))
+        _supply_of(name, stage, "", taught)
+        if name not in STUDENTS and stage.ranker.by != PEOPLE:
+            open_ranker(stage.ranker, stage.output.dir)
+        taught = Taught(stage.output.dir, None) if name == "distill" else taught
 
 
 def makes_pairs(stage: Config) -> bool:

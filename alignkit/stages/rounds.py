@@ -23,7 +23,7 @@ from alignkit.rankers.rollouts import ranking_file
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.stores.rollouts import RolloutStore
-from alignkit.training.distributed import on_main
+from alignkit.training.distributed import on_main, on_main_at_length
 from alignkit.training.run import Run
 
 ID_STRIDE = 2**16  # a round's pairs have ids, and so noise, of their own; a key's ids end at 2³²
@@ -62,7 +62,6 @@ class Rounds:
     def __init__(self, config: Config, prompts: list[str], start: str, given: object = None):
         self.config, self.prompts, self.every = config, prompts, config.online.every
         self._stores: dict[int, tuple[PairStore | None, Made]] = {}
-        self._current: int | None = None
         settings = config.model_dump(mode="json", exclude=FREE)
         sampler = asdict(config.sampler)  # what is taken from `sample`
         depends = json.dumps([settings, sampler, prompts, start, given], sort_keys=True)
@@ -84,12 +83,12 @@ class Rounds:
     def refresh(self, run: Run, number: int) -> dict[str, float]:
         """As in `Supply`. Raises DataError where no round that may still be trained on gave a pair."""
         current = number // self.every
-        if current != self._current:
-            staleness = self.config.online.staleness or self.every
-            live = [r for r in range(current + 1) if (current - r) * self.every < staleness]
+        staleness = self.config.online.staleness or self.every
+        live = [r for r in range(current + 1) if number - r * self.every < staleness]
+        if live != list(self._stores):
+            dropped = (live[0] - 1) * self.every + staleness if live[0] else 0  # the step at which the last one was
             self._stores = {r: self._stores.get(r) or self._open(run, r, number) for r in live}
-            run.store, run.since = self._newest(run, number), current * self.every
-            self._current = current
+            run.store, run.since = self._newest(run, number), max(current * self.every, dropped)
         _, made = self._stores[current]
         return {
             "online/round": current,
@@ -176,7 +175,7 @@ class Rounds:
         if process.main:
             say(f"round {number}: {config.rollout.per_prompt} rollouts of {count} prompts")
         rollouts = self.sample(config, run, prompts, number)
-        on_main(process, lambda: self._record_pairs(config, run, rollouts, number))
+        on_main_at_length(process, lambda: self._record_pairs(config, run, rollouts, number))
 
     def sample(self, config: Config, run: Run, prompts: list[str], number: int) -> RolloutStore:
         """The rollouts of a round, by the policy as it is. Every process calls this."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -29,6 +30,7 @@ Result = TypeVar("Result")
 PARENT = "ALIGNKIT_LAUNCHER_PID"
 WORKER, WORKERS = "ALIGNKIT_WORKER", "ALIGNKIT_WORKERS"  # of processes that share work and form no group
 PR_SET_PDEATHSIG = 1
+MEETING_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,21 @@ def on_main(process: Process, make: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def on_main_at_length(process: Process, make: Callable[[], Result]) -> Result:
+    """`on_main` of what may take longer than a process group waits for one of its members, as people's and endpoints'
+    answers do: the first process works in a thread, and they all meet every few seconds until it is done."""
+    if process.world_size == 1:
+        return make()
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(make) if process.main else None
+        done = [False]
+        while not done[0]:
+            if work is not None:
+                done = [work in wait([work], timeout=MEETING_S).done]
+            torch.distributed.broadcast_object_list(done, src=0)
+    return on_main(process, work.result if work is not None else make)
 
 
 def lone_worker() -> Process:

@@ -87,6 +87,17 @@ def test_each_round_samples_the_policy_as_it_is_and_old_pairs_are_dropped(chain,
         assert all(row["p"] > 0.5 for row in rows)
 
 
+def test_a_round_is_dropped_at_its_very_step_also_when_resumed(chain, process):
+    """Between two rounds, where the next one is still far."""
+    stages = ONLINE.replace("staleness: 4", "staleness: 3")
+    whole, broken = chain("whole", stages), chain("broken", stages.replace("steps: 5", "steps: 3"))
+    assert run_chain(whole, process) and run_chain(broken, process)
+    assert [row["online/pairs"] for row in metrics_of(whole)] == [2, 2, 4, 2, 4]
+    again = chain("broken", stages)
+    assert run_chain(again, process)
+    assert metrics_of(again) == metrics_of(whole)
+
+
 def test_a_queue_keeps_the_newest_pairs(chain, process):
     config = chain("run", ONLINE.replace("staleness: 4", "staleness: 4, queue: 3"))
     trained, real = [], Run.step

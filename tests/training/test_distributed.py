@@ -4,12 +4,15 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 
 from alignkit.errors import DataError
-from alignkit.training.distributed import Process, free_port, lone_worker, on_main
+from alignkit.training import distributed
+from alignkit.training.distributed import Process, free_port, lone_worker, on_main, on_main_at_length
 
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "ALIGNKIT_WORKER")
 
@@ -21,6 +24,14 @@ def ask(rank, port, answers):
     said = [on_main(process, lambda: {"rank": rank})]
     try:
         on_main(process, lambda: (_ for _ in ()).throw(DataError(f"no, says {rank}")))
+    except DataError as error:
+        said.append(str(error))
+    distributed.MEETING_S = 0.2
+    late = timedelta(seconds=3)  # the longest that a meeting may take here
+    torch.distributed.distributed_c10d._set_pg_timeout(late, torch.distributed.group.WORLD)
+    said.append(on_main_at_length(process, lambda: time.sleep(5) or rank))
+    try:
+        on_main_at_length(process, lambda: (_ for _ in ()).throw(DataError(f"not at length, says {rank}")))
     except DataError as error:
         said.append(str(error))
     answers.put((rank, said))
@@ -35,7 +46,7 @@ def test_the_answer_or_the_error_of_the_first_process_reaches_all():
     found = dict(answers.get(timeout=120) for _ in processes)
     for process in processes:
         process.join()
-    assert found == {rank: [{"rank": 0}, "no, says 0"] for rank in range(2)}
+    assert found == {rank: [{"rank": 0}, "no, says 0", 0, "not at length, says 0"] for rank in range(2)}
 
 
 LEAVES_EARLY = """
