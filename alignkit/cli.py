@@ -216,9 +216,9 @@ def report(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def experiment(
-    name: Annotated[Literal["localdpo", "manifold", "paths"], typer.Argument(help="Which experiment.")],
+    name: Annotated[Literal["localdpo", "apo", "manifold", "paths"], typer.Argument(help="Which experiment.")],
     family: Annotated[
-        Family | None, typer.Option(help="localdpo: which of the small models; wan unless named.")
+        Family | None, typer.Option(help="localdpo, apo: which of the small models; wan unless named.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where everything is written and taken up again.")] = EXPERIMENTS,
     smoke: Annotated[bool, typer.Option(help="A few steps: minutes, and no conclusions.")] = False,
@@ -231,11 +231,12 @@ def experiment(
 ) -> None:
     """Compare losses, with several seeds: on small models, or on points.
 
-    localdpo: LocalDPO with SFT, DPO and its own parts on a small model, on clips never trained on. manifold: FlowDPO,
+    localdpo: LocalDPO with SFT, DPO and its own parts on a small model, on clips never trained on. apo: noise sources,
+    timestep laws, stages and a few-step student, on the base's own ranked samples. manifold: FlowDPO,
     SFT and the winner-guarded loss on points of a curved surface, where leaving the data shows. paths: how far training
     states lie from those that a sampler visits, by noise source, where the field is known (seconds).
     """
-    if name != "localdpo" and family is not None:
+    if name not in ("localdpo", "apo") and family is not None:
         raise ConfigError(f"experiment {name}: it knows no model's weights; leave --family out")
     if name == "paths":
         if smoke or nproc > 1:
@@ -262,7 +263,7 @@ def experiment(
         raise ConfigError("experiment: its processes train apart, torchrun's together; use --nproc instead")
     if nproc > 1:
         options = ["--out", str(out), *(["--smoke"] if smoke else [])]
-        options += ["--family", family] if name == "localdpo" else []
+        options += ["--family", family] if name in ("localdpo", "apo") else []
         sys.exit(run_processes(["experiment", name, *options], nproc, together=False))
     folder = out / ("smoke" if smoke else "whole")
     if name == "manifold":
@@ -271,9 +272,9 @@ def experiment(
         manifold.run(folder, smoke=smoke)
     else:
         _quiet_libraries()
-        from alignkit.experiments import localdpo
+        from alignkit.experiments import apo, localdpo
 
-        localdpo.run(family, folder, smoke=smoke)
+        {"apo": apo, "localdpo": localdpo}[name].run(family, folder, smoke=smoke)
 
 
 def _settings(config: Path, overrides: list[str] | None) -> Config:

@@ -1,199 +1,109 @@
-"""`alignkit experiment localdpo`: what is tried for each arm on validation prompts, the best of it with every seed on
-test prompts, and a write-up.
-
-Everything is a file under the output folder that is made once: a run that was stopped goes on where it was, and
-several processes share the work. No clip that is measured on was ever trained on.
-"""
+"""`alignkit experiment localdpo`: LocalDPO, its parts, SFT and DPO on ranked pairs."""
 
 import json
-import os
-import shutil
-import time
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from alignkit.config import Config
-from alignkit.errors import DataError
-from alignkit.experiments.measure import measure, measure_ranking, measure_real, measure_samples
-from alignkit.experiments.plan import STORES, Arm, Plan, make_plan, run_config
+from alignkit.config import Family, ModelSection
+from alignkit.experiments import driver
+from alignkit.experiments.measure import measure_ranking, measure_real
+from alignkit.experiments.plan import Arm, Plan, Settings, Trial, run_config
 from alignkit.experiments.stores import heldout_store, prepare, store_folder, time_pairs
-from alignkit.experiments.write_up import write_up
-from alignkit.files import write_json
-from alignkit.models import load_model
-from alignkit.progress import say
-from alignkit.sharing import one_at_a_time, share_out
-from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
-from alignkit.training.distributed import lone_worker, start_process
-from alignkit.training.export import aligned_section, export_folder
-from alignkit.training.loop import TrainingDiverged, train
-
-DRIFT_ALLOWED = 0.01
-"""What raises the error on real clips by more than this is chosen only where every trial does."""
-SHOWN_SAMPLES = 6
 
 
-def run(family: str, out: Path, *, smoke: bool) -> Path:
+def _weights(**weights: float) -> Settings:
+    return tuple(f"objective.{name}={value}" for name, value in weights.items())
+
+
+def _at(rate: float, *settings: str, pairs: str | None = None) -> Trial:
+    return Trial((*settings, f"train.learning_rate={rate}"), pairs)
+
+
+def _local(rate: float, beta: float, sft: float, pairs: str | None = None) -> Trial:
+    return _at(rate, *_weights(beta=beta, weight_sft=sft), pairs=pairs)
+
+
+SFT, DPO = "objective={name: sft}", "objective={name: dpo}"
+SFT_TRIALS = {f"{rate:.0e}".replace("e-0", "e-"): _at(rate, SFT) for rate in (5e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3)}
+LOCAL_TRIALS = {
+    "published": _local(2e-5, 5000, 0.1, pairs="published"),
+    "beta500": _local(1e-4, 500, 500),
+    "beta150": _local(3e-4, 150, 100),
+    "beta50": _at(3e-4),  # as the demo's configuration has it
+    "beta50-fast": _at(6e-4),
+    "auto": _at(3e-4, "objective={beta: auto, beta_min: 20, beta_max: 500, weight_sft: 100}"),
+}
+RANKED_TRIALS = {
+    "published": _at(2e-5, DPO),
+    "beta150": _at(1e-4, DPO, *_weights(beta=150, weight_sft=100)),
+}
+ARMS = (
+    Arm("base", "base", None),
+    Arm("sft", "SFT", "bezier", (), SFT_TRIALS, curve=True),
+    Arm("dpo_ranked", "DPO on ranked pairs", "generated", (), RANKED_TRIALS),
+    Arm("region", "region only", "bezier", _weights(weight_global=0, weight_sft=0), like="local_dpo"),
+    Arm("global", "global only", "bezier", _weights(weight_region=0, weight_sft=0), like="local_dpo"),
+    Arm("region_global", "region + global", "bezier", _weights(weight_sft=0), like="local_dpo"),
+    Arm("region_sft", "region + SFT", "bezier", _weights(weight_global=0), like="local_dpo", curve=True),
+    Arm("global_sft", "global + SFT", "bezier", _weights(weight_region=0), like="local_dpo", curve=True),
+    Arm("local_dpo", "LocalDPO: region + global + SFT", "bezier", (), LOCAL_TRIALS, curve=True),
+    Arm("demo", "LocalDPO as the demo has it", "bezier", (), {"demo": Trial(())}),
+    Arm("rectangles", "LocalDPO with rectangles", "rectangle", (), like="local_dpo"),
+    Arm("sft_few", "SFT, 16 clips", "few", (), like="sft"),
+    Arm("local_dpo_few", "LocalDPO, 16 clips, 8 pairs of each", "few", (), like="local_dpo"),
+)
+MAIN_ARMS = ("base", "sft", "dpo_ranked", "local_dpo", "demo")
+STORES: dict[str, Settings] = {
+    "bezier": (),
+    "rectangle": ("pairs.mask.shape=rectangle",),
+    "generated": (),
+    "few": ("pairs.per_clip=8",),
+    "published": (
+        "pairs.mask.area=[0.0,1.0]",
+        "pairs.mask.blobs=[1,5]",
+        "pairs.num_inference_steps=20",
+        "pairs.strengths=[15,16,17,18]",
+        "pairs.guidance_scale=4.0",
+    ),
+}
+"""What each store's pairs differ in from the demo's: the published sizes of masks and strengths, for one."""
+CURVES = {
+    "region/accuracy": "region accuracy",
+    "global/gap_w": "winner's gap (below 0: better than the base)",
+    "global/gap_l": "loser's gap",
+    "global/saturated": "share of saturated pairs",
+}
+"""Metrics of training that are drawn."""
+
+
+def make_plan(family: Family, *, smoke: bool) -> Plan:
+    """Wan's plan is all arms, the other family's its main ones; `smoke` shows in minutes that all of it runs."""
+    whole = family == ModelSection().family
+    arms = tuple(arm for arm in ARMS if whole or arm.name in MAIN_ARMS)
+    same = {"store_settings": STORES, "curves": CURVES}
+    if not smoke:
+        return Plan(family, arms, **same)
+    arms = tuple(arm for arm in arms if arm.name in ("base", "sft", "local_dpo"))
+    sizes = {"train_clips": 32, "heldout_clips": 24, "steps": 10, "samples": 8, "validation_samples": 8}
+    return Plan(family, arms, (0,), **sizes, curve_steps=(5,), curve_samples=8, **same)
+
+
+def run(family: Family, out: Path, *, smoke: bool) -> Path:
     """Run, or go on with, the experiment in `out`; returns the written page."""
-    worker = lone_worker()
-    plan = make_plan(family, smoke=smoke)
-    _check_plan(plan, out)
-    prepare(plan, out, worker.device, show=worker.main)
-    searched = [(arm, trial, plan.seeds[0]) for arm in plan.trained for trial in arm.trials]
-    _share(plan, out, [(plan.arms[0], "", plan.seeds[0]), *searched], "validation", worker.device)
-    chosen = {arm.name: choose_trial(plan, out, arm) for arm in plan.trained}
-    final = [(arm, chosen.get(arm.name, ""), seed) for seed in plan.seeds for arm in plan.arms]
-    _share(plan, out, final, "test", worker.device)
-    _share_curves(plan, out, [run for run in final if run[0].curve], worker.device)
-    _share_data(plan, out, worker.device)
-    with one_at_a_time(out / plan.family / "page.lock"):
-        return write_up(plan, out, chosen)
+    return driver.run(make_plan(family, smoke=smoke), out, prepare, data_measures)
 
 
-def _check_plan(plan: Plan, out: Path) -> None:
-    """Results of another plan or another base are refused, never mixed."""
-    file = out / plan.family / "plan.json"
-    config = run_config(plan, out, out)
-    base = load_model(config.model, with_transformer=False, with_encoders=False)
-    unread = {"output": True, "ranker": True, "online": True, "data": {"videos"}}
-    settings = config.model_dump(mode="json", exclude=unread)
-    now = json.loads(json.dumps(asdict(plan) | {"base": base.fingerprint(), "settings": settings}))
-    with one_at_a_time(file.with_suffix(".lock")):
-        if not file.exists():
-            write_json(file, now)
-    stored = json.loads(file.read_text())
-    for name, value in now.items():
-        if stored.get(name) != value:
-            raise DataError(f"{out / plan.family}: holds results of another {name}; choose another --out or delete it")
-
-
-def _share_data(plan: Plan, out: Path, device: torch.device) -> None:
+def data_measures(plan: Plan, out: Path, device: torch.device) -> dict[str, driver.Measure]:
     """What no training changes: the real clips' numbers, what ranked pairs are worth, what a pair costs."""
     heldout = json.dumps(str(out / "clips" / "heldout"))
     config = run_config(plan, out, out, f"data.videos={heldout}")
-    measures = {"real": lambda: measure_real(config, heldout_store(plan, out, "test"), device)}
+    measures: dict[str, driver.Measure] = {
+        "real": lambda: measure_real(config, heldout_store(plan, out, "test"), device)
+    }
     if "generated" in plan.stores:
         pairs = PairStore(store_folder(plan, out, "generated") / "pairs" / "train")
         measures["ranking"] = lambda: measure_ranking(config, pairs, device)
         measures["cost"] = lambda: time_pairs(plan, out, device)
-    files = [out / plan.family / f"{name}.json" for name in measures]
-    share_out(files, lambda number: write_json(files[number], list(measures.values())[number]()))
-
-
-def _share(plan: Plan, out: Path, runs: list[tuple[Arm, str, int]], split: str, device: torch.device) -> None:
-    files = [run_folder(plan, out, *run) / f"{split}.json" for run in runs]
-
-    def make(number: int) -> None:
-        arm, trial, seed = runs[number]
-        say(f"[{number + 1}/{len(runs)}] {split}: {arm.title}{f', {trial}' if trial else ''}, seed {seed}")
-        start = time.monotonic()
-        numbers = _train_and_measure(plan, out, arm, trial, seed, split, device)
-        write_json(files[number], numbers | {"minutes": round((time.monotonic() - start) / 60, 2)})
-
-    share_out(files, make)
-
-
-def _share_curves(plan: Plan, out: Path, runs: list[tuple[Arm, str, int]], device: torch.device) -> None:
-    """The samples of what each run was exported as on its way."""
-    wanted = [(*run, steps) for run in runs for steps in plan.curve_steps]
-    files = [run_folder(plan, out, *run) / f"after-{steps}.json" for *run, steps in wanted]
-
-    def make(number: int) -> None:
-        arm, trial, seed, steps = wanted[number]
-        say(f"[{number + 1}/{len(wanted)}] after {steps} steps: {arm.title}, {trial}, seed {seed}")
-        kept = after(run_folder(plan, out, arm, trial, seed), steps)
-        if not kept.is_dir():  # its training diverged
-            return write_json(files[number], {"diverged": "before the end"})
-        config = _run_config(plan, out, arm, trial, seed, kept.parent)
-        section = config.model.model_copy(update={"path": str(kept)})
-        store = heldout_store(plan, out, "test")
-        numbers, _ = measure_samples(config, section, store, seed, plan.curve_samples, device)
-        write_json(files[number], numbers)
-        shutil.rmtree(kept, ignore_errors=True)
-
-    share_out(files, make)
-
-
-def run_folder(plan: Plan, out: Path, arm: Arm, trial: str, seed: int) -> Path:
-    return out / plan.family / "runs" / "-".join([arm.name, *([trial] if trial else []), str(seed)])
-
-
-def settings_of(plan: Plan, arm: Arm, trial: str) -> tuple[str, ...]:
-    """What the arm's run changes in the configuration: its pairs' settings, the trial's, then the arm's own."""
-    chosen = plan.trial(arm, trial)
-    store = STORES[plan.store(arm, trial)] if arm.pairs else ()
-    return (*store, *(chosen.settings if chosen else ()), *arm.settings)
-
-
-def _run_config(plan: Plan, out: Path, arm: Arm, trial: str, seed: int, folder: Path, *settings: str) -> Config:
-    heldout = json.dumps(str(out / "clips" / "heldout"))
-    more = (f"train.seed={seed}", f"data.videos={heldout}", *settings)
-    return run_config(plan, out, folder, *settings_of(plan, arm, trial), *more)
-
-
-def _train_and_measure(
-    plan: Plan, out: Path, arm: Arm, trial: str, seed: int, split: str, device: torch.device
-) -> dict:
-    folder = run_folder(plan, out, arm, trial, seed)
-    config = _run_config(plan, out, arm, trial, seed, folder)
-    section = config.model
-    if arm.pairs:
-        try:
-            _train(config, store_folder(plan, out, plan.store(arm, trial)), plan.curve_steps if arm.curve else ())
-        except TrainingDiverged as error:
-            return {"diverged": str(error)}
-        section = aligned_section(config)
-    count = plan.samples if split == "test" else plan.validation_samples
-    numbers, frames = measure(config, section, heldout_store(plan, out, split), seed, count, device)
-    np.savez_compressed(folder / f"{split}-samples.npz", frames=frames[:SHOWN_SAMPLES].numpy())
-    return numbers
-
-
-def after(folder: Path, steps: int) -> Path:
-    """The model that a run in `folder` was after so many steps."""
-    return folder / f"after-{steps}"
-
-
-def _train(config: Config, store: Path, stops: tuple[int, ...] = ()) -> None:
-    """Train unless that was done already, with an export after each of `stops` too; of a finished run the exports and
-    the metrics are kept."""
-    checkpoints = config.output.dir / "train" / "checkpoints"
-    if export_folder(config).is_dir() and not checkpoints.is_dir():
-        return
-    config.output.dir.mkdir(parents=True, exist_ok=True)
-    link = pairs_folder(config, "train").parent
-    if not link.is_symlink():
-        os.symlink(os.path.relpath(store / "pairs", link.parent), link)
-    for steps in (*stops, config.train.steps):
-        kept = after(config.output.dir, steps)
-        if kept.is_dir():
-            continue
-        section = config.train.model_copy(update={"steps": steps})
-        if not train(config.model_copy(update={"train": section}), start_process()):
-            raise SystemExit(0)
-        if steps < config.train.steps:
-            os.rename(export_folder(config), kept)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-
-
-def choose_trial(plan: Plan, out: Path, arm: Arm) -> str:
-    """The trial with the most good samples on validation prompts, of those that keep the error on real clips within
-    DRIFT_ALLOWED; where none does, the one that keeps it lowest. An arm that is like another takes that one's."""
-    if arm.like:
-        return choose_trial(plan, out, plan.arm(arm.like))
-    found = {}
-    for trial in arm.trials:
-        numbers = read_numbers(plan, out, arm, trial, plan.seeds[0], "validation")
-        if "diverged" not in numbers:
-            found[trial] = numbers
-    kept = [trial for trial, numbers in found.items() if numbers["winner_error_change"] <= DRIFT_ALLOWED]
-    if kept:
-        return max(kept, key=lambda trial: (found[trial]["good"], -found[trial]["frechet"]))
-    return min(found, key=lambda trial: found[trial]["winner_error_change"], default=next(iter(arm.trials)))
-
-
-def read_numbers(plan: Plan, out: Path, arm: Arm, trial: str, seed: int, split: str) -> dict:
-    return json.loads((run_folder(plan, out, arm, trial, seed) / f"{split}.json").read_text())
+    return measures

@@ -30,9 +30,11 @@ def measure(
     region_accuracy, global_accuracy: share of (pair, noise level) where the real clip is preferred, against the base.
     winner_error: mean denoising error on real clips; winner_error_change: over the base's, minus 1.
     region_error: mean squared difference of latents to the real clip inside regions that the model regenerates.
-    The rest is `measure_samples`'.
+    The rest is `measure_samples`', and all there is of a few-step student.
     """
     dtype = working_dtype(config.model, device)
+    if config.few_step_sampler:  # off its own steps a student's errors say nothing
+        return measure_samples(config, section, store, seed, count, device)
     base = load_model(config.model, device=device, dtype=dtype)
     model = load_model(section, device=device, dtype=dtype)
     scores = describe(score_pairs(config, base, store, model.transformer, base.transformer, "scoring pairs", device))
@@ -113,11 +115,12 @@ def _picture_numbers(frames: torch.Tensor) -> dict[str, float]:
 def _samples(config: Config, model, prompts: list[str], seed: int) -> torch.Tensor:
     data, size = config.data, config.sample.batch_size
     shape = model.latent_shape(data.num_frames, data.height, data.width)
+    sampler = config.few_step_sampler or config.usual_sampler
     parts = []
     for first in range(0, len(prompts), size):
         chosen = prompts[first : first + size]
         ids = list(range(first, first + len(chosen)))
-        parts.append(model.decode_video(sample_latents(config.usual_sampler, model, chosen, ids, seed, shape)))
+        parts.append(model.decode_video(sample_latents(sampler, model, chosen, ids, seed, shape)))
     return torch.cat(parts)
 
 

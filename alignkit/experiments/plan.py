@@ -1,10 +1,10 @@
-"""What the LocalDPO experiment compares: its arms, what is tried for each, sizes and seeds."""
+"""What an experiment with small models compares: its arms, what is tried for each, sizes and seeds."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alignkit.config import Config, Family, ModelSection, load_config, shipped_config
+from alignkit.config import Config, Family, load_config, shipped_config
 
 Settings = tuple[str, ...]
 """Overrides of the configuration."""
@@ -24,7 +24,8 @@ class Arm:
 
     pairs: the store it trains on; None for the base itself. trials: what is tried on validation prompts, by name.
     like: instead, the arm whose chosen trial it takes, with `settings` changed in it: a part of that method, or the
-    same on other pairs, which `pairs` then names. curve: measured along its way too.
+    same on other pairs, which `pairs` then names. curve: measured along its way too. how: "run", one training run or a
+    chain of them (`stages` among its settings), or the name of another way that the experiment has.
     """
 
     name: str
@@ -34,70 +35,17 @@ class Arm:
     trials: dict[str, Trial] = field(default_factory=dict)
     like: str | None = None
     curve: bool = False
-
-
-def _weights(**weights: float) -> Settings:
-    return tuple(f"objective.{name}={value}" for name, value in weights.items())
-
-
-def _at(rate: float, *settings: str, pairs: str | None = None) -> Trial:
-    return Trial((*settings, f"train.learning_rate={rate}"), pairs)
-
-
-def _local(rate: float, beta: float, sft: float, pairs: str | None = None) -> Trial:
-    return _at(rate, *_weights(beta=beta, weight_sft=sft), pairs=pairs)
-
-
-SFT, DPO = "objective={name: sft}", "objective={name: dpo}"
-SFT_TRIALS = {f"{rate:.0e}".replace("e-0", "e-"): _at(rate, SFT) for rate in (5e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3)}
-LOCAL_TRIALS = {
-    "published": _local(2e-5, 5000, 0.1, pairs="published"),
-    "beta500": _local(1e-4, 500, 500),
-    "beta150": _local(3e-4, 150, 100),
-    "beta50": _at(3e-4),  # as the demo's configuration has it
-    "beta50-fast": _at(6e-4),
-    "auto": _at(3e-4, "objective={beta: auto, beta_min: 20, beta_max: 500, weight_sft: 100}"),
-}
-RANKED_TRIALS = {
-    "published": _at(2e-5, DPO),
-    "beta150": _at(1e-4, DPO, *_weights(beta=150, weight_sft=100)),
-}
-ARMS = (
-    Arm("base", "base", None),
-    Arm("sft", "SFT", "bezier", (), SFT_TRIALS, curve=True),
-    Arm("dpo_ranked", "DPO on ranked pairs", "generated", (), RANKED_TRIALS),
-    Arm("region", "region only", "bezier", _weights(weight_global=0, weight_sft=0), like="local_dpo"),
-    Arm("global", "global only", "bezier", _weights(weight_region=0, weight_sft=0), like="local_dpo"),
-    Arm("region_global", "region + global", "bezier", _weights(weight_sft=0), like="local_dpo"),
-    Arm("region_sft", "region + SFT", "bezier", _weights(weight_global=0), like="local_dpo", curve=True),
-    Arm("global_sft", "global + SFT", "bezier", _weights(weight_region=0), like="local_dpo", curve=True),
-    Arm("local_dpo", "LocalDPO: region + global + SFT", "bezier", (), LOCAL_TRIALS, curve=True),
-    Arm("demo", "LocalDPO as the demo has it", "bezier", (), {"demo": Trial(())}),
-    Arm("rectangles", "LocalDPO with rectangles", "rectangle", (), like="local_dpo"),
-    Arm("sft_few", "SFT, 16 clips", "few", (), like="sft"),
-    Arm("local_dpo_few", "LocalDPO, 16 clips, 8 pairs of each", "few", (), like="local_dpo"),
-)
-MAIN_ARMS = ("base", "sft", "dpo_ranked", "local_dpo", "demo")
-STORES: dict[str, Settings] = {
-    "bezier": (),
-    "rectangle": ("pairs.mask.shape=rectangle",),
-    "generated": (),
-    "few": ("pairs.per_clip=8",),
-    "published": (
-        "pairs.mask.area=[0.0,1.0]",
-        "pairs.mask.blobs=[1,5]",
-        "pairs.num_inference_steps=20",
-        "pairs.strengths=[15,16,17,18]",
-        "pairs.guidance_scale=4.0",
-    ),
-}
-"""What each store's pairs differ in from the demo's: the published sizes of masks and strengths, for one."""
-FEW_CLIPS = 16  # where an arm's name says so; by the settings above as many pairs as from all clips
+    how: str = "run"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of one experiment; every arm gets the same data order, noise and number of steps."""
+    """Sizes of one experiment; every arm gets the same data order, noise and number of steps.
+
+    method: the experiment's name. store_settings: what each store's pairs differ in from the demo's, by its name.
+    against: the arms beside the base that every other is compared with. blind: two arms that people compare. curves:
+    which metrics of training are drawn, and their titles.
+    """
 
     family: Family
     arms: tuple[Arm, ...]
@@ -111,6 +59,17 @@ class Plan:
     curve_samples: int = 64
     rollouts: int = 4
     """For each prompt of the ranked pairs: the best is the winner, the worst the loser."""
+    method: str = "localdpo"
+    title: str = "LocalDPO"
+    store_settings: dict[str, Settings] = field(default_factory=dict)
+    against: tuple[str, ...] = ("sft",)
+    blind: tuple[str, str] = ("sft", "local_dpo")
+    curves: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """Where its results are, under the experiment's output folder."""
+        return self.family if self.method == "localdpo" else f"{self.method}-{self.family}"
 
     @property
     def trained(self) -> tuple[Arm, ...]:
@@ -118,9 +77,10 @@ class Plan:
 
     @property
     def stores(self) -> tuple[str, ...]:
-        """In the order to be built: ranked pairs take their prompts from the local ones."""
+        """In the order to be built: LocalDPO's ranked pairs take their prompts from the local ones."""
+        first = ("bezier",) if self.method == "localdpo" else ()
         tried = [trial.pairs for arm in self.trained for trial in arm.trials.values() if trial.pairs]
-        return tuple(dict.fromkeys(("bezier", *(arm.pairs for arm in self.trained if arm.pairs), *tried)))
+        return tuple(dict.fromkeys((*first, *(arm.pairs for arm in self.trained if arm.pairs), *tried)))
 
     def trial(self, arm: Arm, name: str) -> Trial | None:
         """The trial of this name of the arm, or of the one that it is like."""
@@ -134,17 +94,6 @@ class Plan:
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
-
-
-def make_plan(family: Family, *, smoke: bool) -> Plan:
-    """Wan's plan is all arms, the other family's its main ones; `smoke` shows in minutes that all of it runs."""
-    whole = family == ModelSection().family
-    arms = tuple(arm for arm in ARMS if whole or arm.name in MAIN_ARMS)
-    if not smoke:
-        return Plan(family, arms)
-    arms = tuple(arm for arm in arms if arm.name in ("base", "sft", "local_dpo"))
-    sizes = {"train_clips": 32, "heldout_clips": 24, "steps": 10, "samples": 8, "validation_samples": 8}
-    return Plan(family, arms, (0,), **sizes, curve_steps=(5,), curve_samples=8)
 
 
 def run_config(plan: Plan, out: Path, folder: Path, *settings: str) -> Config:

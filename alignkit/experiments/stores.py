@@ -13,7 +13,7 @@ import torch
 from alignkit.config import Config
 from alignkit.evaluation.regions import again
 from alignkit.evaluation.samples import sample_latents
-from alignkit.experiments.plan import FEW_CLIPS, STORES, Plan, run_config
+from alignkit.experiments.plan import Plan, run_config
 from alignkit.localdpo.build import build_pairs, guided_text
 from alignkit.models import load_model, working_dtype
 from alignkit.objectives.states.checks import sampler_terms
@@ -30,22 +30,28 @@ CLIP_SEEDS = {"train": 31_000, "few": 31_000, "heldout": 32_000}
 """None is a seed of the shipped weights' clips, nor of the demo's."""
 SEED = 33_000  # of the noise that ranked samples start from
 TIMED_PAIRS = 16
+FEW_CLIPS = 16  # of the store "few"
 OTHER_SPLIT = 1  # `alignkit pairs` wants a clip on either side of its split
 
 
 def prepare(plan: Plan, out: Path, device: torch.device, show: bool) -> None:
     """Draw the clips and make every store that the plan's arms need; processes share the work."""
+    prepare_clips(plan, out, device, show)
+    for name in plan.stores:
+        if name == "generated":
+            _build_generated(plan, out, "train", device, show)
+        else:
+            build_pairs(store_config(plan, out, name), device, show)
+
+
+def prepare_clips(plan: Plan, out: Path, device: torch.device, show: bool) -> None:
+    """The clips, and the held-out pairs that every arm is measured on."""
     for split, count in _clip_counts(plan).items():
         folder = out / "clips" / split
         with one_at_a_time(folder.with_suffix(".lock")):
             if not (folder / "captions.jsonl").exists():
                 write_clips(folder, count + OTHER_SPLIT, CLIP_SEEDS[split])
-    build_pairs(_store_config(plan, out, "heldout"), device, show)
-    for name in plan.stores:
-        if name == "generated":
-            _build_generated(plan, out, "train", device, show)
-        else:
-            build_pairs(_store_config(plan, out, name), device, show)
+    build_pairs(store_config(plan, out, "heldout"), device, show)
 
 
 def _clip_counts(plan: Plan) -> dict[str, int]:
@@ -55,18 +61,18 @@ def _clip_counts(plan: Plan) -> dict[str, int]:
 
 def store_folder(plan: Plan, out: Path, name: str) -> Path:
     """Holds pairs/train for an arm, pairs/heldout for evaluation."""
-    return out / plan.family / "stores" / name
+    return out / plan.folder / "stores" / name
 
 
 def heldout_store(plan: Plan, out: Path, split: str) -> PairStore:
     """The "validation" or the "test" part of the held-out local pairs, of about the same size; they share no prompt."""
-    store = PairStore(pairs_folder(_store_config(plan, out, "heldout"), "heldout"))
+    store = PairStore(pairs_folder(store_config(plan, out, "heldout"), "heldout"))
     prompts = sorted(set(store.rows["prompt"]))
     wanted = set(prompts[0 if split == "validation" else 1 :: 2])
     return store.select([row for row, prompt in enumerate(store.rows["prompt"]) if prompt in wanted])
 
 
-def _store_config(plan: Plan, out: Path, name: str) -> Config:
+def store_config(plan: Plan, out: Path, name: str) -> Config:
     split = name if name in ("heldout", "few") else "train"
     clips = _clip_counts(plan)[split]
     share = clips / (clips + OTHER_SPLIT) if name == "heldout" else OTHER_SPLIT / (clips + OTHER_SPLIT)
@@ -76,14 +82,14 @@ def _store_config(plan: Plan, out: Path, name: str) -> Config:
         store_folder(plan, out, name),
         f"data.videos={json.dumps(str(out / 'clips' / split))}",
         f"data.heldout={share}",
-        *STORES.get(name, ()),
+        *plan.store_settings.get(name, ()),
     )
 
 
 def _build_generated(plan: Plan, out: Path, split: str, device: torch.device, show: bool) -> None:
     """Several videos from the base for each prompt: that which the ranker finds best wins, the worst loses."""
-    config = _store_config(plan, out, "generated")
-    local = PairStore(pairs_folder(_store_config(plan, out, "bezier"), split))
+    config = store_config(plan, out, "generated")
+    local = PairStore(pairs_folder(store_config(plan, out, "bezier"), split))
     model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
     folder = pairs_folder(config, split)
     made = {"ranked_by": "ranker", "rollouts": plan.rollouts, **config.sample.model_dump(mode="json"), "seed": SEED}
@@ -124,7 +130,7 @@ def _rank_rows(
 
 def time_pairs(plan: Plan, out: Path, device: torch.device) -> dict[str, float]:
     """Seconds that a local and a ranked pair take, one block of each in turn, twice over; the faster of the two."""
-    local_config, config = _store_config(plan, out, "bezier"), _store_config(plan, out, "generated")
+    local_config, config = store_config(plan, out, "bezier"), store_config(plan, out, "generated")
     store = PairStore(pairs_folder(local_config, "train"))
     model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
     count = min(TIMED_PAIRS, len(store))

@@ -34,14 +34,13 @@ UNLISTED = ("faulty", "followed")
 """Sample by sample: in the runs' files, not in results.csv."""
 BETTER_WHEN_HIGH = ("good", "prompt_following", "region_accuracy")
 COMPARED = ("good", "fault_rate", "prompt_following", "frechet", "flicker")
-BLIND = ("sft", "local_dpo")
 SHOWN_FRAMES = 5
 SMOOTHED = 8  # steps, for the eye
 
 
 def write_up(plan: Plan, out: Path, chosen: dict[str, str]) -> Path:
     """Write results.csv, page.md, blind/ and, where matplotlib is installed, the plots; returns the page."""
-    folder = out / plan.family / "page"
+    folder = out / plan.folder / "page"
     folder.mkdir(parents=True, exist_ok=True)
     rows = _rows(plan, out, chosen)
     with (folder / "results.csv").open("w", newline="") as stream:
@@ -53,7 +52,7 @@ def write_up(plan: Plan, out: Path, chosen: dict[str, str]) -> Path:
     write_blind_set(plan, out, folder / "blind", chosen)
     minutes = [row["minutes"] for row in rows if "minutes" in row]
     lines = [
-        f"# LocalDPO on the small {plan.family}: what the experiment printed",
+        f"# {plan.title} on the small {plan.family}: what the experiment printed",
         "",
         f"{plan.train_clips} clips to train on, {plan.heldout_clips} held out, {plan.steps} steps of 16 pairs, "
         f"{plan.samples} samples a model and seed, seeds {', '.join(map(str, plan.seeds))}; "
@@ -79,7 +78,7 @@ def write_up(plan: Plan, out: Path, chosen: dict[str, str]) -> Path:
         "",
         *_search_table(plan, rows, chosen),
         "",
-        *_data(out / plan.family),
+        *_data(out / plan.folder),
         f"{len(minutes)} of these {len(rows)} results took {sum(minutes):.0f} minutes of one process, with training.",
         "",
         *(f"![{name}]({name})" for name in pictures),
@@ -97,7 +96,7 @@ def _rows(plan: Plan, out: Path, chosen: dict[str, str]) -> list[dict]:
         trials = list(dict.fromkeys([*arm.trials, chosen.get(arm.name, "")]))
         for trial in trials:
             for seed in plan.seeds:
-                folder = out / plan.family / "runs" / "-".join([arm.name, *([trial] if trial else []), str(seed)])
+                folder = out / plan.folder / "runs" / "-".join([arm.name, *([trial] if trial else []), str(seed)])
                 for split in ("validation", "test", *(f"after-{steps}" for steps in plan.curve_steps)):
                     file = folder / f"{split}.json"
                     if file.exists():
@@ -126,7 +125,7 @@ def _table(plan: Plan, rows: list[dict], chosen: dict[str, str]) -> list[str]:
 
 def _real_rows(plan: Plan, out: Path) -> list[str]:
     lines = []
-    for title, numbers in json.loads((out / plan.family / "real.json").read_text()).items():
+    for title, numbers in json.loads((out / plan.folder / "real.json").read_text()).items():
         cells = [
             form.format(factor * numbers[name]) if name in numbers else ""
             for name, (_, form, factor) in COLUMNS.items()
@@ -136,7 +135,7 @@ def _real_rows(plan: Plan, out: Path) -> list[str]:
 
 
 def _differences(plan: Plan, rows: list[dict]) -> list[str]:
-    """Each arm against the base and against SFT: only what lies beyond the spread over seeds is called a difference."""
+    """Each arm against the base and those of `plan.against`: only what lies beyond the spread over seeds is one."""
     lines = [
         "Arms are compared seed by seed, from the same noise, in the same order: one is better or worse in a measure",
         "only where the mean of these differences is larger than their spread (the largest minus the smallest). The",
@@ -146,7 +145,7 @@ def _differences(plan: Plan, rows: list[dict]) -> list[str]:
         "| --- | --- | --- | --- | --- |",
     ]
     for arm in plan.trained:
-        for other in (plan.arms[0], *(arm_ for arm_ in plan.trained if arm_.name == "sft")):
+        for other in (plan.arms[0], *(arm_ for arm_ in plan.trained if arm_.name in plan.against)):
             mine, theirs = _of(rows, arm, "test"), _of(rows, other, "test")
             if arm is other or not mine or not theirs:
                 continue
@@ -322,16 +321,11 @@ def _curves(plan: Plan, out: Path, file: Path, chosen: dict[str, str]) -> None:
     """Training curves of the first seed."""
     import matplotlib.pyplot as plt
 
-    wanted = {
-        "region/accuracy": "region accuracy",
-        "global/gap_w": "winner's gap (below 0: better than the base)",
-        "global/gap_l": "loser's gap",
-        "global/saturated": "share of saturated pairs",
-    }
+    wanted = plan.curves
     figure, panels = plt.subplots(1, len(wanted), figsize=(17, 5.4), layout="constrained")
     for place, arm in enumerate(plan.trained, start=1):
         name = "-".join([arm.name, chosen[arm.name], str(plan.seeds[0])])
-        log = out / plan.family / "runs" / name / "train" / "metrics.jsonl"
+        log = out / plan.folder / "runs" / name / "train" / "metrics.jsonl"
         if not log.exists():
             continue
         steps = [json.loads(line) for line in log.read_text().splitlines()]
@@ -360,7 +354,7 @@ def _shown(plan: Plan, out: Path, arm: Arm, chosen: dict[str, str]) -> np.ndarra
     """The first seed's first samples of an arm, uint8 [count, F, H, W, 3]."""
     trial = chosen.get(arm.name, "")
     name = "-".join([arm.name, *([trial] if trial else []), str(plan.seeds[0])])
-    stored = out / plan.family / "runs" / name / "test-samples.npz"
+    stored = out / plan.folder / "runs" / name / "test-samples.npz"
     return np.load(stored)["frames"] if stored.exists() else None
 
 
@@ -385,9 +379,9 @@ def _samples(plan: Plan, out: Path, file: Path, chosen: dict[str, str]) -> None:
 
 
 def write_blind_set(plan: Plan, out: Path, folder: Path, chosen: dict[str, str]) -> None:
-    """Clips for people who are not told which arm made them, SFT's against LocalDPO's, the same prompt and noise: a
+    """Clips for people who are not told which arm made them, those of `plan.blind`, the same prompt and noise: a
     folder for `alignkit rank serve` and `alignkit rank results`."""
-    both = [_shown(plan, out, plan.arm(name), chosen) for name in BLIND]
+    both = [_shown(plan, out, plan.arm(name), chosen) for name in plan.blind]
     if any(clips is None for clips in both):
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -398,5 +392,5 @@ def write_blind_set(plan: Plan, out: Path, folder: Path, chosen: dict[str, str])
             write_video(folder / f"{number:03d}-{side}.mp4", torch.from_numpy(clip), FPS)
         row = {"id": f"{number:03d}", "prompt": prompts[number % len(prompts)]}
         row |= {side: f"{number:03d}-{side}.mp4" for side in "ab"}
-        rows.append(row | {f"kind_{side}": name for side, name in zip("ab", BLIND, strict=True)})
+        rows.append(row | {f"kind_{side}": name for side, name in zip("ab", plan.blind, strict=True)})
     write_comparisons(folder, rows)

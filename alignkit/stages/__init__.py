@@ -48,7 +48,7 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
         }
         if entry.student and entry.name not in STUDENTS:
             raise ConfigError(f"{where}: student: is read by {' and '.join(STUDENTS)} alone; leave it out")
-        around = changed(config.model_copy(update={"stages": None}), {"student": entry.student}, where)
+        around = config.model_copy(update={"student": config.student.model_copy(update=entry.student)})
         own = merged(STAGES[entry.name](around), entry.model_dump(exclude={"name"}))
         stage = changed(config.model_copy(update={"stages": None}), merged(own, places), where)
         for section, keys in STAGES[entry.name](stage).items():

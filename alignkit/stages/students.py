@@ -9,6 +9,7 @@ from alignkit.config import Config
 from alignkit.errors import ConfigError
 from alignkit.models import load_model
 from alignkit.objectives.laws import Law, start_law
+from alignkit.stages.objective import trained_with
 from alignkit.stages.online import prompts_of
 from alignkit.stages.rounds import ID_STRIDE, Made, Rounds, rollouts_of_round, sample_through
 from alignkit.stores.pairs import PairStore
@@ -29,7 +30,7 @@ def distill(config: Config) -> dict:
 def drift_correction(config: Config) -> dict:
     """`dpo`, where the objective around it compares regions or nothing, at the states that both samplers visited."""
     compares = config.objective.name not in ("sft", "local_dpo")
-    return _on_students_path(config) | ({} if compares else {"objective": {"name": "dpo"}})
+    return _on_students_path(config) | ({} if compares else trained_with(config, "dpo"))
 
 
 def _on_students_path(config: Config) -> dict:

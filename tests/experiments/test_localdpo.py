@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from alignkit.errors import DataError
-from alignkit.experiments import localdpo, measure, stores, write_up
-from alignkit.experiments.localdpo import choose_trial, run, run_folder, settings_of
-from alignkit.experiments.plan import ARMS, Plan, Trial, make_plan, run_config
+from alignkit.experiments import driver, localdpo, measure, stores, write_up
+from alignkit.experiments.driver import choose_trial, run_folder, settings_of
+from alignkit.experiments.localdpo import ARMS, CURVES, STORES, make_plan, run
+from alignkit.experiments.plan import Plan, Trial, run_config
 from alignkit.experiments.stores import heldout_store, store_folder
 from alignkit.files import write_json
 from alignkit.media.videos import VideoSpec, decode_clip
@@ -45,6 +46,8 @@ TINY = Plan(
     curve_steps=(1,),
     curve_samples=2,
     rollouts=2,
+    store_settings=STORES,
+    curves=CURVES,
 )
 
 
@@ -58,13 +61,13 @@ def tiny(monkeypatch):
         return run_config(plan, out, folder, *cheap, *settings)
 
     monkeypatch.setattr(localdpo, "make_plan", lambda family, smoke: TINY)
-    for module in ("localdpo", "stores"):
+    for module in ("localdpo", "driver", "stores"):
         monkeypatch.setattr(f"alignkit.experiments.{module}.run_config", cheaper)
 
 
 def test_every_arm_is_measured_on_test_prompts_and_a_second_run_makes_nothing_again(tiny, tmp_path, monkeypatch, wan):
     sampled, measured = [], []
-    real_sample, real_measure = measure.sample_latents, localdpo.measure
+    real_sample, real_measure = measure.sample_latents, driver.measure
 
     def sample(config, model, prompts, ids, seed, shape):
         sampled.append(seed)
@@ -76,7 +79,7 @@ def test_every_arm_is_measured_on_test_prompts_and_a_second_run_makes_nothing_ag
         return numbers, frames
 
     monkeypatch.setattr(measure, "sample_latents", sample)
-    monkeypatch.setattr(localdpo, "measure", keep)
+    monkeypatch.setattr(driver, "measure", keep)
     page = run("wan", tmp_path, smoke=True)
     assert set(sampled) == {3}, "samples start from the run's own noise"
     assert {videos for _, videos, *_ in measured} == {tmp_path / "clips" / "heldout"}
@@ -93,9 +96,9 @@ def test_every_arm_is_measured_on_test_prompts_and_a_second_run_makes_nothing_ag
     assert pictures <= {file.name for file in page.parent.iterdir()}
     assert {file.name for file in (page.parent / "blind").iterdir()} >= {"000-a.mp4", "000-b.mp4", "comparisons.jsonl"}
     assert {(pair.kind_a, pair.kind_b) for pair in read_comparisons(page.parent / "blind")} == {("sft", "local_dpo")}
-    monkeypatch.setattr(localdpo, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(driver, "train", lambda *_: pytest.fail("trained again"))
     for name in ("measure", "measure_samples"):
-        monkeypatch.setattr(localdpo, name, lambda *_: pytest.fail("measured again"))
+        monkeypatch.setattr(driver, name, lambda *_: pytest.fail("measured again"))
     before = page.read_text()
     run("wan", tmp_path, smoke=True)
     assert page.read_text() == before
@@ -170,20 +173,20 @@ def test_a_run_is_kept_as_it_was_on_its_way_and_goes_on_where_it_was_stopped(tmp
         raise KeyboardInterrupt
 
     def once():
-        localdpo._train(config, tmp_path / "store", (10, 20))
+        driver._train(config, tmp_path / "store", (10, 20))
 
-    monkeypatch.setattr(localdpo, "train", train)
-    monkeypatch.setattr(localdpo, "start_process", lambda: None)
+    monkeypatch.setattr(driver, "train", train)
+    monkeypatch.setattr(driver, "start_process", lambda: None)
     for _ in range(6):
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(localdpo.os, "rename", stopped)  # between the export and the place where it is kept
+            patch.setattr(driver.os, "rename", stopped)  # between the export and the place where it is kept
             once()
         with contextlib.suppress(KeyboardInterrupt):
             once()
     assert not interruptions
     assert sorted(set(trained)) == [10, 20, 40] and trained == sorted(trained) and not checkpoints.exists()
     assert model.read_text() == "40"
-    assert [(localdpo.after(config.output.dir, n) / "model").read_text() for n in (10, 20)] == ["10", "20"]
+    assert [(driver.after(config.output.dir, n) / "model").read_text() for n in (10, 20)] == ["10", "20"]
     before = len(trained)
     once()
     assert len(trained) == before, "a finished run is not trained again"
@@ -196,7 +199,7 @@ def test_a_part_of_a_method_takes_its_settings_and_changes_its_own():
 
 def test_each_store_differs_from_the_demos_in_what_it_is_named_for(tmp_path):
     plan = make_plan("wan", smoke=False)
-    made = {name: stores._store_config(plan, tmp_path, name).pairs for name in (*plan.stores, "heldout")}
+    made = {name: stores.store_config(plan, tmp_path, name).pairs for name in (*plan.stores, "heldout")}
     assert {name for name, pairs in made.items() if pairs.mask.shape == "rectangle"} == {"rectangle"}
     assert made["published"].strengths == (15, 16, 17, 18) and made["published"].mask.blobs == (1, 5)
     assert made["heldout"].mask == made["bezier"].mask and made["heldout"].strengths == made["bezier"].strengths

@@ -144,8 +144,7 @@ def test_broken_anywhere_and_resumed_the_stage_ends_in_the_same_bits(chain, proc
 
         monkeypatch.setattr(place, name, dying)
 
-    from alignkit.stages import online, rounds
-
+    rounds, online = (sys.modules[f"alignkit.stages.{name}"] for name in ("rounds", "online"))
     for count, name, place in ((2, "step", Run), (2, "build_ranked", rounds), (1, "answers_about", online)):
         with monkeypatch.context():
             dies_at(count, name, place)

@@ -37,6 +37,22 @@ def test_each_stage_is_the_configuration_around_it_with_its_own_changes(small_co
     assert sft.stages is localdpo.stages is None
 
 
+def test_a_stage_with_an_objective_of_its_own_keeps_what_was_set_and_both_read(small_config):
+    """β and the weight of SFT, without which an online stage would train at 100 times the β that was asked for."""
+    around = "objective={beta: 50, weight_sft: 50, weight_region: 0.5}"
+    stages = settings(small_config, "stages=[online, half_online, drift_correction, distill]", around)
+    found = {name: stage.objective for name, stage in stages}
+    assert {name: objective.name for name, objective in found.items()} == {
+        "online": "dpo", "half_online": "winner_guarded", "drift_correction": "dpo", "distill": "sft",
+    }  # fmt: skip
+    for name in ("online", "half_online", "drift_correction"):
+        assert (found[name].beta, found[name].weight_sft) == (50, 50)
+    (_, plain), *_ = settings(small_config, "stages=[online]")
+    assert (plain.objective.beta, plain.objective.weight_sft) == (5000, 0)
+    (_, own), *_ = settings(small_config, "stages=[{name: online, objective: {beta: 7}}]", around)
+    assert (own.objective.beta, own.objective.weight_sft) == (7, 50)
+
+
 def test_localdpo_in_a_chain_of_sft_has_its_own_defaults(small_config):
     _, (_, localdpo) = settings(small_config, "stages=[sft, localdpo]", "objective={name: sft}")
     assert localdpo.objective.name == "local_dpo" and localdpo.objective.weight_sft == 0.1
