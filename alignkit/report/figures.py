@@ -57,7 +57,16 @@ def _samples(run: Run, fps: float) -> str:
     omitted = f" {left_out} of them did not fit in the page." if left_out else ""
     return (
         "<p>Both models start from the same noise with the same prompt, so what differs between two videos is the "
-        f"training alone. {rule}{omitted}{_not_shown(problems)}</p>{cards}"
+        f"training alone{_and_sampler(run)}. {rule}{omitted}{_not_shown(problems)}</p>{cards}"
+    )
+
+
+def _and_sampler(run: Run) -> str:
+    few, many = number(run.summary, "student_steps"), number(run.config, "sample", "num_inference_steps")
+    return (
+        f", and that the aligned one samples in {few:g} steps without guidance, the base in {many:g}"
+        if few and many
+        else ""
     )
 
 

@@ -18,6 +18,14 @@ OBJECTIVES = {
     "region_dpo": "DPO by region",
     "sft": "supervised fine-tuning",
 }
+STAGES = {
+    "localdpo": "LocalDPO",
+    "offline": "offline pairs",
+    "half_online": "rollouts beside anchors",
+    "online": "ranked rollouts",
+    "distill": "distillation into few steps",
+    "drift_correction": "drift correction",
+}
 VERDICTS = {"reached": "reached", "not reached": "unreached", "cannot be judged": "unjudged"}
 MISSING = '<span class="missing">not available</span>'
 KINDS = {"real": "real", "real_through_vae": "real after VAE", "base": "base", "aligned": "aligned"}
@@ -28,11 +36,13 @@ def header(run: Run) -> str:
     size = number(run.config, "train", "global_batch_size")
     length = f" in {steps:g} steps" if steps else ""
     length += f" of {size:g} pairs" if steps and size else ""
+    few = number(run.summary, "student_steps")
+    student = f" It is a student now, which samples in {few:g} steps without guidance." if few else ""
     return f"""<header>
 <p class="brand">alignkit</p>
 <h1>{escape(_model(run))}, aligned with {escape(_objective(run))}</h1>
-<p class="lead">The model learned{length} {_lesson(run)}. Then it was compared with the model it started from: on pairs
-held out from training, and on videos that both generate from the same noise.</p>
+<p class="lead">The model learned{length} {_lesson(run)}.{student} Then it was compared with the model it started from:
+on pairs held out from training, and on videos that both generate from the same noise.</p>
 <nav><a href="#pictures">Pictures</a><a href="#numbers">Numbers</a><a href="#curves">Curves</a>
 <a href="#configuration">Configuration</a></nav>
 </header>
@@ -42,6 +52,8 @@ held out from training, and on videos that both generate from the same noise.</p
 def _lesson(run: Run) -> str:
     if _objective(run) == OBJECTIVES["sft"]:
         return "from the winners of its pairs alone"
+    if len(_stages(run)) > 1:
+        return "in one stage after the other"
     if run.brought_pairs:
         return "to prefer the better one of two videos, as they were ranked"
     return "to prefer real videos to copies of them in which it had redrawn random regions itself, without any labels"
@@ -54,11 +66,15 @@ def _model(run: Run) -> str:
     return f"Tiny {name}" if isinstance(section, dict) and section.get("path") == "tiny" else name
 
 
-def _objective(run: Run) -> str:
+def _stages(run: Run) -> list[str]:
     stages = run.config.get("stages")
-    names = [stage.get("name") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    return [str(stage.get("name")) for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+
+
+def _objective(run: Run) -> str:
+    names = [STAGES.get(name, OBJECTIVES.get(name, name)) for name in _stages(run)]
     if names:
-        return ", then ".join({"localdpo": "LocalDPO"}.get(name, OBJECTIVES.get(name, str(name))) for name in names)
+        return ", ".join(names[:-1]) + (" and " if names[:-1] else "") + names[-1]
     section = run.config.get("objective")
     name = str(section.get("name", "local_dpo")) if isinstance(section, dict) else "local_dpo"
     return OBJECTIVES.get(name, name)
@@ -111,9 +127,12 @@ def _tiles(run: Run) -> str:
     tiles = [
         ("Samples with a fault", _arrow(faults, percent), _interval(s, "fault_rate")),
         ("Prompt followed", _arrow(following, percent), _interval(s, "prompt_following")),
-    ] * (faults[1] is not None) + [
+    ] * (faults[1] is not None)
+    tiles += [
         ("Region accuracy", _arrow(accuracy, percent), "on held-out pairs; 50 % is chance"),
         ("Winner’s error", None if change is None else signed_percent(change), "on real videos, against the base"),
+    ] * (number(s, "student_steps") is None)  # of a student, errors at steps that are not its own
+    tiles += [
         ("Fréchet distance", _arrow(frechet, short), "to real clips; lower is closer"),
         ("Motion", _arrow(motion, short), f"real clips after the VAE: {best}"),
     ]

@@ -321,7 +321,24 @@ def test_a_chains_stages_are_shown_one_after_the_other(run):
         (run / "stages" / name / "train" / "metrics.jsonl").write_bytes(rows)
     read = read_run(run)
     assert [row["step"] for row in read.metrics] == list(range(1, 2 * STEPS + 1))
-    assert "aligned with supervised fine-tuning, then LocalDPO" in page_of(run).text
+    assert "aligned with supervised fine-tuning and LocalDPO" in page_of(run).text
+
+
+def test_a_students_page_says_in_how_few_steps_it_samples_and_shows_no_error_at_others(run):
+    file = run / "summary.json"
+    usual = write_report(run).read_text()
+    config = run / "config.yaml"
+    config.write_text(config.read_text() + "\nsample:\n  num_inference_steps: 12\n")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"student_steps": 4}))
+    text = page_of(run).text
+    assert (
+        "a student now, which samples in 4 steps" in text and "samples in 4 steps without guidance, the base in 12" in text
+    )
+    for tile in ("Region accuracy", "Winner’s error"):
+        assert (
+            f'<p class="tile-name">{tile}' in usual
+            and f'<p class="tile-name">{tile}' not in write_report(run).read_text()
+        )
 
 
 def test_the_page_stays_small_with_many_large_pictures(make_run, tmp_path):
