@@ -332,7 +332,8 @@ def test_a_students_page_says_in_how_few_steps_it_samples_and_shows_no_error_at_
     file.write_text(json.dumps(json.loads(file.read_text()) | {"student_steps": 4}))
     text = page_of(run).text
     assert (
-        "a student now, which samples in 4 steps" in text and "samples in 4 steps without guidance, the base in 12" in text
+        "a student now, which samples in 4 steps" in text
+        and "samples in 4 steps without guidance, the base in 12" in text
     )
     for tile in ("Region accuracy", "Winner’s error"):
         assert (
