@@ -312,18 +312,22 @@ def test_run_does_everything_in_a_row_and_goes_on_where_it_was(command, config_f
         "stages=[{name: sft, train: {steps: 1}}, {name: localdpo, train: {steps: 1}},"
         "{name: half_online, ranker: {by: flicker}, online: {prompts: 2}, train: {steps: 1}},"
         "{name: online, online: {prompts: 2}, train: {steps: 1}},"
-        "{name: offline, pairs: {seed: 7}, train: {steps: 1}}]"
+        "{name: offline, pairs: {seed: 7}, train: {steps: 1}},"
+        "{name: distill, online: {prompts: 2}, train: {steps: 1}},"
+        "{name: drift_correction, online: {prompts: 2}, train: {steps: 1}}]"
     )
     ranked = ("ranker.by=motion", "ranker.min_margin=0", "rollout.per_prompt=2", "rollout.num_inference_steps=2")
-    given = [*overrides(tmp_path / "run"), *ranked, stages]
+    few = ("student.num_inference_steps=2", "sample.num_inference_steps=4")
+    given = [*overrides(tmp_path / "run"), *ranked, *few, stages]
     result = command("run", config_file, *given)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "report.html").exists() and "alignment cannot be judged" in result.stderr
-    names = ["01-sft", "02-localdpo", "03-half_online", "04-online", "05-offline"]
+    names = ["01-sft", "02-localdpo", "03-half_online", "04-online", "05-offline", "06-distill", "07-drift_correction"]
     folders = sorted((tmp_path / "run" / "stages").iterdir())
     assert [folder.name for folder in folders] == names
     assert all((folder / "train" / "metrics.jsonl").exists() for folder in folders)
-    assert [(folder / "pairs").exists() for folder in folders] == [False, False, False, False, True]
+    assert [(folder / "pairs").exists() for folder in folders] == [False] * 4 + [True] + [False] * 2
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["student_steps"] == 2
     again = command("run", config_file, *given)
     assert again.returncode == 0 and "making" not in again.stderr and "step 1" not in again.stderr
 
