@@ -160,3 +160,48 @@ def test_a_default_may_differ_between_objectives(tmp_path):
     assert weights == {"local_dpo": 0.1, "dpo": 0.0, "sft": 0.0}
     dumped = write(tmp_path, dump_config(load_config(write(tmp_path, GOOD))))
     assert load_config(dumped, ["objective.name=sft"]).objective.name == "sft", "what a dump holds is no mistake"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  steps: 3\ntrain:\n  seed: 1\n", "line 3: the key 'train' stands there twice"),
+        ("train:\n  steps: 3\n  seed: 1\n  steps: 4\n", "line 4: the key 'steps' stands there twice"),
+        ("stages: [{name: sft, train: {steps: 1, steps: 2}}]\n", "line 1: the key 'steps' stands there twice"),
+        ("train:\n  steps: 010\n", "line 2: 010 would be read as another number"),
+        ("train:\n  steps: 1:30\n", "line 2: 1:30 would be read as another number"),
+        ("train:\n  seed: 3.0\n", "train.seed"),
+        ("train:\n  seed: '3'\n", "train.seed"),
+        ("train:\n  seed: true\n", "train.seed"),
+        ("train:\n  learning_rate: true\n", "train.learning_rate: should be a number, not true or false"),
+        ("sample:\n  seeds: [1, 2.0]\n", "sample.seeds.1"),
+    ],
+)
+def test_what_yaml_takes_in_silence_and_nobody_means_is_refused(tmp_path, text, words):
+    with pytest.raises(ConfigError) as refused:
+        load_config(write(tmp_path, text + GOOD))
+    assert words in str(refused.value) and str(refused.value).startswith(str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize("override", ["train.steps=010", "train={steps: 1, steps: 2}", "train.seed=true"])
+def test_an_override_is_read_as_strictly(tmp_path, override):
+    with pytest.raises(ConfigError, match=r"train|override"):
+        load_config(write(tmp_path, GOOD), [override])
+
+
+def test_numbers_are_taken_as_people_write_them(tmp_path):
+    """YAML 1.1 takes 1e-4, without a point, for a text."""
+    config = load_config(write(tmp_path, GOOD), ["train.learning_rate=1e-4", "train.weight_decay=1", "train.seed=0x10"])
+    assert (config.train.learning_rate, config.train.weight_decay, config.train.seed) == (1e-4, 1.0, 16)
+
+
+def test_paths_mean_the_same_wherever_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    places = ["output.dir=~/out", "data.videos=clips/../videos", "pairs.folder=~/pairs", "model.lora=[~/a, b]"]
+    config = load_config(write(tmp_path, GOOD), places)
+    home = tmp_path / "home"
+    assert (config.output.dir, config.pairs.folder) == (home / "out", home / "pairs")
+    assert config.data.videos == tmp_path / "videos" and config.model.lora == (home / "a", tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"output.dir: .*nobody-of-that-name"):
+        load_config(write(tmp_path, GOOD), ["output.dir=~nobody-of-that-name/x"])

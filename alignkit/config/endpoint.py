@@ -6,9 +6,9 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, model_validator
 
-from alignkit.config.sections import Count, NonNegative, Positive, Section
+from alignkit.config.sections import Count, NonNegative, Number, Positive, Section
 
-Seconds = Annotated[float, Field(gt=0.0)]
+Seconds = Annotated[Number, Field(gt=0.0)]
 
 QUESTION = """Both videos were made for the same prompt: {prompt}
 Which of the two is better? Weigh, in this order:
@@ -39,7 +39,7 @@ class EndpointSection(Section):
     timeout_s: Seconds = Field(120.0, description="for one answer, from connecting to its last byte")
     retries: Count = Field(5, description="of a question that fails; the waits double, from a second to a minute")
     at_once: Positive = Field(4, description="comparisons in flight; each has one question open at a time")
-    budget: Annotated[float, Field(gt=0.0)] | None = Field(
+    budget: Annotated[Number, Field(gt=0.0)] | None = Field(
         None, description="what one ranking, or round of a stage, may spend, in the prices' currency; null: no limit"
     )
     price_in: NonNegative | None = Field(None, description="of a million tokens; null: the cost is not known")

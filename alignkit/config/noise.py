@@ -1,12 +1,11 @@
 """At which states pairs are compared, what videos are sampled for training, and the model compared with."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from alignkit.config.sections import Count, NonNegative, Positive, Section, Seed
+from alignkit.config.sections import Count, NonNegative, Number, Place, Positive, Section, Seed
 
 HIGH_NOISE = (0.75, 0.95)
 """t ∈ [750, 950] of 1000, which nearly matches the whole range in LPO's ablation (arXiv 2502.01051)."""
@@ -47,7 +46,7 @@ class NoiseSection(Section):
     )
     guided: bool = Field(False, description="train the guided prediction instead of the conditional one")
     inversion_guidance: NonNegative = Field(1.0, description="above 1 inversion drifts: what it undoes is amplified")
-    max_inversion_error: Annotated[float, Field(gt=0)] | None = Field(
+    max_inversion_error: Annotated[Number, Field(gt=0)] | None = Field(
         None, description="relative round-trip error from which a pair is flagged and counted"
     )
 
@@ -89,10 +88,10 @@ class NoiseSection(Section):
 class RolloutSection(Section):
     """Videos sampled for training, `alignkit rollout`; null: as in `sample`."""
 
-    folder: Path | None = Field(None, description="where they are, to be shared by runs; null: output.dir/rollouts")
+    folder: Place | None = Field(None, description="where they are, to be shared by runs; null: output.dir/rollouts")
     per_prompt: Positive = Field(4, description="videos sampled for each prompt, from different noise")
     seed: Seed = 0
-    round: Annotated[int, Field(ge=0, lt=2**31 - 1)] = Field(
+    round: Annotated[int, Field(ge=0, lt=2**31 - 1, strict=True)] = Field(
         0, description="which rollouts of these prompts: another round starts from other noise"
     )
     solver: Literal["model", "first_order"] = Field(
@@ -129,9 +128,9 @@ class ReferenceSection(Section):
         "cache-reference computed; ema: a second model that follows it; sync: one set equal to it now and then; "
         "auto: adapter where there is one, else copy",
     )
-    cache: Path | None = Field(None, description="folder of the cached errors; null: output.dir/reference")
+    cache: Place | None = Field(None, description="folder of the cached errors; null: output.dir/reference")
     every: Positive = Field(1, description="with ema and sync: steps from one move of the reference to the next")
-    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.99, description="with ema: what is kept at each move")
+    decay: Annotated[Number, Field(ge=0.0, lt=1.0)] = Field(0.99, description="with ema: what is kept at each move")
     from_: Literal["stage", "base"] = Field(
         "stage", alias="from", description="in a chain: what the stage starts from, or the model under all stages"
     )

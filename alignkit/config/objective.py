@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from alignkit.config.sections import Fraction, NonNegative, Section
+from alignkit.config.sections import Fraction, NonNegative, Number, Section
 
 _PREFERENCE = {"beta": 5000.0, "beta_min": 50.0, "beta_max": 5000.0, "loser_safeguard": None, "weight_sft": 0.0}
 _SMOOTHED = _PREFERENCE | {"label_smoothing": 0.0}
@@ -45,13 +45,13 @@ class ObjectiveSection(Section):
 
     name: Literal[*OBJECTIVES] = "local_dpo"  # type: ignore[valid-type]
     beta: Annotated[float | Literal["auto"], BeforeValidator(_beta)] = Field(5000.0, description="a number, or auto")
-    beta_min: Annotated[float, Field(gt=0)] = Field(50.0, description="with beta: auto, the lowest it may get")
-    beta_max: Annotated[float, Field(gt=0)] = Field(5000.0, description="the highest, and what it starts from")
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(0.0, description="share of swapped labels")
+    beta_min: Annotated[Number, Field(gt=0)] = Field(50.0, description="with beta: auto, the lowest it may get")
+    beta_max: Annotated[Number, Field(gt=0)] = Field(5000.0, description="the highest, and what it starts from")
+    label_smoothing: Annotated[Number, Field(ge=0.0, lt=0.5)] = Field(0.0, description="share of swapped labels")
     loser_safeguard: Fraction | None = Field(
         None, description="μ: holds the loser's gradient back where it would raise the winner's error; null: off"
     )
-    poly_alpha: Annotated[float, Field(ge=-1)] = Field(1.0, description="α of Poly-DPO; 0 is plain dpo")
+    poly_alpha: Annotated[Number, Field(ge=-1)] = Field(1.0, description="α of Poly-DPO; 0 is plain dpo")
     guard_weight: NonNegative = Field(1.0, description="of the winner's error in the guard, times a power of a")
     guard_exponent: NonNegative = Field(2.0, description="that power; 0: the same guard at every noise level")
     strength_range: tuple[float, float] = (0.75, 0.90)

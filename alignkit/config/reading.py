@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from alignkit.config.noise import READERS
 from alignkit.config.whole import Config
+from alignkit.config.yaml_text import read_yaml
 from alignkit.errors import ConfigError
 
 
@@ -26,7 +27,9 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path.read_text())
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -104,7 +107,9 @@ def _apply(tree: dict, override: str) -> None:
     if not separator or not all(parts):
         raise ConfigError(f"override {override!r}: expected section.key=value, for example train.steps=20")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: {str(error).partition(': ')[2]}") from None
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
     for part in parts[:-1]:

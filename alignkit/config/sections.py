@@ -1,15 +1,34 @@
 """The sections of a configuration that concern models, data, training and evaluation."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**64)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+
+def _expanded(path: Path) -> Path:
+    try:
+        return Path(os.path.abspath(path.expanduser()))
+    except RuntimeError as error:  # ~nobody
+        raise ValueError(str(error)) from None
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**64, strict=True)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+"""YAML 1.1 takes 1e-4 for a text, so texts of numbers are taken."""
+Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[Number, Field(ge=0.0)]
+Place = Annotated[Path, AfterValidator(_expanded)]
+"""A file or folder: with ~ expanded, and absolute, so that it means the same wherever it is read."""
 Family = Literal["wan", "cogvideox"]
 """Known to `alignkit.models`, which this module cannot ask without loading diffusers."""
 
@@ -28,24 +47,24 @@ class ModelSection(Section):
     attention: Literal["auto", "flash_3", "flash", "cudnn", "native_flash", "xformers", "native"] = Field(
         "auto", description="auto: the best that runs here; a named one that does not is an error"
     )
-    lora: tuple[Path, ...] = Field((), description="LoRA folders to merge into the weights, in this order")
+    lora: tuple[Place, ...] = Field((), description="LoRA folders to merge into the weights, in this order")
     max_sequence_length: Positive = Field(512, description="text tokens that the network attends to, padding included")
 
 
 class DataSection(Section):
     """Real videos, which become the winners; or pairs of videos that are ranked already."""
 
-    videos: Path | None = Field(None, description="folder of videos with captions")
-    pairs: Path | None = Field(None, description="instead: JSONL, CSV or parquet with prompt, chosen, rejected")
-    prompts: Path | None = Field(None, description="of alignkit rollout: .txt, a prompt a line, or a captions file")
-    rollouts: Path | None = Field(None, description="folder of rollouts that data.pairs names by their numbers")
-    heldout_pairs: Path | None = Field(None, description="the same to evaluate on; null: a share of data.pairs")
-    captions: Path | None = Field(None, description="captions file, if it does not lie in the folder")
+    videos: Place | None = Field(None, description="folder of videos with captions")
+    pairs: Place | None = Field(None, description="instead: JSONL, CSV or parquet with prompt, chosen, rejected")
+    prompts: Place | None = Field(None, description="of alignkit rollout: .txt, a prompt a line, or a captions file")
+    rollouts: Place | None = Field(None, description="folder of rollouts that data.pairs names by their numbers")
+    heldout_pairs: Place | None = Field(None, description="the same to evaluate on; null: a share of data.pairs")
+    captions: Place | None = Field(None, description="captions file, if it does not lie in the folder")
     height: Positive = 480
     width: Positive = 832
     num_frames: Positive = 81
-    fps: Annotated[float, Field(gt=0)] | None = Field(None, description="resample to this rate; null: as filmed")
-    heldout: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.1, description="share of the clips kept for evaluation")
+    fps: Annotated[Number, Field(gt=0)] | None = Field(None, description="resample to this rate; null: as filmed")
+    heldout: Annotated[Number, Field(gt=0.0, lt=1.0)] = Field(0.1, description="share of the clips kept for evaluation")
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSection":
@@ -63,7 +82,7 @@ class DataSection(Section):
 class MaskSection(Section):
     """Random closed regions (arXiv 2601.04068): see alignkit.localdpo.masks."""
 
-    files: Path | None = Field(None, description="folder of your own masks by video name, instead of random ones")
+    files: Place | None = Field(None, description="folder of your own masks by video name, instead of random ones")
     shape: Literal["bezier", "rectangle"] = "bezier"
     blobs: tuple[Positive, Positive] = (1, 5)
     moving: Fraction = Field(0.5, description="probability that a blob moves; 0: the first frame's mask for all")
@@ -90,7 +109,7 @@ class MaskSection(Section):
 class PairsSection(Section):
     """How losers are made from winners."""
 
-    folder: Path | None = Field(None, description="where the pairs are, to be shared by runs; null: output.dir/pairs")
+    folder: Place | None = Field(None, description="where the pairs are, to be shared by runs; null: output.dir/pairs")
     seed: Count = 0
     per_clip: Positive = Field(1, description="pairs made from each clip, with different masks and noise")
     num_inference_steps: Positive = 50
@@ -133,7 +152,7 @@ class TrainSection(Section):
     warmup_steps: Count = 0
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: NonNegative = 1e-3
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
     global_batch_size: Positive = Field(128, description="pairs per step, over all processes")
     micro_batch_size: Positive = Field(1, description="pairs per forward on one process")
     gradient_checkpointing: bool = True
@@ -166,10 +185,10 @@ class EvaluationSection(Section):
     """Held-out pairs are scored with fixed keys at these points of the inference schedule (0: pure noise)."""
 
     seed: Count = 0
-    positions: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = Field((0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
+    positions: tuple[Annotated[Number, Field(ge=0.0, lt=1.0)], ...] = Field((0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
     draws: Positive = Field(1, description="noises per pair and position")
     batch_size: Positive = 16
 
 
 class OutputSection(Section):
-    dir: Path
+    dir: Place

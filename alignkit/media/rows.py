@@ -43,6 +43,19 @@ def read_table(file: Path, what: str, suffixes: tuple[str, ...], columns: tuple[
     return _csv(file, what, text) if suffix == ".csv" else _json_lines(text)
 
 
+class _Twice(Exception):
+    """A key that stands twice in one JSON object."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Twice(key)
+        found[key] = value
+    return found
+
+
 def _json_lines(text: str) -> Table:
     rows: list[tuple[int, dict[str, Any] | str]] = []
     columns: dict[str, None] = {}
@@ -50,7 +63,9 @@ def _json_lines(text: str) -> Table:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_each_once)
+        except _Twice as error:
+            row = f"holds the key {str(error)!r} twice; keep one"
         except (ValueError, RecursionError) as error:
             row = f"is not JSON ({error})"
         else:
@@ -72,6 +87,7 @@ def is_unicode(text: str) -> bool:
 
 
 def _csv(file: Path, what: str, text: str) -> Table:
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # 131,072 characters unless told
     # Not text.splitlines(), which divides a line at characters that a prompt may hold.
     reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:

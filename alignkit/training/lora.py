@@ -1,6 +1,7 @@
 """Low-rank adapters instead of all weights (arXiv 2106.09685), by peft as diffusers carries it."""
 
 import math
+import re
 
 import torch
 from peft import LoraConfig
@@ -18,8 +19,16 @@ def add_lora(transformer: nn.Module, section: LoraSection, seed: int) -> dict[st
 
     B starts at zero, so the network's output is the base's, bit for bit; A is drawn from `seed`, the same on every
     process, as peft draws it (arXiv 2106.09685: Kaiming's uniform). Returns the adapters' initial values by name, fp32
-    on CPU: in the network they are rounded to its dtype. Raises ConfigError when no layer has such a name.
+    on CPU: in the network they are rounded to its dtype. Raises ConfigError for a target that no
+    layer is called.
     """
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d)]
+    for target in section.targets:  # peft asks that any of them matches
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            known = sorted({re.sub(r".*?(\w+(\.\d+)?)$", r"\1", name) for name in layers if ".attn" in name})
+            raise ConfigError(
+                f"train.lora.targets: no layer that can have adapters is called {target!r}; of attention there are {', '.join(known)}"
+            )
     transformer.requires_grad_(False)
     settings = LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=list(section.targets))
     try:
