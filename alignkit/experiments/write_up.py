@@ -70,10 +70,7 @@ def write_up(plan: Plan, out: Path, chosen: dict[str, str]) -> Path:
         "",
         *_differences(plan, rows),
         "",
-        "## After fewer steps",
-        "",
-        *_curve_table(plan, rows),
-        "",
+        *(["## After fewer steps", "", *_curve_table(plan, rows), ""] if plan.curve_steps else []),
         f"## Everything that was tried, seed {plan.seeds[0]}, validation prompts",
         "",
         *_search_table(plan, rows, chosen),
@@ -254,8 +251,10 @@ def _plots(plan: Plan, out: Path, folder: Path, rows: list[dict], chosen: dict[s
     matplotlib.use("Agg")
     _samples(plan, out, folder / "samples.png", chosen)
     _dots(plan, folder / "measures.png", rows)
-    _convergence(plan, folder / "convergence.png", rows)
     _curves(plan, out, folder / "curves.png", chosen)
+    if not plan.curve_steps:
+        return ["samples.png", "measures.png", "curves.png"]
+    _convergence(plan, folder / "convergence.png", rows)
     return ["samples.png", "measures.png", "convergence.png", "curves.png"]
 
 
@@ -277,7 +276,7 @@ def _dots(plan: Plan, file: Path, rows: list[dict]) -> None:
     for panel, name in zip(panels.flat, names, strict=True):
         heading, _, factor = COLUMNS[name]
         for place, arm in enumerate(plan.arms):
-            values = [row[name] * factor for row in _of(rows, arm, "test")]
+            values = [row[name] * factor for row in _of(rows, arm, "test") if name in row]
             panel.plot(values, [place] * len(values), "o", color=f"C{place}", alpha=0.8)
         base = [row[name] * factor for row in _of(rows, plan.arms[0], "test")]
         if base:

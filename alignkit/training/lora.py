@@ -22,12 +22,14 @@ def add_lora(transformer: nn.Module, section: LoraSection, seed: int) -> dict[st
     on CPU: in the network they are rounded to its dtype. Raises ConfigError for a target that no
     layer is called.
     """
-    layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d)]
+    kinds = nn.Linear | nn.Embedding | nn.Conv3d
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, kinds)]
     for target in section.targets:  # peft asks that any of them matches
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             known = sorted({re.sub(r".*?(\w+(\.\d+)?)$", r"\1", name) for name in layers if ".attn" in name})
             raise ConfigError(
-                f"train.lora.targets: no layer that can have adapters is called {target!r}; of attention there are {', '.join(known)}"
+                f"train.lora.targets: no layer that can have adapters is called {target!r}; of attention there are "
+                f"{', '.join(known)}"
             )
     transformer.requires_grad_(False)
     settings = LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=list(section.targets))
