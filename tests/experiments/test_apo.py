@@ -37,6 +37,7 @@ TINY = Plan(
     curve_steps=(),
     rollouts=2,
     method="apo",
+    title="Diffusion-APO",
     store_settings=STORES,
     against=("shared",),
     blind=("shared", "path"),
