@@ -62,7 +62,8 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": copy.deepcopy(PRESETS[config.deepspeed.preset]),
         "zero_force_ds_cpu_optimizer": False,  # else offload refuses any optimizer but DeepSpeed's own
-        "bf16": {"enabled": working_dtype(config.model, process.device) == torch.bfloat16},
+        # whose default differs between DeepSpeed's versions; without it a gradient that is not finite is applied
+        "bf16": {"enabled": working_dtype(config.model, process.device) == torch.bfloat16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},  # 16 micro-batches added up in bf16 are off by half a percent
         "steps_per_print": None,
     }
