@@ -82,5 +82,8 @@ def _conclude(config: Config) -> None:
     total = sum(summary["seconds"].values())
     say(f"alignment {VERDICTS[summary['verdict']]}, {total:.0f} s, {summary['peak_memory_gb']:.1f} GB at most")
     say(f"report:  {config.output.dir / 'report.html'}")
-    pipeline = json.loads((config.output.dir / "export/model_index.json").read_text())["_class_name"]
-    say(f"model:   {config.output.dir / 'export'}  ({pipeline}.from_pretrained loads it)")
+    index = config.output.dir / "export" / "model_index.json"
+    loads = "pipeline.load_lora_weights loads its adapters"
+    if index.exists():
+        loads = f"{json.loads(index.read_text())['_class_name']}.from_pretrained loads it"
+    say(f"model:   {index.parent}  ({loads})")

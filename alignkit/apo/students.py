@@ -1,14 +1,11 @@
 """Pairs for a few-step student: what its teacher sampled, alone or beside what the student made of the same noise."""
 
-from dataclasses import replace
-
 import torch
-from torch import Tensor
 
 from alignkit.config import Config, RolloutSection, Sampler
 from alignkit.errors import ConfigError, DataError
 from alignkit.media.captions import Problem
-from alignkit.models import VideoModel, load_model, working_dtype
+from alignkit.models import VideoModel, family_module, load_model, working_dtype
 from alignkit.schedules import common_rows
 from alignkit.stores.blocks import build_store
 from alignkit.stores.folders import pairs_folder, stored_dtype
@@ -29,8 +26,16 @@ def teacher_config(config: Config) -> Config:
 
 
 def teacher_rows(config: Config, model: VideoModel) -> tuple[int, ...]:
-    """The rows of the teacher's schedule at which the student's steps are. Raises ConfigError where one is none."""
-    few, many = config.student.num_inference_steps, teacher_config(config).sampler.num_steps
+    """The rows of the teacher's schedule at which the student's steps are.
+
+    Raises ConfigError where one is none, for steps that diffusers would not walk as the student is trained to, and for
+    guidance that the family does not know.
+    """
+    sampler = teacher_config(config).sampler
+    few, many = config.student.num_inference_steps, sampler.num_steps
+    if sampler.dynamic:
+        family_module(model.family).dynamic_guidance(sampler.guidance, 0, many)
+    model.few_step_scheduler(few)
     rows = common_rows(model.schedule(few), model.schedule(many))
     if rows is None:
         fits = [n for n in range(2, 101) if n > few and common_rows(model.schedule(few), model.schedule(n))]
@@ -56,7 +61,7 @@ def build_taught(
 
     With a `student`, each of its rollouts is the loser beside the teacher's from the same noise; without, a pair is the
     teacher's rollout alone, on both sides. Winners have the teacher's states at `rows` of its schedule, as rows 0, 1, …
-    of the student's, and the next ones. sampler: the teacher's.
+    of the student's. sampler: the teacher's.
 
     Raises DataError for rollouts of the two that are not of the same noise, for a teacher's without those states, and
     where no pair can be used.
@@ -127,22 +132,17 @@ def _pair(model: VideoModel, winner: Rollout, rows: tuple[int, ...], loser: Roll
     return Pair(
         number, f"{source} over the student's", winner.prompt, text, winner.latents, loser.latents,
         model.region_layout(mask), origin_w=winner.origin, origin_l=loser.origin,
-        path_rows=own, path_w=path, path_l=replace(loser.path, following=_next(loser.path.states, loser.latents)),
+        path_rows=own, path_w=path, path_l=loser.path,
     )  # fmt: skip
 
 
 def taught_path(rollout: Rollout, rows: tuple[int, ...]) -> Trajectory:
-    """The teacher's states at `rows`, each with the next one behind it. Raises DataError where one was not kept."""
+    """The teacher's states at `rows`. Raises DataError where one was not kept."""
     held = {} if rollout.path is None else dict(zip(rollout.path_rows, rollout.path.states, strict=True))
     missing = [row for row in rows if row not in held]
     if missing:
         raise DataError(f"rollout {rollout.id} of the teacher holds no state at its step {missing[0]}; sample it again")
-    states = torch.stack([held[row] for row in rows])
-    return Trajectory(states, _next(states, rollout.latents))
-
-
-def _next(states: Tensor, video: Tensor) -> Tensor:
-    return torch.cat([states[1:], video[None]])
+    return Trajectory(torch.stack([held[row] for row in rows]))
 
 
 def _unusable(pair: Pair) -> str | None:

@@ -68,6 +68,7 @@ STAGES = (
     "{name: online, rollout: {per_prompt: 4}, online: {every: 14, prompts: 24}, train: {steps: 27}}"
 )
 DISTILL = "{name: distill, rollout: {per_prompt: 1}}"
+LONGER = "{name: distill, rollout: {per_prompt: 1}, train: {steps: 160}}"
 CORRECT = "{{name: drift_correction, rollout: {{per_prompt: 1}}, student: {}, online: {{every: 40}}}}"
 ARMS = (
     Arm("base", "base", None),
@@ -80,9 +81,10 @@ ARMS = (
     _arm("adaptive", "DPO, path, adaptive t", _dpo("path", "noise.timesteps=adaptive")),
     _arm("high_noise", "DPO, path, high noise alone", _dpo("path", "noise.interval=high_noise")),
     _arm("rejection", "SFT on the best rollouts", ("objective={name: sft}", "noise.source=shared")),
-    _arm("grpo", "group-relative policy gradient", _dpo("shared"), how="grpo"),
+    _arm("grpo", "policy gradient, no SFT beside it", _dpo("shared"), how="grpo"),
     _arm("chain", "offline, half-online, online", _chain(STAGES, "noise.anchor=shared", RANKER), how="chain"),
     _arm("student", "student, 4 steps", _chain(DISTILL), how="chain"),
+    _arm("longer", "student, as many steps again", _chain(LONGER), how="chain"),
     _arm("corrected", "student, drift corrected", _chain(f"{DISTILL}, {CORRECT.format('{ratio: 5}')}"), how="chain"),
     _arm("beside", "student beside its teacher", _chain(f"{DISTILL}, {CORRECT.format('{weight: 50}')}"), how="chain"),
 )

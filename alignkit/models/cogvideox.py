@@ -107,7 +107,10 @@ class CogVideoXModel(ModelFolder):
         return CogVideoXDDIMScheduler.from_config(self.scheduler.config)
 
     def few_step_scheduler(self, num_steps: int) -> CogVideoXDDIMScheduler:
-        """DDIM, also in the place of a folder's DPM."""
+        """DDIM, also in the place of a folder's DPM. Raises ConfigError for steps that it does not walk row by row."""
+        reason = self.first_order(num_steps)
+        if reason:
+            raise ConfigError(f"student.num_inference_steps: {reason}; take a number that divides 1000: 2, 4, 5 or 8")
         return self.new_scheduler()
 
     def schedule(self, num_steps: int) -> Schedule:

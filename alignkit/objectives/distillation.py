@@ -15,30 +15,44 @@ from alignkit.models import VideoModel
 from alignkit.objectives.laws import Law
 from alignkit.objectives.states import States
 from alignkit.schedules import split_states
-from alignkit.stores.pairs import PairBatch
+from alignkit.stores.pairs import PairBatch, Side
 from alignkit_kernels import PathState
+
+
+def with_next_steps(law: Law, batch: PairBatch, epochs: Tensor) -> PairBatch:
+    """`batch` with x̂0 of a step in the place of each side's video, where the side has states: at the row of the
+    student's schedule that the law draws for the pair in `epochs`, int64 [B], from the state there to the next one.
+
+    With the state as the input an objective's target is then the student's, and its noise, which state and x̂0 imply, ε̂.
+    Sides have states at all rows of the schedule; the last one's next is the video itself.
+    """
+    assert batch.side_w is not None and batch.side_l is not None and batch.path_rows is not None
+    points = law.draw(batch.ids, epochs, batch.path_rows)
+    assert points.rows is not None
+    ends = torch.stack([law.schedule.coefficients[points.rows + step, :2] for step in (0, 1)], dim=1)
+
+    def aimed(videos: Tensor, side: Side) -> Tensor:
+        if not all(side.paths):
+            return videos
+        rows = zip(side.paths, videos, points.rows.tolist(), strict=True)
+        both = [(path.states[row], (*path.states, video.cpu())[row + 1]) for path, video, row in rows]
+        here, there = (torch.stack(states).to(videos.device) for states in zip(*both, strict=True))
+        return split_states(here, there, ends)[0]
+
+    return replace(batch, winner=aimed(batch.winner, batch.side_w), loser=aimed(batch.loser, batch.side_l))
 
 
 def distillation_states(
     model: VideoModel, law: Law, batch: PairBatch, epochs: Tensor, dtype: torch.dtype
 ) -> tuple[PairBatch, States]:
     """The winners' states, which their teacher visited, at a step that the law draws for each pair in `epochs`, int64
-    [B]; and the batch with x̂0 in the winners' place, so that `supervised_loss` has the student's target.
-
-    Winners must have states, and those of the next of the student's steps behind them. A state's noise is the one that
-    it and x̂0 imply, which is ε̂.
-    """
-    assert batch.side_w is not None and batch.path_rows is not None
-    points = law.draw(batch.ids, epochs, batch.path_rows)
-    assert points.rows is not None
-    column = (batch.path_rows == points.rows[:, None]).long().argmax(dim=1).tolist()
-    device = batch.winner.device
-    here, there = (
-        torch.stack([getattr(path, name)[i] for path, i in zip(batch.side_w.paths, column, strict=True)]).to(device)
-        for name in ("states", "following")
-    )
-    ends = torch.stack([law.schedule.coefficients[points.rows + step, :2] for step in (0, 1)], dim=1)
-    clean, _ = split_states(here, there, ends)
+    [B]; and the batch with x̂0 in the winners' place, so that `supervised_loss` has the student's target."""
+    taught = with_next_steps(law, batch, epochs)
+    assert batch.side_w is not None
+    points, device = law.draw(batch.ids, epochs, batch.path_rows), batch.winner.device
+    here = torch.stack(
+        [path.states[row] for path, row in zip(batch.side_w.paths, points.rows.tolist(), strict=True)]
+    ).to(device)
     states = States(
         inputs=here.to(dtype),
         timesteps=points.timesteps.to(device, torch.float32),
@@ -48,4 +62,4 @@ def distillation_states(
         weight=points.weight,
         rows=points.rows,
     )
-    return replace(batch, winner=clean), states
+    return taught, states

@@ -52,8 +52,8 @@ on pairs held out from training, and on videos that both generate from the same 
 def _lesson(run: Run) -> str:
     if _objective(run) == OBJECTIVES["sft"]:
         return "from the winners of its pairs alone"
-    if len(_stages(run)) > 1:
-        return "in one stage after the other"
+    if _stages(run):
+        return "in one stage after the other" if len(_stages(run)) > 1 else f"by {_objective(run)}"
     if run.brought_pairs:
         return "to prefer the better one of two videos, as they were ranked"
     return "to prefer real videos to copies of them in which it had redrawn random regions itself, without any labels"

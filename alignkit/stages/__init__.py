@@ -48,6 +48,11 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
         }
         if entry.student and entry.name not in STUDENTS:
             raise ConfigError(f"{where}: student: is read by {' and '.join(STUDENTS)} alone; leave it out")
+        earlier = [name for name, _ in stages if name in STUDENTS]
+        if earlier and entry.name not in STUDENTS:
+            raise ConfigError(
+                f"{where}: a student, which {earlier[0]} makes, is trained further by drift_correction alone"
+            )
         around = config.model_copy(update={"student": config.student.model_copy(update=entry.student)})
         own = merged(STAGES[entry.name](around), entry.model_dump(exclude={"name"}))
         stage = changed(config.model_copy(update={"stages": None}), merged(own, places), where)

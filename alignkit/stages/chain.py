@@ -1,5 +1,6 @@
 """Runs a chain of stages, or what is left of it."""
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ def run_chain(config: Config, process: Process) -> bool:
     before: Path | None = None
     taught: Taught | None = None
     for number, (name, stage) in enumerate(stages, 1):
+        begun = time.monotonic()
         if process.main:
             say(f"stage {number} of {len(stages)}: {name}")
         supply = None
@@ -47,8 +49,10 @@ def run_chain(config: Config, process: Process) -> bool:
         link = Link(before, export_folder(config) if last else None, few and few.num_steps)
         if not train(stage, process, link, supply):
             return False
+        if process.main:
+            say(f"stage {name} took {time.monotonic() - begun:.0f} s")
         if name == "distill":
-            taught = Taught(stage.output.dir, before)
+            taught = Taught(stage, before)
         before = train_folder(stage)
     return True
 
@@ -72,7 +76,7 @@ def check_supplies(stages: list[tuple[str, Config]]) -> None:
         _supply_of(name, stage, "", taught)
         if name not in STUDENTS and stage.ranker.by != PEOPLE:
             open_ranker(stage.ranker, stage.output.dir)
-        taught = Taught(stage.output.dir, None) if name == "distill" else taught
+        taught = Taught(stage, None) if name == "distill" else taught
 
 
 def makes_pairs(stage: Config) -> bool:
@@ -89,9 +93,9 @@ def build_own_pairs(config: Config, process: Process) -> None:
 
 @dataclass(frozen=True)
 class Taught:
-    """A distill stage that is over: its folder, and the training folder of what it began with, None for the base."""
+    """A distill stage that is over, and the training folder of what it began with, None for the base."""
 
-    folder: Path
+    stage: Config
     before: Path | None
 
 
@@ -104,5 +108,5 @@ def _supply_of(name: str, stage: Config, start: str, taught: Taught | None) -> R
     if name == "distill":
         return distillation_of(stage, start)
     if name == "drift_correction":
-        return correction_of(stage, start, taught and taught.folder, taught and taught.before)
+        return correction_of(stage, start, taught and taught.stage, taught and taught.before)
     return rounds_of(name, stage, start)

@@ -56,13 +56,21 @@ class Made:
 class Rounds:
     """A supply of training pairs (`alignkit.training.supply`); what is made of a round's rollouts is a subclass's.
 
-    start: what tells the weights that the stage starts from. given: what else the pairs depend on, for JSON.
+    start: what tells the weights that the stage starts from. given: what else the pairs depend on, for JSON. unread:
+    sections that they do not depend on.
     """
 
-    def __init__(self, config: Config, prompts: list[str], start: str, given: object = None):
+    def __init__(
+        self,
+        config: Config,
+        prompts: list[str],
+        start: str,
+        given: object = None,
+        unread: tuple[str, ...] = ("student",),
+    ):
         self.config, self.prompts, self.every = config, prompts, config.online.every
         self._stores: dict[int, tuple[PairStore | None, Made]] = {}
-        settings = config.model_dump(mode="json", exclude=FREE)
+        settings = config.model_dump(mode="json", exclude=FREE | dict.fromkeys(unread, True))
         sampler = asdict(config.sampler)  # what is taken from `sample`
         depends = json.dumps([settings, sampler, prompts, start, given], sort_keys=True)
         self._terms = hashlib.sha256(depends.encode()).hexdigest()[:16]

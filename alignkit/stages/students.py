@@ -5,10 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from alignkit.apo.students import build_taught, teacher_config, teacher_rows
-from alignkit.config import Config
-from alignkit.errors import ConfigError
+from alignkit.config import Config, ModelSection, OnlineSection
+from alignkit.errors import ConfigError, DataError
 from alignkit.models import load_model
 from alignkit.objectives.laws import Law, start_law
+from alignkit.objectives.states.checks import sampler_terms
 from alignkit.stages.objective import trained_with
 from alignkit.stages.online import prompts_of
 from alignkit.stages.rounds import ID_STRIDE, Made, Rounds, rollouts_of_round, sample_through
@@ -19,6 +20,7 @@ from alignkit.training.masters import MASTERS
 from alignkit.training.references.copy import release_network, second_network
 from alignkit.training.run import Run
 from alignkit.training.teacher import Teacher
+from alignkit.training.terms import difference
 from alignkit.training.weights import open_start
 
 
@@ -44,6 +46,7 @@ def _on_students_path(config: Config) -> dict:
             "source": "path", "timesteps": "schedule", "path_steps": steps, "interval": None, "path_between": False,
             "guided": False,
         },
+        "train": {"caption_dropout": 0.0},
     }  # fmt: skip
     changes = {
         section: {key: value for key, value in keys.items() if getattr(getattr(config, section), key) != value}
@@ -58,7 +61,9 @@ class Distillation(Rounds):
 
     def __init__(self, config: Config, prompts: list[str], start: str):
         self._teacher = teacher_config(config)
-        super().__init__(config, prompts, start, asdict(self._teacher.sampler))
+        config = config.model_copy(update={"online": OnlineSection(prompts=config.online.prompts)})
+        given = {"teacher": asdict(self._teacher.sampler), "steps": config.student.num_inference_steps}
+        super().__init__(config, prompts, start, given, unread=("student", "ranker"))
         self.every = sys.maxsize
         self._rows = _rows_of(config)
 
@@ -88,7 +93,11 @@ class Correction(Rounds):
 
     def __init__(self, config: Config, prompts: list[str], start: str, taught: Path | None, before: Path | None):
         self._teacher = teacher_config(config)
-        super().__init__(config, prompts, start, asdict(self._teacher.sampler))
+        if taught is None:
+            self._teacher = self._teacher.model_copy(update={"model": _teacher_section(config)})
+        self._early = int(config.student.high_noise_first * config.train.steps)  # steps, whatever train.steps is later
+        given = {"teacher": asdict(self._teacher.sampler), "early": self._early}
+        super().__init__(config, prompts, start, given, unread=("ranker",))
         self._rows, self._taught, self._before = _rows_of(config), taught, before
         self._laws: tuple[Law, ...] = ()
 
@@ -100,8 +109,7 @@ class Correction(Rounds):
                 run.teacher = self._teacher_of(run)
         numbers = super().refresh(run, number)
         run.distils = not student.weight and number % (student.ratio + 1) == student.ratio
-        early = number < student.high_noise_first * self.config.train.steps
-        run.law = self._laws[early and not run.distils]
+        run.few_step, run.law = True, self._laws[number < self._early and not run.distils]
         return numbers | {"distils": int(run.distils)}
 
     def check(self, run: Run, store: PairStore) -> None:
@@ -114,13 +122,23 @@ class Correction(Rounds):
     def sample(self, config: Config, run: Run, prompts: list[str], number: int) -> RolloutStore:
         if self._taught is None:
             self._sample_teacher(run, prompts)
+        on_main(run.process, self._teachers_rollouts)  # said before the student samples
         return super().sample(config, run, prompts, number)
 
     def rank(self, config: Config, run: Run, rollouts: RolloutStore, number: int) -> Made:
-        teacher = RolloutStore(self._teacher_folder)
+        teacher = self._teachers_rollouts()
         first, sampler = number * ID_STRIDE, self._teacher.sampler
         count = build_taught(config, run.process.device, teacher, self._rows, rollouts, first, sampler)
         return Made(count, len(rollouts) - count, len(rollouts))
+
+    def _teachers_rollouts(self) -> RolloutStore:
+        try:
+            return RolloutStore(self._teacher_folder)
+        except DataError as error:
+            raise DataError(
+                f"{self._teacher_folder}: the teacher's rollouts, beside which the student is put, cannot be read; put "
+                f"the folder back, or start again in another output.dir ({error})"
+            ) from None
 
     @property
     def _teacher_folder(self) -> Path:
@@ -129,13 +147,38 @@ class Correction(Rounds):
         return rollouts_of_round(self._taught, 0)
 
     def _sample_teacher(self, run: Run, prompts: list[str]) -> None:
+        name, made = on_main(run.process, self._name_and_whether_made)
+        if made:
+            return
         teacher = self._teacher_of(run)
-        name = on_main(run.process, teacher.model.fingerprint)  # reads all weights: once is enough
         try:
             sample_through(teacher.network, self._teacher, run, prompts, self._teacher_folder, name, self._rows)
         finally:
             if run.teacher is None:
                 release_network(teacher.network)
+
+    def _name_and_whether_made(self) -> tuple[str, bool]:
+        """The fingerprint of a teacher from elsewhere, which reads all of its weights, and whether its rollouts are
+        there. Raises DataError where they are another teacher's, or sampled otherwise."""
+        model = load_model(self._teacher.model, with_transformer=False, with_encoders=False)
+        name = model.fingerprint()
+        try:
+            info = RolloutStore(self._teacher_folder).info
+        except DataError:
+            return name, False
+        rollout = self._teacher.rollout
+        wanted = sampler_terms(self._teacher, model) | {
+            "network": name,
+            **{key: getattr(rollout, key) for key in ("per_prompt", "seed", "round")},
+            "states": {"source": "path", "rows": list(self._rows), "path_between": False},
+        }
+        changed = difference({key: info.made.get(key, info.model) for key in wanted}, wanted)
+        if changed:
+            raise DataError(
+                f"{self._teacher_folder}: its rollouts were sampled with {changed}; put it back, or delete that "
+                "folder and the rounds beside it"
+            )
+        return name, True
 
     def _teacher_of(self, run: Run) -> Teacher:
         """The run's, or one to be released by who asked; every process calls this."""
@@ -143,12 +186,17 @@ class Correction(Rounds):
             return run.teacher
         config, student = self.config, self.config.student
         if self._taught is None:
-            model = config.model.model_copy(update={"path": student.teacher, "revision": None, "lora": ()})
-            config = config.model_copy(update={"model": model, "train": config.train.model_copy(update={"lora": None})})
+            train = config.train.model_copy(update={"lora": None})
+            config = config.model_copy(update={"model": self._teacher.model, "train": train})
         model = load_model(config.model, with_transformer=False, with_encoders=False)
         start = open_start(config, model, self._before / MASTERS if self._before else None)
         network = second_network(config, run.process, model, start)
         return Teacher(model, network, self._teacher.sampler, self._rows, student.weight)
+
+
+def _teacher_section(config: Config) -> ModelSection:
+    """Of a teacher from elsewhere."""
+    return config.model.model_copy(update={"path": config.student.teacher, "revision": None, "lora": ()})
 
 
 def distillation_of(config: Config, start: str) -> Distillation:
@@ -159,14 +207,57 @@ def distillation_of(config: Config, start: str) -> Distillation:
     return Distillation(config, _prompts("distill", config), start)
 
 
-def correction_of(config: Config, start: str, taught: Path | None, before: Path | None) -> Correction:
-    """Raises ConfigError for a teacher that is not there, or whose steps are not the student's too, and DataError for
-    prompts or videos that cannot be used."""
+def correction_of(config: Config, start: str, taught: Config | None, before: Path | None) -> Correction:
+    """taught: of the chain's distill stage; start: the digest of what this one starts from; before: as of `Correction`.
+
+    Raises ConfigError for a teacher that is not there, whose steps are not the student's too or that is another kind of
+    model, and for settings under which the student's rollouts are not those of the teacher's noise; DataError for
+    prompts or videos that cannot be used.
+    """
+    where = "stage drift_correction"
+    prompts = _prompts("drift_correction", config)
     if taught is None and config.student.teacher is None:
-        raise ConfigError("stage drift_correction: student.teacher: not set, and no stage before this one is distill")
-    if taught is not None and config.student.teacher is not None:
-        raise ConfigError("stage drift_correction: student.teacher: is the one of the chain's distill; leave it out")
-    return Correction(config, _prompts("drift_correction", config), start, taught, before)
+        raise ConfigError(f"{where}: student.teacher: not set, and no stage before this one is distill")
+    if taught is None:
+        _check_teacher(config)
+        return Correction(config, prompts, start, None, before)
+    if config.student.teacher is not None:
+        raise ConfigError(f"{where}: student.teacher: is the one of the chain's distill; leave it out")
+    alike = {"rollout": ("per_prompt", "seed", "round"), "student": ("num_inference_steps", "teacher_steps")}
+    for section, keys in alike.items():
+        for key in keys:
+            own, theirs = (getattr(getattr(stage, section), key) for stage in (config, taught))
+            if own != theirs:
+                raise ConfigError(
+                    f"{where}: {section}.{key}: {own}, and {theirs} in the stage distill; the student stands beside "
+                    "what its teacher made there, so they must be the same"
+                )
+    known = _prompts("distill", taught)
+    if prompts != known[: len(prompts)]:
+        raise ConfigError(
+            f"{where}: online.prompts: its {len(prompts)} prompts are not the first ones of the {len(known)} of the "
+            "stage distill, whose rollouts the student stands beside"
+        )
+    return Correction(config, prompts, start, taught.output.dir, before)
+
+
+def _check_teacher(config: Config) -> None:
+    """Of a teacher from elsewhere; the VAE's files are read."""
+    student, teacher = (
+        load_model(section, with_transformer=False, with_encoders=False)
+        for section in (config.model, _teacher_section(config))
+    )
+    steps = teacher_config(config).sampler.num_steps
+    differs = {
+        "schedule": teacher.schedule(steps).fingerprint != student.schedule(steps).fingerprint,
+        "VAE": teacher.fingerprint("vae") != student.fingerprint("vae"),
+    }
+    for part, other in differs.items():
+        if other:
+            raise ConfigError(
+                f"stage drift_correction: student.teacher: {config.student.teacher} has another {part} than the "
+                f"student, {config.model.path}"
+            )
 
 
 def _prompts(name: str, config: Config) -> list[str]:

@@ -11,7 +11,7 @@ from alignkit.errors import AlignkitError
 from alignkit.models import VideoModel
 from alignkit.objectives.beta import AutoBeta
 from alignkit.objectives.diagnostics import diagnostics, inversion_numbers, signal
-from alignkit.objectives.distillation import distillation_states
+from alignkit.objectives.distillation import distillation_states, with_next_steps
 from alignkit.objectives.laws import SIGNAL, Law, start_law
 from alignkit.objectives.preference import TrainingLoss, preference_loss, supervised_loss
 from alignkit.objectives.states import States, predictions, training_states
@@ -45,7 +45,8 @@ class Run:
 
     starts_apart: the policy does not start where the reference does. since: the step at which `store` became what it
     is; its pairs' epochs are counted from there, and no two steps share one. distils: whether the next step moves the
-    policy along its teacher's paths (`distillation_states`) instead of comparing pairs. teacher: whom it is held to.
+    policy along its teacher's paths (`distillation_states`) instead of comparing pairs. few_step: whether pairs are
+    compared at a few-step student's own targets (`with_next_steps`). teacher: whom it is held to.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Run:
     starts_apart: bool = False
     since: int = 0
     distils: bool = False
+    few_step: bool = False
     teacher: Teacher | None = None
 
     @property
@@ -121,6 +123,8 @@ class Run:
             result, states = self.distillation(batch, epochs)
         else:
             states = self.states(batch, epochs)
+            if self.few_step:
+                batch = with_next_steps(self.law, batch, epochs)
             result = self.loss(batch, states)
         if number == 0 and not self.starts_apart:
             check_first_logits(result.logits)
@@ -129,7 +133,7 @@ class Run:
         numbers = diagnostics(self.config.objective, result, states)
         if self.store.inverted:
             numbers |= inversion_numbers(batch, self.config.noise.max_inversion_error)
-        if hasattr(self.law, "observe") and states.rows is not None and not self.distils:
+        if hasattr(self.law, "observe") and states.rows is not None:
             numbers |= {SIGNAL: signal(result), ROW: states.rows.double()}
         return numbers
 

@@ -7,18 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from alignkit.apo.students import teacher_rows
 from alignkit.config import ModelSection, Sampler, dump_config, load_config
-from alignkit.errors import ConfigError, DataError
+from alignkit.errors import AlignkitError, ConfigError, DataError
 from alignkit.evaluation.samples import sample_latents
 from alignkit.models import family_module, load_model, shipped_model
-from alignkit.objectives.distillation import distillation_states
+from alignkit.objectives.distillation import distillation_states, with_next_steps
 from alignkit.objectives.laws import start_law
 from alignkit.objectives.states import States
 from alignkit.schedules import common_rows, one_step, split_states
-from alignkit.stages import stage_configs
+from alignkit.stages import stage_configs, students
 from alignkit.stages.chain import run_chain
 from alignkit.stages.rounds import rollouts_of_round, round_folder
 from alignkit.stores.pairs import PairStore, collate
@@ -128,7 +128,7 @@ def test_the_teacher_is_what_the_stage_starts_from_sampled_as_usual(run):
     )
     torch.testing.assert_close(again[0], rollouts[0].latents, rtol=1e-4, atol=1e-4)
     pairs = PairStore(round_folder(stage.output.dir, 0) / "pairs" / "train")
-    assert pairs[0].path_rows == (0, 1) and torch.equal(pairs[0].path_w.following[-1], rollouts[0].latents)
+    assert pairs[0].path_rows == (0, 1) and torch.equal(pairs[0].winner, rollouts[0].latents)
     assert torch.equal(pairs[0].path_w.states[1], rollouts[0].path.states[1]) and rollouts[0].path_rows == (0, 2)
 
 
@@ -147,7 +147,7 @@ def test_distilling_trains_towards_the_teachers_next_state(run):
     predicted = family_module("wan").predict(base.transformer, states.inputs, states.timesteps, states.text)
     for i, row in enumerate(states.rows.tolist()):
         path = pairs[i].path_w
-        here, there = path.states[row].double(), path.following[row].double()
+        here, there = (state.double() for state in (*path.states, pairs[i].winner)[row : row + 2])
         (a, s), (b, t) = law.schedule.coefficients[row : row + 2, :2].tolist()
         clean, noise = torch.linalg.solve(
             torch.tensor([[a, s], [b, t]]).double(), torch.stack([here, there]).flatten(1)
@@ -217,8 +217,6 @@ def test_broken_in_a_round_and_resumed_the_student_is_the_same(run, chain, proce
     class Killed(Exception):
         pass
 
-    from alignkit.stages import students
-
     for name, place, count in (("build_taught", students, 1), ("step", Run, 6), ("build_taught", students, 1)):
         calls, real = [], getattr(place, name)
 
@@ -287,9 +285,12 @@ def test_a_student_that_makes_what_its_teacher_does_leaves_nothing_to_compare(ch
     assert metrics_of(config, 0)[0]["loss"] < 1e-9, "and nothing to distil"
 
 
-def test_a_student_from_elsewhere_has_its_teacher_by_name(chain, process, tmp_path):
+def test_a_student_from_elsewhere_has_its_teacher_by_name(chain, process, monkeypatch):
+    opened, real = [], students.second_network
+    monkeypatch.setattr(students, "second_network", lambda *given: opened.append(1) or real(*given))
     config = chain("run", CORRECT, f"student.teacher={shipped_model('wan')}")
     assert run_chain(config, process)
+    assert len(opened) == 1, "of two rounds the first: its rollouts are there then"
     stage = stage_of(config, 0)
     teacher = RolloutStore(stage.output.dir / "teacher")
     assert teacher[0].origin.recipe["network"] == load_model(config.model, with_transformer=False).fingerprint()
@@ -325,6 +326,59 @@ def test_what_a_student_needs_is_said_before_weights_are_read(chain, process, mo
         run_chain(chain("run", stages, *more), process)
 
 
+def test_a_preference_step_has_the_students_own_targets(run):
+    """Of both sides the prediction that takes it to its own next state, not to its video."""
+    stage = stage_of(run, 1)
+    pairs = PairStore(round_folder(stage.output.dir, 0) / "pairs" / "train")
+    base = load_model(stage.model, with_transformer=False, with_encoders=False)
+    law, batch = start_law(stage, base), collate([pairs[0]] * 8)
+    epochs = torch.arange(8)
+    aimed = with_next_steps(law, batch, epochs)
+    rows = law.draw(batch.ids, epochs, batch.path_rows).rows.tolist()
+    assert set(rows) == {0, 1}
+    for i, row in enumerate(rows):
+        a, s, c, d = law.schedule.coefficients[row].tolist()
+        sides = ((aimed.winner, pairs[0].winner, pairs[0].path_w), (aimed.loser, pairs[0].loser, pairs[0].path_l))
+        for clean, video, path in sides:
+            here, there = (*path.states, video)[row : row + 2]
+            noise = (here - a * clean[i]) / s
+            arrived = one_step(here, c * noise + d * clean[i], *law.schedule.coefficients[row : row + 2])
+            torch.testing.assert_close(arrived, there, rtol=0, atol=1e-5)
+            assert torch.allclose(clean[i], video) == (row == 1), "the last step's next state is the video"
+
+
+def test_rounds_around_a_distill_stage_are_not_its_own(chain, process):
+    """It has one, of the teacher's rollouts, however long it trains and however old online pairs may get."""
+    assert run_chain(chain("run", DISTILL, "online={every: 1, staleness: 2, queue: 1}"), process)
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        (
+            f"{DISTILL}, {CORRECT.replace('online', 'rollout: {per_prompt: 2}, online')}",
+            "rollout.per_prompt: 2, and 1 in",
+        ),
+        (
+            f"{DISTILL}, {CORRECT.replace('online', 'rollout: {seed: 3}, online')}",
+            "rollout.seed: 3, and 0 in the stage",
+        ),
+        (f"{DISTILL}, {CORRECT.replace('{ratio: 2}', '{num_inference_steps: 1}')}", "num_inference_steps: 1, and 2 in"),
+        (CORRECT.replace("{ratio: 2}", "{teacher: /no/such/folder}"), "no such folder"),
+        (CORRECT.replace("{ratio: 2}", "{teacher: OTHER}"), "student.teacher: .* has another VAE than the student"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_before_anything_trains(
+    chain, process, monkeypatch, tmp_path, stages, words
+):
+    monkeypatch.setattr("alignkit.stages.chain.train", lambda *_: pytest.fail("trained"))
+    other = shutil.copytree(shipped_model("wan"), tmp_path / "other")
+    weights = next((other / "vae").glob("*.safetensors"))
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(AlignkitError, match=words):
+        run_chain(chain("run", stages.replace("OTHER", str(other))), process)
+
+
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
@@ -332,6 +386,8 @@ def test_what_a_student_needs_is_said_before_weights_are_read(chain, process, mo
         ("{name: distill, objective: {name: dpo}}", r"objective.name: this stage trains with 'sft'"),
         ("{name: drift_correction, noise: {source: shared}}", r"noise.source: this stage trains with 'path'"),
         ("{name: drift_correction, student: {ratio: 2, weight: 1.0}}", "ratio: is not read with a weight"),
+        ("{name: distill, train: {caption_dropout: 0.1}}", "train.caption_dropout: this stage trains with 0.0"),
+        (f"{DISTILL}, {{name: online}}", r"entry 2 \(online\): a student, which distill makes, is trained further by"),
         ("{name: sft, student: {ratio: 2}}", r"entry 1 \(sft\): student: is read by distill and drift_correction"),
     ],
 )
@@ -345,15 +401,23 @@ def test_the_first_prompts_are_enough_for_correction_and_more_than_the_teacher_h
     assert run_chain(fewer, process)
     assert {row["online/pairs"] for row in metrics_of(fewer, 1)} == {2}
     more = chain("more", f"{DISTILL.replace('train', 'online: {prompts: 2}, train')}, {CORRECT}")
-    with pytest.raises(DataError, match="holds no rollout 2 to stand beside the student's"):
+    with pytest.raises(
+        ConfigError, match=r"online.prompts: its 3 prompts are not the first ones of the 2 of the stage"
+    ):
         run_chain(more, process)
 
 
-def test_rollouts_of_another_noise_are_not_paired(run, chain, process, tmp_path):
-    other = chain("other", f"{DISTILL}, {CORRECT}", "rollout.seed=7")
-    run_chain(chain("other", DISTILL, "rollout.seed=7"), process)
-    taught = rollouts_of_round(stage_of(other, 0).output.dir, 0)
-    shutil.rmtree(taught)
-    shutil.copytree(rollouts_of_round(stage_of(run, 0).output.dir, 0), taught)
-    with pytest.raises(DataError, match=r"rollout \d+ is not of the noise and prompt of the student's"):
-        run_chain(other, process)
+def test_a_teacher_whose_rollouts_are_gone_or_changed_is_said(chain, process):
+    done = chain("gone", DISTILL)
+    assert run_chain(done, process)
+    shutil.rmtree(rollouts_of_round(stage_of(done, 0).output.dir, 0))
+    with pytest.raises(DataError, match="the teacher's rollouts, beside which the student is put, cannot be read; put"):
+        run_chain(chain("gone", f"{DISTILL}, {CORRECT}"), process)
+    other = f"student.teacher={shipped_model('wan')}"
+    once = chain("elsewhere", CORRECT.replace("steps: 6", "steps: 1"), other)
+    assert run_chain(once, process)
+    folder = stage_of(once, 0).output.dir
+    shutil.rmtree(folder / "rounds"), shutil.rmtree(folder / "train")
+    changed = chain("elsewhere", CORRECT, other, "sample.guidance_scale=3.0")
+    with pytest.raises(DataError, match=r"teacher: its rollouts were sampled with guidance = 2.0, now it is 3.0"):
+        run_chain(changed, process)
