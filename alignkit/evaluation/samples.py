@@ -58,7 +58,7 @@ def sample(config: Config, device: torch.device) -> Path:
                 for first in range(0, len(prompts), config.sample.batch_size):
                     numbers = range(first, min(first + config.sample.batch_size, len(prompts)))
                     chosen = [prompts[i] for i in numbers]
-                    latents = sample_latents(samplers[name], model, chosen, list(numbers), seed, shape)
+                    latents = sample_latents(config, model, chosen, list(numbers), seed, shape, samplers[name])
                     frames = model.decode_video(latents)
                     for i, video in zip(numbers, frames, strict=True):
                         write_video(folder / _file(name, seed, i), video, config.data.fps or PLAYBACK_FPS)
@@ -72,8 +72,14 @@ def sample(config: Config, device: torch.device) -> Path:
     return folder / "samples.jsonl"
 
 
-def sample_latents(sampler: Sampler, model, prompts: list[str], ids: list[int], seed: int, shape) -> Tensor:
-    """Latents [B, *shape] of `prompts`, from the keyed noise of their ids: (seed, id, draw 0, stream "rollout")."""
+def sample_latents(
+    config: Config, model, prompts: list[str], ids: list[int], seed: int, shape, sampler: Sampler | None = None
+) -> Tensor:
+    """Latents [B, *shape] of `prompts`, from the keyed noise of their ids: (seed, id, draw 0, stream "rollout").
+
+    sampler: None for `sample`'s.
+    """
+    sampler = sampler or config.usual_sampler
     device = model.vae.device
     key = NoiseKey(seed, torch.tensor(ids), 0, Stream.ROLLOUT)
     noise = keyed_randn((len(prompts), *shape), key, device=device)

@@ -115,12 +115,13 @@ def _picture_numbers(frames: torch.Tensor) -> dict[str, float]:
 def _samples(config: Config, model, prompts: list[str], seed: int) -> torch.Tensor:
     data, size = config.data, config.sample.batch_size
     shape = model.latent_shape(data.num_frames, data.height, data.width)
-    sampler = config.few_step_sampler or config.usual_sampler
     parts = []
     for first in range(0, len(prompts), size):
         chosen = prompts[first : first + size]
         ids = list(range(first, first + len(chosen)))
-        parts.append(model.decode_video(sample_latents(sampler, model, chosen, ids, seed, shape)))
+        parts.append(
+            model.decode_video(sample_latents(config, model, chosen, ids, seed, shape, config.few_step_sampler))
+        )
     return torch.cat(parts)
 
 

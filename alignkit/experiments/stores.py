@@ -107,9 +107,7 @@ def _rank_rows(
     shape = model.latent_shape(data.num_frames, data.height, data.width)
     made, scores = [], []
     for number in range(rollouts):
-        latents = sample_latents(
-            config.usual_sampler, model, prompts, [rollouts * row + number for row in rows], SEED, shape
-        )
+        latents = sample_latents(config, model, prompts, [rollouts * row + number for row in rows], SEED, shape)
         scores.append(small_world_score(prompts, model.decode_video(latents)))
         made.append(latents.cpu())
     order = np.argsort(np.stack(scores), axis=0, kind="stable")

@@ -69,9 +69,9 @@ def test_every_arm_is_measured_on_test_prompts_and_a_second_run_makes_nothing_ag
     sampled, measured = [], []
     real_sample, real_measure = measure.sample_latents, driver.measure
 
-    def sample(config, model, prompts, ids, seed, shape):
+    def sample(config, model, prompts, ids, seed, shape, sampler):
         sampled.append(seed)
-        return real_sample(config, model, prompts, ids, seed, shape)
+        return real_sample(config, model, prompts, ids, seed, shape, sampler)
 
     def keep(config, section, store, seed, count, device):
         numbers, frames = real_measure(config, section, store, seed, count, device)

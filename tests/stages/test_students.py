@@ -200,7 +200,7 @@ def test_the_exported_student_samples_in_diffusers_as_it_does_here(run):
     sampler = run.few_step_sampler
     assert (sampler.num_steps, sampler.guidance, sampler.solver) == (2, 1.0, "first_order")
     shape = student.latent_shape(run.data.num_frames, run.data.height, run.data.width)
-    ours = sample_latents(sampler, student, ["a red circle"], [5], 0, shape)
+    ours = sample_latents(run, student, ["a red circle"], [5], 0, shape, sampler)
     noise = keyed_randn((1, *shape), NoiseKey(0, torch.tensor([5]), 0, Stream.ROLLOUT))
     theirs = pipeline(
         "a red circle", height=run.data.height, width=run.data.width, num_frames=run.data.num_frames,

@@ -11,7 +11,7 @@ import pytest
 
 from alignkit.commands import run_command
 from alignkit.config import OutputSection
-from alignkit.experiments import localdpo
+from alignkit.experiments import driver
 from alignkit.training.distributed import start_process
 from alignkit.training.export import export_folder
 from alignkit.training.loop import train, train_folder
@@ -94,7 +94,7 @@ def test_what_calls_a_training_that_is_stopped_stops_too_and_goes_on_later(run_w
     out = pairs.output.dir if caller == "stage" else pairs.output.dir.parent / "arm"
     config, call = pairs.model_copy(update={"output": OutputSection(dir=out)}), partial(run_command, "train")
     if caller == "experiment":
-        call = partial(localdpo._train, store=pairs.output.dir)
+        call = partial(driver._train, store=pairs.output.dir)
     write = MetricsLog.write
 
     def stop_after_the_third(log, step, *numbers):
