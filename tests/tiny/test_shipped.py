@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from alignkit.config import load_config, shipped_config
 from alignkit.errors import ModelError
 from alignkit.models import shipped_model
 from alignkit.tiny.check import PROMPT_SEED, sample, shares_right
@@ -110,24 +111,29 @@ def test_the_classifier_refuses_other_shapes():
 
 
 CLEAN = Path(__file__).parent / "clean"
-DEMO = {"wan": {"steps": 12, "guidance": 2.0}, "cogvideox": {"steps": 10, "guidance": 2.0}}
+
+
+def of_the_demo(family):
+    settings = load_config(shipped_config(f"{family}-tiny-localdpo.yaml")).sample
+    return {"steps": settings.num_inference_steps, "guidance": settings.guidance_scale}
 
 
 def test_the_clean_model_draws_what_is_prompted_and_the_base_that_ships_does_it_worse(family, pipeline):
-    """16 samples from the same noise at the demo's settings; the draws are fixed."""
-    attributes = [random_attributes(PROMPT_SEED, index) for index in range(16)]
+    """32 samples from the same noise at the demo's settings; the draws are fixed."""
+    attributes = [random_attributes(PROMPT_SEED, index) for index in range(32)]
     prompts = [caption_of(entry) for entry in attributes]
     shipped = pipeline.transformer
     clean = type(shipped).from_pretrained(CLEAN / family / "transformer")
     faulty, right = {}, {}
     for name, network in (("shipped", shipped), ("clean", clean)):
         pipeline.transformer = network
-        frames = sample(pipeline, prompts, seed=0, **DEMO[family])
+        frames = sample(pipeline, prompts, seed=0, **of_the_demo(family))
         faulty[name], right[name] = (fault_scores(frames) > 0.5).sum(), shares_right(frames, attributes)["all"]
     pipeline.transformer = shipped
-    assert right["clean"] >= 14 / 16 and right["shipped"] >= 9 / 16
-    # At a true rate of 0.4, 3 or fewer of 16 have a chance of 6 %.
-    assert 4 <= faulty["shipped"] <= 12 and faulty["clean"] <= faulty["shipped"] - 2
+    # At true rates of 0.9 and 0.7, fewer than 25 and 17 of 32 have a chance of 1 % each.
+    assert right["clean"] >= 25 / 32 and right["shipped"] >= 17 / 32
+    # At a true rate of 0.4, fewer than 7 of 32 have a chance of 1 %.
+    assert 7 <= faulty["shipped"] <= 25 and faulty["clean"] <= faulty["shipped"] / 2, (faulty, right)
 
 
 def test_samples_are_repeatable_and_depend_on_their_own_generator_only(pipeline):
