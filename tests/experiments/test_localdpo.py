@@ -52,17 +52,9 @@ TINY = Plan(
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """An experiment of a minute: the same code with fewer of everything, and steps as few as a strength allows."""
-    cheap = ("pairs.num_inference_steps=4", "pairs.strengths=[3]", "sample.num_inference_steps=4")
-    cheap += ("train.global_batch_size=4", "train.micro_batch_size=4", "evaluation.positions=[0.5]")
-
-    def cheaper(plan, out, folder, *settings):
-        return run_config(plan, out, folder, *cheap, *settings)
-
-    monkeypatch.setattr(localdpo, "make_plan", lambda family, smoke: TINY)
-    for module in ("localdpo", "driver", "stores"):
-        monkeypatch.setattr(f"alignkit.experiments.{module}.run_config", cheaper)
+def tiny(cheaply):
+    """An experiment of a minute: the same code with fewer of everything."""
+    cheaply(localdpo, TINY)
 
 
 def test_every_arm_is_measured_on_test_prompts_and_a_second_run_makes_nothing_again(tiny, tmp_path, monkeypatch, wan):
