@@ -32,8 +32,9 @@ def test_the_plain_loss_is_the_fused_one(step, config_file, tmp_path):
     pred = reference + 0.01 * torch.cat(moves[2:])
     coefficients = torch.tensor([[0.5, 0.5, 1.0, -1.0]]).expand(3, 4)
     fused = local_dpo_loss(
-        *pred.chunk(2), *reference.chunk(2), winner, loser, coefficients, noise, regions=mask, strength=batch.strength
-    )
+        *pred.chunk(2), reference_w=reference[:3], reference_l=reference[3:], clean_w=winner, clean_l=loser,
+        coefficients=coefficients, noise_w=noise, regions=mask, strength=batch.strength,
+    )  # fmt: skip
     plain = step.Plain.loss(type("Settings", (), {"config": config}), pred, reference, targets, batch)
     # errors near 0.1 rounded to fp32, halved and times β = 5000
     assert plain.item() == pytest.approx(fused.loss.item(), abs=2500 * 1.9 * 2 * 2**-24)

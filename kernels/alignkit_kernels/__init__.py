@@ -11,6 +11,7 @@ from .local_dpo import local_dpo_loss
 from .losses import LocalDPOLoss
 from .noise import add_keyed_noise, keyed_rand, keyed_randn
 from .pairs import PairRegionErrors, pair_region_errors
+from .preference import PreferenceLoss, preference_loss
 from .sources import NoiseKey, NoiseSource, PathState
 from .streams import Stream
 
@@ -21,6 +22,7 @@ __all__ = [
     "NoiseSource",
     "PairRegionErrors",
     "PathState",
+    "PreferenceLoss",
     "RegionErrors",
     "Stream",
     "add_keyed_noise",
@@ -30,5 +32,6 @@ __all__ = [
     "local_dpo_loss",
     "losses",
     "pair_region_errors",
+    "preference_loss",
     "region_errors",
 ]

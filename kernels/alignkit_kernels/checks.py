@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 MAX_REGIONS = 255
 
@@ -10,12 +11,35 @@ class InputError(ValueError):
     """An argument that cannot be used; the message names it and says what to do."""
 
 
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """What torch can make of a tensor and the ops cannot take: each would fail elsewhere, or pass and be wrong."""
+    if type(x).__name__ == "DTensor":
+        raise InputError(f"{name} is a DTensor; pass {name}.to_local(), or full_tensor() where it is sharded")
+    if x.dtype not in FLOATS:
+        raise InputError(f"{name} is {describe(x)}, expected float16, bfloat16, float32 or float64")
+    if x.device.type == "mps":
+        raise InputError(f"{name} is on {x.device}, which has no float64 for the sums; move the latents to the CPU")
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise InputError(
+            f"{name} is inside a transform of torch.func (grad, vjp, jvp, vmap ...), which the fused ops do not take; "
+            "use backward() or torch.autograd.grad on plain tensors"
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise InputError(f"{name} has a tangent: forward-mode derivatives do not exist; use backward()")
+
+
 def check_latents(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() not in (4, 5):
         raise InputError(
             f"{name} must be a floating-point tensor [B, C, F, H, W], [B, F, C, H, W] or [B, C, H, W], "
             f"got {describe(x)}"
         )
+    check_tensor(name, x)
     if x.numel() == 0:
         raise InputError(f"{name} has no elements: {describe(x)}")
 
@@ -24,6 +48,7 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """`x` is a floating-point tensor with the shape and device of `other`; dtypes may differ."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise InputError(f"{name} must be a floating-point tensor, got {describe(x)}")
+    check_tensor(name, x)
     if x.shape != other.shape:
         raise InputError(f"{name} is {list(x.shape)} but {other_name} is {list(other.shape)}; they must be the same")
     if x.device != other.device:

@@ -21,13 +21,13 @@ def runs_kernels(x: Tensor) -> bool:
     return HAVE_TRITON and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
 
 
-def launch(kernel, programs: int, *args, num_warps: int, **constants) -> None:
-    """Start `programs` programs of a kernel and count the launch.
+def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, **constants) -> None:
+    """Start a grid of programs of a kernel and count the launch.
 
     Fusing multiplications into additions is off, whatever triton's default becomes: it would change the bits.
     """
     _launched[kernel.__name__] += 1
-    kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
+    kernel[grid](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
 
 
 @contextmanager

@@ -6,33 +6,29 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
-from .sources import KEYED
-
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """unroll, pair_unroll: loop steps whose loads are in flight together, where loads are what a kernel waits for.
+    """stages: loop steps whose loads are in flight together, as asynchronous copies.
+    backward_parts, backward_warps: how a tile's loop is shared out where nothing is summed.
     noise_tile, noise_warps: the kernels that write noise."""
 
-    unroll: int
-    pair_unroll: int
-    noise_tile: int
-    noise_warps: int
+    stages: int = 4
+    backward_parts: int = 4
+    backward_warps: int = 2
+    noise_tile: int = 1024
+    noise_warps: int = 4
 
 
-# Calculated (bytes in flight to cover the memory's latency), not yet timed on a GPU.
-LAUNCHES = {
-    80: Launch(unroll=4, pair_unroll=2, noise_tile=1024, noise_warps=4),
-    90: Launch(unroll=4, pair_unroll=2, noise_tile=1024, noise_warps=4),
-    100: Launch(unroll=4, pair_unroll=2, noise_tile=1024, noise_warps=4),
-}
+# Timed on an H200 (benchmarks/results/h200-sweep.csv); for the others taken over from there.
+LAUNCHES = {80: Launch(), 90: Launch(), 100: Launch()}
 
 
-def unroll_for(wanted: int, aligned: bool, *sources: str) -> int:
-    """1 where loads are not what a kernel waits for: keyed noise keeps it busy, and odd samples are read singly."""
-    return wanted if aligned and KEYED not in sources else 1
+def stages_for(wanted: int, aligned: bool) -> int:
+    """1 where samples are read element by element: such loads are too narrow for asynchronous copies."""
+    return wanted if aligned else 1
 
 
 def launch_for(device: torch.device) -> Launch:

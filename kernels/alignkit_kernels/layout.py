@@ -2,7 +2,7 @@
 
 Channels first is one slab that loops over channels; frames first is a slab a frame that loops over channels; a
 label map that varies along every axis has a loop of one. A program takes a tile of neighbouring positions of `inner`
-through the whole loop.
+through its part of the loop: grids are [tiles of inner, slabs times parts, samples].
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,11 @@ VECTOR = 8  # elements in 128 bits of bf16; a multiple of Philox's four
 
 # Part of the numbers: the trees that sum a tile and the tiles. Changing any of them changes the last bits of every
 # result. Samples read element by element take half a tile: eight addresses for each input would fill the registers.
-TILE, ODD_TILE, NUM_WARPS = 256, 128, 1
+# Two parts of the loop: one leaves a chip of 132 multiprocessors half empty at one pair, four cost 6 % at sixteen
+# (H200, benchmarks/results/h200-sweep.csv).
+TILE, ODD_TILE, NUM_WARPS, PARTS = 256, 128, 1, 2
 SUM_BLOCK, SUM_WARPS = 512, 4
+MOST_SLABS = 2**13  # a grid's second axis ends at 65535, and a slab takes up to 8 of it
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,12 @@ class Layout:
     def tile(self) -> int:
         return TILE if self.aligned else ODD_TILE
 
-    @property
-    def tiles(self) -> int:
-        """Programs for one sample."""
-        return self.slabs * -(-self.inner // self.tile)
+    def grid(self, batch: int, parts: int) -> tuple[int, int, int]:
+        return -(-self.inner // self.tile), self.slabs * self.parts(parts), batch
+
+    def parts(self, wanted: int) -> int:
+        """In how many the loop is cut: no more than it has steps."""
+        return min(wanted, self.loop)
 
     def label_arguments(self) -> tuple[int, ...]:
         return (
@@ -58,7 +63,7 @@ def layout_of(shape: torch.Size, regions: Tensor | None) -> Layout:
     if regions is None:
         return Layout(1, sizes[0], prod(sizes[1:]), "none")
     shared = [i for i, size in enumerate(sizes) if size > 1 and regions.shape[i + 1] == 1]
-    if shared:
+    if shared and prod(sizes[: shared[0]]) <= MOST_SLABS:
         axis = shared[0]
         slabs, loop, inner = prod(sizes[:axis]), sizes[axis], sizes[axis + 1 :]
     else:

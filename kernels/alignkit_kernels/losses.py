@@ -10,6 +10,7 @@ beta. Logits are differences taken in fp64, never of rounded means.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def winner_guarded(logits: Tensor, error_w: Tensor, beta: float, weight: float |
     if isinstance(weight, Tensor):
         if weight.shape != logits.shape:
             raise InputError(f"weight must be a tensor {list(logits.shape)}, one a pair, got {list(weight.shape)}")
-        _require(((weight >= 0) & (weight < math.inf)).all(), "weight must hold finite numbers of 0 and above", weight)
+        _require(lambda x: (x >= 0) & (x < math.inf), "weight must hold finite numbers of 0 and above", weight)
         weight = weight.to(logits.device, logits.dtype, non_blocking=True)
     elif not 0 <= weight < math.inf:
         raise InputError(f"weight is {weight}, expected a finite number of 0 and above, or None for no guard")
@@ -119,12 +120,7 @@ def segment_dpo(gap_w: Tensor, gap_l: Tensor, count: Tensor, preference: Tensor,
     gap_w, gap_l, count: sums [B, R] of the two videos, R segments. preference [B, R]: +1 where the first
     video is better, -1 where the second is, 0 for a tie or no label. A pair with no label contributes 0.
     """
-    if preference.shape != gap_w.shape or preference.dtype == torch.bool:
-        raise InputError(
-            f"preference must be numbers {list(gap_w.shape)}, one of -1, 0 and 1 a segment, got {preference.dtype} "
-            f"{list(preference.shape)}"
-        )
-    _require(((preference == 0) | (preference.abs() == 1)).all(), "preference must hold -1, 0 and 1 alone", preference)
+    check_preference(preference, list(gap_w.shape))
     sign = preference.to(gap_w.dtype)
     elements = (sign.abs() * count).sum(1)
     labelled = elements > 0
@@ -177,7 +173,7 @@ def _weighted_sum(name: str, weight: Tensor | None, sums: Tensor) -> Tensor:
     if not isinstance(weight, Tensor) or weight.shape != sums.shape:
         got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise InputError(f"{name} must be a tensor {list(sums.shape)}, one number a pair and region, got {got}")
-    _require((weight >= 0).all(), f"{name} must hold numbers of 0 and above", weight)
+    _require(lambda x: x >= 0, f"{name} must hold numbers of 0 and above", weight)
     return (weight.detach() * sums).sum(1)
 
 
@@ -288,31 +284,56 @@ def strength_eta(strength: Tensor | None, strength_range: tuple[float, float], l
     A strength outside the range is refused: at once where looking is free, by a device assertion on a GPU.
     """
     low, high = strength_range
-    if not low <= high:
-        raise InputError(f"strength_range is ({low}, {high}), expected low <= high")
     if strength is None:
+        check_range(strength_range)
         return torch.zeros_like(like)
-    if not isinstance(strength, Tensor) or strength.shape != like.shape:
-        got = list(strength.shape) if isinstance(strength, Tensor) else type(strength).__name__
-        raise InputError(f"strength must be a tensor {list(like.shape)}, one number a pair, got {got}")
-    # an fp32 strength of k / N may lie one rounding outside a range given in fp64
-    fits = (strength >= low - 1e-6) & (strength <= high + 1e-6)
-    _require(fits.all(), f"strength must lie in strength_range = [{low}, {high}]", strength)
+    check_strength(strength, strength_range, like.shape[0])
     if low == high:
         return torch.zeros_like(like)
     alpha = strength.to(like.device, like.dtype, non_blocking=True)
     return ((alpha - low) / (high - low)).clamp(0.0, 1.0)
 
 
-def _require(fulfilled: Tensor, message: str, given: Tensor) -> None:
-    if fulfilled.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not fulfilled:
+def check_range(strength_range: tuple[float, float]) -> None:
+    low, high = strength_range
+    if not low <= high:
+        raise InputError(f"strength_range is ({low}, {high}), expected low <= high")
+
+
+def check_strength(strength: Tensor, strength_range: tuple[float, float], batch: int) -> None:
+    """One number a pair, in the range: looked at where that is free, else left to a device assertion."""
+    check_range(strength_range)
+    low, high = strength_range
+    if not isinstance(strength, Tensor) or list(strength.shape) != [batch]:
+        got = list(strength.shape) if isinstance(strength, Tensor) else type(strength).__name__
+        raise InputError(f"strength must be a tensor [{batch}], one number a pair, got {got}")
+    # an fp32 strength of k / N may lie one rounding outside a range given in fp64
+    _require(
+        lambda x: (x >= low - 1e-6) & (x <= high + 1e-6),
+        f"strength must lie in strength_range = [{low}, {high}]",
+        strength,
+    )
+
+
+def check_preference(preference: Tensor, shape: list[int]) -> None:
+    if not isinstance(preference, Tensor) or list(preference.shape) != shape or preference.dtype == torch.bool:
+        got = f"{preference.dtype} {list(preference.shape)}" if isinstance(preference, Tensor) else type(preference)
+        raise InputError(f"preference must be numbers {shape}, one of -1, 0 and 1 a segment, got {got}")
+    _require(lambda x: (x == 0) | (abs(x) == 1), "preference must hold -1, 0 and 1 alone", preference)
+
+
+def _require(fits: Callable[[Tensor], Tensor], message: str, given: Tensor) -> None:
+    """Every number of `given` fits: asked at once on the host, by a device assertion elsewhere."""
+    if given.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not all(map(fits, given.flatten().tolist())):
             raise InputError(f"{message}, got {given.tolist()}")
     else:
-        torch._assert_async(fulfilled, message)
+        torch._assert_async(fits(given).all(), message)
 
 
 def _check_beta(beta: float) -> None:
+    if isinstance(beta, bool) or not isinstance(beta, int | float):
+        raise InputError(f"beta must be a number, got {beta!r}")
     if not 0 < beta < math.inf:
         raise InputError(f"beta is {beta}, expected a finite number above 0")
 

@@ -10,9 +10,10 @@ from .checks import InputError, check_like, describe
 from .streams import Stream
 
 GIVEN, KEYED, PATH = "given", "keyed", "path"
+NOT_WORDS = torch.bool, torch.complex64, torch.complex128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equality of tensors is no truth value; `is` decides
 class NoiseKey:
     """Noise as a pure function of what it is for; see `philox`.
 
@@ -28,7 +29,7 @@ class NoiseKey:
     stream: int = Stream.TRAINING
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PathState:
     """Noise implied by a network input of a sampler: noise = (state - a * clean) / s.
 
@@ -44,19 +45,20 @@ NoiseSource: TypeAlias = Tensor | NoiseKey | PathState
 def key_rows(key: NoiseKey, batch: int, device: torch.device) -> Tensor:
     """int64 [B, 4] on the device, rows (seed, sample id, draw, stream): a new key compiles nothing anew."""
     ids = key.sample_ids
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 1:
+    if not isinstance(ids, Tensor) or ids.dtype in NOT_WORDS or ids.is_floating_point() or ids.dim() != 1:
         raise InputError(f"NoiseKey.sample_ids must be an int64 tensor [B], got {describe(ids)}")
     if ids.shape[0] != batch:
         raise InputError(f"NoiseKey.sample_ids has {ids.shape[0]} ids for a batch of {batch}; pass one each")
-    _check_word("sample_ids", ids)
-    _check_word("draw", key.draw)
-    _check_word("stream", key.stream)
     words = {"seed": key.seed, "sample_ids": ids, "draw": key.draw, "stream": key.stream}
+    for name, word in words.items():
+        _check_word(name, word, batch)
+    tensors = [word for word in words.values() if isinstance(word, Tensor)]
+    if torch.compiler.is_compiling() or any(word.device.type != "cpu" for word in tensors):
+        return torch.stack([_word(word, batch, device) for word in words.values()], dim=1)
     # words that are all on the host travel in one copy and start no kernel
-    on_host = all(not isinstance(word, Tensor) or word.device.type == "cpu" for word in words.values())
-    place = torch.device("cpu") if on_host else device
-    rows = torch.stack([_word(name, word, batch, place) for name, word in words.items()], dim=1)
-    return rows.to(device, non_blocking=True)
+    columns = [word.reshape(-1).tolist() if isinstance(word, Tensor) else [_signed(word)] for word in words.values()]
+    columns = [column * batch if len(column) == 1 else column for column in columns]
+    return torch.tensor(list(zip(*columns, strict=True))).to(device, non_blocking=True)
 
 
 def noise_inputs(name: str, noise: NoiseSource, clean: Tensor) -> tuple[str, Tensor]:
@@ -72,22 +74,31 @@ def noise_inputs(name: str, noise: NoiseSource, clean: Tensor) -> tuple[str, Ten
     raise InputError(f"{name} must be a Tensor, a NoiseKey or a PathState, got {describe(noise)}")
 
 
-def _word(name: str, value: int | Tensor, batch: int, device: torch.device) -> Tensor:
-    if not isinstance(value, Tensor):
-        signed = (int(value) + 2**63) % 2**64 - 2**63  # a seed may use all 64 bits
-        return torch.full((batch,), signed, dtype=torch.int64, device=device)
-    if value.is_floating_point() or value.numel() not in (1, batch):
-        raise InputError(f"NoiseKey.{name} must be an int or int64 [B] or [1], got {describe(value)}")
-    return value.reshape(-1).to(device, torch.int64, non_blocking=device.type == "cuda").expand(batch)
+def _signed(word: int) -> int:
+    return (int(word) + 2**63) % 2**64 - 2**63  # a seed may use all 64 bits
 
 
-def _check_word(name: str, value: int | Tensor) -> None:
-    """Refuse what does not fit a counter word, where looking is free: device tensors are not waited for."""
-    if isinstance(value, Tensor):
-        if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
+def _word(word: int | Tensor, batch: int, device: torch.device) -> Tensor:
+    if not isinstance(word, Tensor):
+        return torch.full((batch,), _signed(word), dtype=torch.int64, device=device)
+    return word.reshape(-1).to(device, torch.int64, non_blocking=device.type == "cuda").expand(batch)
+
+
+def _check_word(name: str, word: int | Tensor, batch: int) -> None:
+    """Whole numbers, one or one a sample; and, where looking is free, that they fit a counter word. Device tensors are
+    not waited for."""
+    if isinstance(word, Tensor):
+        if word.is_floating_point() or word.dtype in NOT_WORDS or word.numel() not in (1, batch):
+            raise InputError(f"NoiseKey.{name} must be an int or int64 [B] or [1], got {describe(word)}")
+        if word.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        low, high = int(value.min()), int(value.max())
+        values = word.reshape(-1).tolist()
+    elif isinstance(word, bool) or not isinstance(word, int):
+        raise InputError(f"NoiseKey.{name} must be an int or int64 [B] or [1], got {word!r}")
     else:
-        low = high = int(value)
-    if low < 0 or high >= 2**32:
-        raise InputError(f"NoiseKey.{name} holds {low if low < 0 else high}, expected 0 <= {name} < 2**32")
+        values = [word]
+    if name == "seed":
+        return
+    for value in values:
+        if not 0 <= value < 2**32:
+            raise InputError(f"NoiseKey.{name} holds {value}, expected 0 <= {name} < 2**32")

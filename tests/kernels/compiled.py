@@ -20,19 +20,24 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from alignkit_kernels.errors.kernel import region_errors_backward_kernel, region_errors_kernel
-from alignkit_kernels.launch import LAUNCHES, unroll_for
+from alignkit_kernels.launch import LAUNCHES, stages_for
 from alignkit_kernels.layout import NUM_WARPS, ODD_TILE, SUM_BLOCK, SUM_WARPS, TILE
 from alignkit_kernels.noise.kernel import add_noise_kernel, keyed_kernel
 from alignkit_kernels.pairs.kernel import pair_region_errors_backward_kernel, pair_region_errors_kernel
+from alignkit_kernels.preference.checks import HEADS
+from alignkit_kernels.preference.kernel import POINTERS as HEAD_POINTERS
+from alignkit_kernels.preference.kernel import SETTINGS, preference_head_kernel
+from alignkit_kernels.preference.launch import BLOCK
 from alignkit_kernels.tiles import POINTERS, sum_tiles_kernel
 
 BUDGET = Path(__file__).with_name("budget.json")
 ARCHITECTURES = tuple(LAUNCHES)
 POINTER_TYPES = {"coefficients_ptr": "*fp32", "labels_ptr": "*u8", "partial_ptr": "*fp32", "sums_ptr": "*fp64",
-                 "grad_ptr": "*fp64", "keys_ptr": "*i64"}  # fmt: skip
+                 "grad_ptr": "*fp64", "keys_ptr": "*i64", "weights_ptr": "*fp32", "preference_ptr": "*i64"}  # fmt: skip
 
 
 NEVER = "spills", "stack", "local_accesses", "short_offsets"
+SPARE_INSTRUCTIONS = 1.1
 SPARE_REGISTERS = 1.5  # triton 3.6 allocates up to half as many again as 3.7, whose measurements the budget holds
 
 
@@ -50,13 +55,22 @@ def variants(arch: int) -> dict[str, tuple]:
     ):
         walk = {"LABELS": labels, "ALIGNED": aligned, "DTYPE": tl.float32, "TILE": TILE if aligned else ODD_TILE}
         name = f"{source} {labels} {'aligned' if aligned else 'odd'} {dtype}"
-        single = {"SOURCE": source, "UNROLL": unroll_for(choice.unroll, aligned, source), **walk}
+        walk["STAGES"] = stages_for(choice.stages, aligned)
+        single, apart = {"SOURCE": source, **walk}, source == "path"
+        pair = {"SOURCE_W": source, "SOURCE_L": source, "SHARED": not apart, **walk}
+        none = dict.fromkeys(() if apart else ("noise_l_ptr",))
+        warps = choice.backward_warps
         found[f"errors {name}"] = region_errors_kernel, {**single, "HAS_REFERENCE": True}, NUM_WARPS, dtype
-        found[f"errors backward {name}"] = region_errors_backward_kernel, single, NUM_WARPS, dtype
-        pair = {"SOURCE_W": source, "SOURCE_L": source, "SHARED": source != "path", **walk}
-        pair["UNROLL"] = unroll_for(choice.pair_unroll, aligned, source)
-        found[f"pairs {name}"] = pair_region_errors_kernel, {**pair, "HAS_REFERENCE": True}, NUM_WARPS, dtype
-        found[f"pairs backward {name}"] = pair_region_errors_backward_kernel, pair, NUM_WARPS, dtype
+        found[f"errors backward {name}"] = region_errors_backward_kernel, single, warps, dtype
+        found[f"pairs {name}"] = pair_region_errors_kernel, {**pair, **none, "HAS_REFERENCE": True}, NUM_WARPS, dtype
+        for grads in (True, False):
+            unused = ("by_pair_ptr", "by_loss_ptr", "importance_ptr")[: 3 if grads else 1]
+            constants = {**pair, **none, **dict.fromkeys(unused), "GRADS": grads}
+            kind = "pairs" if grads else "loss"
+            found[f"{kind} backward {name}"] = pair_region_errors_backward_kernel, constants, warps, dtype
+    for head in HEADS:
+        constants = {"HEAD": head, "SAFEGUARD": True, "BLOCK": BLOCK, **dict.fromkeys(("beta_ptr", "guard_ptr"))}
+        found[f"head {head}"] = preference_head_kernel, constants, 1, "fp64"
     found["sum tiles"] = sum_tiles_kernel, {"BLOCK": SUM_BLOCK}, SUM_WARPS, "fp32"
     for aligned in (True, False):
         noise = {"ALIGNED": aligned, "TILE": choice.noise_tile}
@@ -70,24 +84,33 @@ def variants(arch: int) -> dict[str, tuple]:
 
 
 def compiled(kernel, constants: dict, warps: int, dtype: str, arch: int):
-    """The kernel as the launcher would have it compiled: nothing specialised on a size or an address."""
+    """The kernel as the launcher would have it compiled: nothing specialised on a size or an address. Pointers that are
+    None are not passed."""
     constants = dict(constants)
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name.startswith("noise_l") and name.endswith("_ptr") and constants.get("SHARED"):
-            signature[name], constants[name] = "constexpr", None
         elif name.startswith("noise") and name.endswith("_ptr"):
             source = constants.get("SOURCE") or constants["SOURCE_W"]
             signature[name] = {"keyed": "*i64", "path": "*fp32"}.get(source, f"*{dtype}")
-        elif name in POINTERS:
+        elif (name == "weights_ptr" and constants.get("GRADS")) or name in ("by_loss_ptr", "importance_ptr"):
+            signature[name] = "*fp64"
+        elif name in POINTERS or name in HEAD_POINTERS:
             signature[name] = POINTER_TYPES.get(name, f"*{dtype}")
         else:
-            signature[name] = "i32"
+            signature[name] = "i64" if name in SETTINGS else "i32"
     source = ASTSource(kernel, signature, constants)
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def machine_code(assembled: Path) -> list[str]:
+    """The instructions, in program order, without padding."""
+    command = [str(Path(get_ptxas(90).path).with_name("nvdisasm")), "-c", str(assembled)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = [re.sub(r"^.*?/\*\w+\*/\s+", "", line) for line in lines if re.match(r"\s+/\*\w{4,}\*/", line)]
+    return [line for line in found if not line.startswith("NOP")]
 
 
 def measured(kernel, constants: dict, warps: int, dtype: str, arch: int) -> dict[str, int]:
@@ -99,7 +122,15 @@ def measured(kernel, constants: dict, warps: int, dtype: str, arch: int) -> dict
         target = re.search(r"\.target (\w+)", ptx).group(1)
         command = [get_ptxas(arch).path, "-v", "--fmad=false", f"--gpu-name={target}", str(source), "-o", f"{source}.o"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        code = machine_code(Path(f"{source}.o"))
+    waits = [i for i, line in enumerate(code) if re.search(r"\bDEPBAR\.LE", line)] or [0]
+    copies = [i for i, line in enumerate(code) if re.search(r"LDGSTS", line)]
     return {
+        # asynchronous copies, of 64 or 128 bits, that have been started when the first of them is waited for
+        "in_flight": sum(i < waits[0] for i in copies),
+        "async_copies": len(copies),
+        "instructions": len(code),
+        "fp64_arithmetic": sum(bool(re.search(r"\bD(ADD|MUL|FMA|SETP|MNMX)\b", line)) for line in code),
         "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
         "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
         "stack": int(re.search(r"(\d+) bytes stack frame", report).group(1)),
@@ -127,10 +158,14 @@ def violations(measured: dict[str, dict[str, int]], budget: dict[str, dict[str, 
     for name, got in measured.items():
         allowed = budget[name]
         ceilings = {**dict.fromkeys(NEVER, 0), "shared_memory": allowed["shared_memory"]}
+        ceilings |= {"instructions": int(allowed["instructions"] * SPARE_INSTRUCTIONS)}
+        if "backward" in name:
+            ceilings["fp64_arithmetic"] = 0
         ceilings |= {"registers": int(allowed["registers"] * SPARE_REGISTERS), "narrow_loads": allowed["narrow_loads"]}
         found += [f"{name}: {got[what]} {what}, allowed {top}" for what, top in ceilings.items() if got[what] > top]
-        if got["wide_loads"] < allowed["wide_loads"]:
-            found.append(f"{name}: {got['wide_loads']} wide_loads, expected {allowed['wide_loads']}")
+        for what in ("wide_loads", "in_flight", "async_copies"):
+            if got[what] < allowed[what]:
+                found.append(f"{name}: {got[what]} {what}, expected {allowed[what]}")
     return found
 
 

@@ -9,7 +9,7 @@ from alignkit_kernels import InputError, local_dpo_loss, losses, pair_region_err
 
 FLOW = torch.tensor([[0.5, 0.5, 1.0, -1.0]] * 2)
 EPSILON = torch.tensor([[0.5, 0.5, 1.0, 0.0]] * 2)
-FORWARD = "pair_region_errors_kernel", "sum_tiles_kernel"
+FORWARD = "pair_region_errors_kernel", "sum_tiles_kernel", "preference_head_kernel"
 # of logits whose terms are below 1, in losses of at least 0.5
 A_DOZEN_ROUNDINGS = 24 * 2**-53
 
@@ -33,9 +33,16 @@ def pair(formula, device):
     return make
 
 
+def positional(pred_w, pred_l, reference_w, reference_l, clean_w, clean_l, coefficients, noise_w, **options):
+    return local_dpo_loss(
+        pred_w, pred_l, reference_w=reference_w, reference_l=reference_l, clean_w=clean_w, clean_l=clean_l,
+        coefficients=coefficients, noise_w=noise_w, **options,
+    )  # fmt: skip
+
+
 def test_flow_dpo_agrees_with_four_public_implementations(pair, launched):
     with launched(*FORWARD):
-        got = local_dpo_loss(*pair((2, 4, 3, 6, 8), "flow"), beta=2000.0, weight_sft=0.0)
+        got = positional(*pair((2, 4, 3, 6, 8), "flow"), beta=2000.0, weight_sft=0.0)
     assert float(got.loss) == pytest.approx(0.685913732547309, rel=1e-13)
     assert got.logits_global.tolist() == pytest.approx([0.0747177662, -0.0439067016], abs=1e-10)
     assert -1000 * float(got.gap_w.mean()) == pytest.approx(-0.0874429172, abs=1e-10)
@@ -44,7 +51,7 @@ def test_flow_dpo_agrees_with_four_public_implementations(pair, launched):
 
 def test_epsilon_dpo_agrees_with_published_numbers(pair, launched):
     with launched(*FORWARD):
-        got = local_dpo_loss(*pair((2, 4, 6, 8), "epsilon"), beta=5000.0, weight_sft=0.0)
+        got = positional(*pair((2, 4, 6, 8), "epsilon"), beta=5000.0, weight_sft=0.0)
     assert float(got.loss) == pytest.approx(0.7531032270841758, rel=1e-13)
     assert got.logits_global.tolist() == pytest.approx([0.696110018714724, -0.697817090351046], rel=1e-12)
 
@@ -133,11 +140,12 @@ def test_the_ends_of_the_range_survive_rounding_to_fp32(sums):
 def test_stored_reference_errors_give_the_loss_of_the_references_predictions(make_case, path):
     winner, loser = make_case(noise="keyed", dtype=torch.float64), make_case(dtype=torch.float64, seed=1)
     shared = (winner.clean, loser.clean, winner.coefficients, winner.noise)
-    live = local_dpo_loss(winner.pred, loser.pred, winner.reference, loser.reference, *shared, regions=winner.regions)
-    stored = pair_region_errors(winner.reference, loser.reference, *shared, regions=winner.regions, num_regions=2)
-    cached = local_dpo_loss(
+    mask = winner.regions == 1
+    live = positional(winner.pred, loser.pred, winner.reference, loser.reference, *shared, regions=mask)
+    stored = pair_region_errors(winner.reference, loser.reference, *shared, regions=mask, num_regions=2)
+    cached = positional(
         winner.pred, loser.pred, None, None, *shared,
-        regions=winner.regions, ref_error_w=stored.error_w, ref_error_l=stored.error_l,
+        regions=mask, reference_error_w=stored.error_w, reference_error_l=stored.error_l,
     )  # fmt: skip
     assert torch.allclose(live.loss_per_pair, cached.loss_per_pair, rtol=1e-9)
 
@@ -145,7 +153,7 @@ def test_stored_reference_errors_give_the_loss_of_the_references_predictions(mak
 def test_policy_equal_to_reference_gives_logits_exactly_zero_and_a_gradient(make_case, path):
     winner, loser = make_case(noise="keyed", dtype=torch.bfloat16), make_case(dtype=torch.bfloat16, seed=1)
     pred_w, pred_l = winner.pred.requires_grad_(), loser.pred.requires_grad_()
-    got = local_dpo_loss(
+    got = positional(
         pred_w, pred_l, pred_w.detach().clone(), pred_l.detach().clone(), winner.clean, loser.clean,
         winner.coefficients, winner.noise, regions=winner.regions, weight_sft=0.0,
     )  # fmt: skip
@@ -160,7 +168,7 @@ def test_gradcheck_of_the_whole_loss(make_case, path):
     winner, loser = (make_case(shape=shape, dtype=torch.float64, seed=seed) for seed in (0, 1))
 
     def function(pred_w, pred_l):
-        return local_dpo_loss(
+        return positional(
             pred_w, pred_l, winner.reference, loser.reference, winner.clean, loser.clean, winner.coefficients,
             winner.noise, regions=winner.regions, strength=torch.tensor([0.8]), beta=20.0,
             weight_region_sft=0.1,
@@ -298,5 +306,5 @@ def test_the_table_of_betas(pair, half, reduction, beta, here):
     theirs = (error(pred_w, clean_w) - error(ref_w, clean_w)) - (error(pred_l, clean_l) - error(ref_l, clean_l))
     elements = pred_w[0].numel()
     ours = {"N": elements * beta, "2N": 2 * elements * beta}.get(here, here)
-    got = local_dpo_loss(pred_w, pred_l, ref_w, ref_l, clean_w, clean_l, rows, noise, beta=ours)
+    got = positional(pred_w, pred_l, ref_w, ref_l, clean_w, clean_l, rows, noise, beta=ours)
     assert torch.allclose(got.logits_global, -half * beta * theirs, rtol=1e-9)

@@ -14,6 +14,7 @@ from alignkit_kernels import (
     NoiseKey,
     PathState,
     add_keyed_noise,
+    dispatch,
     keyed_randn,
     local_dpo_loss,
     pair_region_errors,
@@ -22,6 +23,7 @@ from alignkit_kernels import (
 from alignkit_kernels.errors import op as errors_op
 from alignkit_kernels.noise import op as noise_op
 from alignkit_kernels.pairs import op as pairs_op
+from alignkit_kernels.preference import op as loss_op
 from alignkit_kernels.sources import key_rows
 
 pytestmark = pytest.mark.usefixtures("path")
@@ -54,6 +56,13 @@ def test_opcheck(pair, device):
     grad = torch.ones(6, 2, 2, dtype=torch.float64, device=device)
     sides = (grad, pred_w.detach(), pred_l.detach(), winner.clean, loser.clean, rows)
     check(pairs_op.pair_region_errors_backward, (*sides, "keyed", keys, "keyed", None, regions))
+    sides = pred_w, pred_l, winner.reference, loser.reference, winner.clean, loser.clean, rows
+    settings = [5.0, 0.75, 0.9, 1.0, 1.0, 0.1, 0.0, 0.0, 0.0, 0.0]
+    check(loss_op.preference_loss, (*sides, "keyed", keys, "keyed", None, regions, 2, 1, *[None] * 8, "local_dpo",
+                                    settings))  # fmt: skip
+    weights, by_loss = torch.ones(2, 2, 2, device=device), torch.ones((), dtype=torch.float64, device=device)
+    sides = by_loss, None, weights, None, pred_w.detach(), pred_l.detach(), winner.clean, loser.clean, rows
+    check(loss_op.preference_loss_backward, (*sides, "keyed", keys, "keyed", None, regions, 1))
 
 
 @pytest.mark.parametrize("noise", ["key", "tensor", "path"])
@@ -68,13 +77,16 @@ def test_compiles_as_one_graph(pair, device, launched, noise):
         drawn = keyed_randn(pred_w.shape, key)
         noises = {"key": (key, None), "tensor": (drawn, None), "path": (PathState(noisy_w), PathState(noisy_l))}[noise]
         return local_dpo_loss(
-            pred_w, pred_l, winner.reference, loser.reference, winner.clean, loser.clean, rows, *noises,
-            regions=regions, strength=torch.tensor([0.8, 0.9]),
+            pred_w, pred_l, reference_w=winner.reference, reference_l=loser.reference, clean_w=winner.clean,
+            clean_l=loser.clean, coefficients=rows, noise_w=noises[0], noise_l=noises[1], regions=regions,
+            strength=torch.tensor([0.8, 0.9]),
         ).loss + (noisy_w + noisy_l + drawn).mean()  # fmt: skip
 
     ids = torch.tensor([4, 5], device=device)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    fused = "pair_region_errors_kernel", "sum_tiles_kernel", "pair_region_errors_backward_kernel"
+    fused = (
+        "pair_region_errors_kernel", "sum_tiles_kernel", "preference_head_kernel", "pair_region_errors_backward_kernel"
+    )  # fmt: skip
     grads = []
     for function in (step, compiled):
         preds = [x.pred.clone().requires_grad_() for x in pair]
@@ -140,7 +152,8 @@ class NoHostReads(TorchDispatchMode):
         str(op._opoverload): op._init_fn
         for op in (
             errors_op.region_errors, errors_op.region_errors_backward, noise_op.keyed_normal, noise_op.add_noise,
-            pairs_op.pair_region_errors, pairs_op.pair_region_errors_backward,
+            pairs_op.pair_region_errors, pairs_op.pair_region_errors_backward, loss_op.preference_loss,
+            loss_op.preference_loss_backward,
         )
     }  # fmt: skip
 
@@ -163,8 +176,9 @@ def test_the_host_waits_for_nothing(pair, device, monkeypatch):
         key = NoiseKey(3, ids, 1)
         noisy = add_keyed_noise(winner.clean, winner.coefficients, key)
         loss = local_dpo_loss(
-            *preds, winner.reference, loser.reference, winner.clean, loser.clean, winner.coefficients, key,
-            regions=winner.regions, strength=strength,
+            *preds, reference_w=winner.reference, reference_l=loser.reference, clean_w=winner.clean,
+            clean_l=loser.clean, coefficients=winner.coefficients, noise_w=key, regions=winner.regions,
+            strength=strength,
         ).loss  # fmt: skip
         own = region_errors(preds[0], *winner.arguments()[1:], **winner.options())
         (loss + own.gap.sum()).backward()
@@ -186,7 +200,8 @@ def test_the_host_waits_for_nothing(pair, device, monkeypatch):
 GUARDED = """
 import ctypes, mmap, torch
 from alignkit_kernels import (
-    NoiseKey, PathState, add_keyed_noise, count_launches, keyed_randn, pair_region_errors, region_errors
+    NoiseKey, PathState, add_keyed_noise, count_launches, keyed_randn, pair_region_errors, preference_loss,
+    region_errors
 )
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -228,6 +243,12 @@ with count_launches() as launched:
             got.cross.sum().backward()
             apart = PathState(make(torch.float32)), key
             pair_region_errors(*sides, make(), make(), rows, *apart, reference_w=make(), reference_l=make())
+            mask, strength = guarded((regions > 0).to(torch.uint8), at_end), guarded(torch.tensor([0.8, 0.9]), at_end)
+            loss = preference_loss(
+                *sides, clean_w=make(), clean_l=make(), coefficients=rows, noise_w=key, regions=mask, strength=strength,
+                weight=strength, reference_w=make(), reference_l=make(), loser_safeguard=0.5,
+            )
+            (loss.loss + loss.loss_per_pair.sum()).backward()
             add_keyed_noise(make(), rows, key)
             keyed_randn(shape, key)
 print(sum(launched.values()))
@@ -235,7 +256,9 @@ print(sum(launched.values()))
 
 
 def test_nothing_outside_an_input_is_read(path):
-    """Every input ends, then starts, at a page that may not be touched."""
+    """Every input ends, then starts, at a page that may not be touched: of the host, so under the interpreter."""
+    if path == "triton" and not dispatch.INTERPRETED:
+        pytest.skip("kernels run on the device here")
     environment = {**os.environ, "TRITON_INTERPRET": "1" if path == "triton" else "0"}
     command = [sys.executable, "-c", GUARDED]
     answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

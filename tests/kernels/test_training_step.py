@@ -11,7 +11,7 @@ from alignkit_kernels import count_launches
 CONFIG = Path(__file__).parents[2] / "configs" / "wan-tiny-localdpo.yaml"
 
 
-def test_a_training_step_runs_on_the_kernels(path, tmp_path):
+def test_a_training_step_runs_on_the_kernels(path, device, tmp_path):
     pytest.importorskip("diffusers", reason="the training engine is an extra; the kernels do without it")
     from alignkit.config import load_config
     from alignkit.models import family_module, load_model
@@ -22,7 +22,7 @@ def test_a_training_step_runs_on_the_kernels(path, tmp_path):
 
     config = load_config(CONFIG, [f"data.videos={tmp_path}", f"output.dir={tmp_path}"])
     model = load_model(config.model, with_encoders=False)
-    policy = model.transformer.requires_grad_(True)
+    policy = model.transformer.to(device).requires_grad_(True)
     reference = copy.deepcopy(policy).requires_grad_(False)
     shape = (2, policy.config.in_channels, 2, 4, 4)
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +31,8 @@ def test_a_training_step_runs_on_the_kernels(path, tmp_path):
     mask[..., 1:3] = 1
     loser = torch.where(mask.bool(), torch.randn(shape, generator=generator), winner)
     text = [torch.zeros(3, policy.config.text_dim)] * 2
-    batch = PairBatch(torch.tensor([4, 9]), winner, loser, mask, text, torch.tensor([0.75, 0.9], dtype=torch.float64))
+    latents = (x.to(device) for x in (winner, loser, mask))
+    batch = PairBatch(torch.tensor([4, 9]), *latents, text, torch.tensor([0.75, 0.9], dtype=torch.float64))
 
     with count_launches() as launched:
         epochs = torch.zeros(2, dtype=torch.int64)

@@ -13,6 +13,7 @@ from alignkit_kernels import (
     keyed_rand,
     keyed_randn,
     pair_region_errors,
+    preference_loss,
     region_errors,
 )
 
@@ -79,6 +80,12 @@ def calls(batch: int, sizes: tuple[int, ...], num_regions: int, seed: int, shift
             pred, pred_l, latent(), latent(), rows, noise, reference_w=latent(), reference_l=latent(), **labels
         )
         got.cross.sum().backward()
+    given = {"clean_w": latent(), "clean_l": latent(), "coefficients": rows, "noise_w": key}
+    references = {"reference_w": latent(), "reference_l": latent()}
+    for head, options in (("local_dpo", {}), ("dpo", {"label_smoothing": 0.1 / num_regions})):
+        beta = (5000.0, 1.0, 16.0, 2.5)[seed % 4]  # values that triton would specialise integers on, and others
+        own = {"weight_sft": 0.0 if seed % 2 else 0.3, "regions": labels["regions"], **references, **options}
+        preference_loss(pred, pred_l, head=head, beta=beta, **given, **own).loss.backward()
     states = PathState(latent(torch.float32)), PathState(latent(torch.float32))
     pair_region_errors(pred, pred_l, latent(), latent(), rows, *states)
     add_keyed_noise(latent(), rows, key)
@@ -97,7 +104,8 @@ def calls(batch: int, sizes: tuple[int, ...], num_regions: int, seed: int, shift
 def test_a_new_size_batch_seed_or_number_of_regions_compiles_nothing(compiles, first, others):
     calls(*first, num_regions=2, seed=7)
     known = set(compiles)
-    assert len(known) == 2 + 2 + 2 + 2 + 1 + 1 + 1 + 2  # two noises, two ops, two directions; path; sums; noise
+    # two noises, two ops, two directions; two heads and a backward; path; sums; noise
+    assert len(known) == 2 + 2 + 2 + 2 + 2 + 1 + 1 + 1 + 1 + 2
     for number, other in enumerate(others):
         calls(*other, num_regions=(1, 3, 16)[number], seed=(0, 1, 2**31)[number])
     assert set(compiles) == known

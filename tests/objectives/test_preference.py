@@ -199,8 +199,8 @@ def test_local_dpo_is_the_fused_loss_bit_for_bit(pairs):
     section = objective("local_dpo", weight_region_sft=0.2)
     got = preference_loss(section, predictions, references, batch, states)
     fused = local_dpo_loss(
-        *predictions, *references, batch.winner, batch.loser, states.coefficients, states.noise_w,
-        regions=batch.mask, strength=batch.strength, beta=BETA, weight_region_sft=0.2,
+        *predictions, reference_w=references[0], reference_l=references[1], clean_w=batch.winner, clean_l=batch.loser,
+        coefficients=states.coefficients, noise_w=states.noise_w, regions=batch.mask, strength=batch.strength, beta=BETA, weight_region_sft=0.2,
     )  # fmt: skip
     assert torch.equal(got.loss_per_pair, fused.loss_per_pair) and torch.equal(got.loss, fused.loss)
     assert torch.equal(got.logits["region"], fused.logits_region)

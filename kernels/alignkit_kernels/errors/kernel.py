@@ -7,8 +7,10 @@ from ..noise.device import load_key
 from ..tiles import (
     POINTERS,
     RUNTIME_INTEGERS,
+    by_label,
     load_coefficients,
     locate,
+    locate_part,
     places,
     read,
     tile_labels,
@@ -21,24 +23,25 @@ from ..tiles import (
 def region_errors_kernel(
     pred_ptr, reference_ptr, clean_ptr, noise_ptr, coefficients_ptr, labels_ptr, partial_ptr,
     pred_row, reference_row, clean_row, noise_row,
-    batch, slabs, loop, inner, num_regions,
-    label_batch, label_slab, plane, line, step_plane, step_line, step,
+    batch, loop, split, inner, num_regions,
+    label_batch, label_slab, plane, line, step_plane, step_line, step, highest,
     SOURCE: tl.constexpr, LABELS: tl.constexpr, HAS_REFERENCE: tl.constexpr,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Partial count, error and gap of one tile by region, to partial[3, batch, num_regions, tiles]."""
-    sample, slab, start = locate(slabs, inner, TILE)
+    """Partial count, error and gap of one tile by region, to partial[3, batch, num_regions, programs]."""
+    sample, start = locate(TILE)
+    slab, begin, end = locate_part(loop, split)
     place, inside = places(inner, start, TILE, ALIGNED)
     labels = tile_labels(
         labels_ptr, sample, slab, start, place, inside,
-        label_batch, label_slab, plane, line, step_plane, step_line, step, LABELS, ALIGNED,
+        label_batch, label_slab, plane, line, step_plane, step_line, step, highest, LABELS, ALIGNED,
     )  # fmt: skip
     a, inverse_s, c, d = load_coefficients(coefficients_ptr, sample, DTYPE)
     key = load_key(noise_ptr, sample * noise_row, SOURCE)
 
     error = tl.zeros([TILE], DTYPE)
     gap = tl.zeros([TILE], DTYPE)
-    for i in tl.range(0, loop, loop_unroll_factor=UNROLL):
+    for i in tl.range(begin, end, num_stages=STAGES):
         element = (slab * loop + i) * inner + start
         clean = read(clean_ptr, sample * clean_row, element, place, inside, DTYPE, ALIGNED)
         noise = tile_noise(
@@ -52,12 +55,13 @@ def region_errors_kernel(
             reference = read(reference_ptr, sample * reference_row, element, place, inside, DTYPE, ALIGNED)
             gap += (pred - reference) * (pred + reference - 2 * target)
 
-    tiles = slabs * tl.cdiv(inner, TILE)
-    quantity = batch.to(tl.int64) * num_regions * tiles
+    programs = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    quantity = batch * num_regions * programs
     for k in range(num_regions):
         held = labels == k
-        partial = partial_ptr + (sample * num_regions + k) * tiles + slab * tl.cdiv(inner, TILE) + start // TILE
-        tl.store(partial, (tl.sum(held.to(tl.int32)) * loop).to(DTYPE))
+        partial = partial_ptr + (sample * num_regions + k) * programs + program
+        tl.store(partial, (tl.sum(held.to(tl.int32)) * (end - begin)).to(DTYPE))
         tl.store(partial + quantity, tl.sum(tl.where(held, error, 0.0)))
         tl.store(partial + 2 * quantity, tl.sum(tl.where(held, gap, 0.0)))
 
@@ -65,27 +69,27 @@ def region_errors_kernel(
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS, do_not_specialize_on_alignment=POINTERS)
 def region_errors_backward_kernel(
     grad_ptr, pred_ptr, clean_ptr, noise_ptr, coefficients_ptr, labels_ptr, dpred_ptr,
-    pred_row, clean_row, noise_row,
-    batch, slabs, loop, inner, num_regions,
-    label_batch, label_slab, plane, line, step_plane, step_line, step,
+    pred_row, clean_row, noise_row, dpred_row,
+    batch, loop, split, inner, num_regions,
+    label_batch, label_slab, plane, line, step_plane, step_line, step, highest,
     SOURCE: tl.constexpr, LABELS: tl.constexpr,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dpred = 2 * (grad of error + grad of gap)[region] * (pred - target), from grad[3, batch, num_regions]."""
-    sample, slab, start = locate(slabs, inner, TILE)
+    sample, start = locate(TILE)
+    slab, begin, end = locate_part(loop, split)
     place, inside = places(inner, start, TILE, ALIGNED)
     labels = tile_labels(
         labels_ptr, sample, slab, start, place, inside,
-        label_batch, label_slab, plane, line, step_plane, step_line, step, LABELS, ALIGNED,
+        label_batch, label_slab, plane, line, step_plane, step_line, step, highest, LABELS, ALIGNED,
     )  # fmt: skip
     held = (labels >= 0) & (labels < num_regions)
-    by_error = grad_ptr + (batch + sample) * num_regions + labels
-    by_gap = by_error + batch * num_regions
-    weight = 2 * (tl.load(by_error, mask=held, other=0.0) + tl.load(by_gap, mask=held, other=0.0)).to(DTYPE)
+    by_error = (batch + sample) * num_regions
+    weight = by_label(grad_ptr, by_error, by_error + batch * num_regions, labels, held, num_regions, DTYPE, True)
     a, inverse_s, c, d = load_coefficients(coefficients_ptr, sample, DTYPE)
     key = load_key(noise_ptr, sample * noise_row, SOURCE)
 
-    for i in tl.range(0, loop, loop_unroll_factor=UNROLL):
+    for i in tl.range(begin, end, num_stages=STAGES):
         element = (slab * loop + i) * inner + start
         clean = read(clean_ptr, sample * clean_row, element, place, inside, DTYPE, ALIGNED)
         noise = tile_noise(
@@ -94,4 +98,4 @@ def region_errors_backward_kernel(
         )  # fmt: skip
         pred = read(pred_ptr, sample * pred_row, element, place, inside, DTYPE, ALIGNED)
         dpred = tl.where(held, weight * (pred - (c * noise + d * clean)), 0.0)
-        write(dpred_ptr, sample * slabs * loop * inner, element, place, inside, dpred, ALIGNED)
+        write(dpred_ptr, sample * dpred_row, element, place, inside, dpred, ALIGNED)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import launch
-from ..launch import TRITON_DTYPE, launch_for, unroll_for
-from ..layout import NUM_WARPS, SUM_BLOCK, SUM_WARPS, by_sample, labels_by_sample, layout_of
+from ..launch import TRITON_DTYPE, launch_for, stages_for
+from ..layout import NUM_WARPS, PARTS, SUM_BLOCK, SUM_WARPS, by_sample, labels_by_sample, layout_of
 from ..tiles import sum_tiles_kernel
 from .kernel import region_errors_backward_kernel, region_errors_kernel
 from .reference import compute_dtype
@@ -30,27 +30,27 @@ def forward(
     if reference is not None:
         reference = by_sample(reference, layout.aligned)
         reference_row = reference.stride(0)
-    batch, tiles = pred.shape[0], layout.tiles
-    partial = pred.new_empty((3, batch, num_regions, tiles), dtype=dtype)
-    unroll = unroll_for(launch_for(pred.device).unroll, layout.aligned, source)
+    batch = pred.shape[0]
+    grid = layout.grid(batch, PARTS)
+    partial = pred.new_empty((3, batch, num_regions, grid[0] * grid[1]), dtype=dtype)
     with torch.cuda.device_of(pred):
         launch(
-            region_errors_kernel, batch * tiles,
+            region_errors_kernel, grid,
             pred, reference, clean, noise, coefficients.contiguous(), regions, partial,
             pred.stride(0), reference_row, clean.stride(0), noise.stride(0),
-            batch, layout.slabs, layout.loop, layout.inner, num_regions, *layout.label_arguments(),
+            batch, layout.loop, layout.parts(PARTS), layout.inner, num_regions, *layout.label_arguments(), 255,
             SOURCE=source, LABELS=layout.labels, HAS_REFERENCE=reference is not None,
             DTYPE=TRITON_DTYPE[dtype], ALIGNED=layout.aligned,
-            TILE=layout.tile, UNROLL=unroll, num_warps=NUM_WARPS,
+            TILE=layout.tile, STAGES=stages_for(launch_for(pred.device).stages, layout.aligned), num_warps=NUM_WARPS,
         )  # fmt: skip
         return sum_tiles(partial)
 
 
 def sum_tiles(partial: Tensor) -> Tensor:
-    """fp64 sums over the last axis of partial sums [Q, B, R, tiles]. One launch."""
+    """fp64 sums over the last axis of partial sums [Q, B, R, programs]. One launch."""
     sums = partial.new_empty(partial.shape[:-1], dtype=torch.float64)
     launch(
-        sum_tiles_kernel, sums.numel(), partial, sums, partial.shape[-1],
+        sum_tiles_kernel, (sums.numel(),), partial, sums, partial.shape[-1],
         BLOCK=SUM_BLOCK, num_warps=SUM_WARPS,
     )  # fmt: skip
     return sums
@@ -70,14 +70,16 @@ def backward(
     layout = layout_of(pred.shape, regions)
     pred, clean, noise = (by_sample(x, layout.aligned) for x in (pred, clean, noise))
     dpred = torch.empty_like(pred, memory_format=torch.contiguous_format)
-    unroll = unroll_for(launch_for(pred.device).unroll, layout.aligned, source)
+    choice = launch_for(pred.device)
     with torch.cuda.device_of(pred):
         launch(
-            region_errors_backward_kernel, pred.shape[0] * layout.tiles,
+            region_errors_backward_kernel, layout.grid(pred.shape[0], choice.backward_parts),
             grad.contiguous(), pred, clean, noise, coefficients.contiguous(), regions, dpred,
-            pred.stride(0), clean.stride(0), noise.stride(0),
-            pred.shape[0], layout.slabs, layout.loop, layout.inner, grad.shape[2], *layout.label_arguments(),
+            pred.stride(0), clean.stride(0), noise.stride(0), dpred.stride(0),
+            pred.shape[0], layout.loop, layout.parts(choice.backward_parts), layout.inner, grad.shape[2],
+            *layout.label_arguments(), 255,
             SOURCE=source, LABELS=layout.labels, DTYPE=TRITON_DTYPE[compute_dtype(pred, clean)],
-            ALIGNED=layout.aligned, TILE=layout.tile, UNROLL=unroll, num_warps=NUM_WARPS,
+            ALIGNED=layout.aligned, TILE=layout.tile, STAGES=stages_for(choice.stages, layout.aligned),
+            num_warps=choice.backward_warps,
         )  # fmt: skip
     return dpred

@@ -64,5 +64,6 @@ def _request(shape: Sequence[int], key: NoiseKey, device: torch.device | str | N
         raise InputError(f"key must be a NoiseKey, got {type(key).__name__}")
     if not shape or min(shape) < 1:
         raise InputError(f"shape is {shape}, expected [B, ...] with every size at least 1")
-    device = torch.device(device) if device is not None else key.sample_ids.device
-    return shape, key_rows(key, shape[0], device)
+    if device is None and isinstance(key.sample_ids, Tensor):  # of anything else the key's own check says what it is
+        device = key.sample_ids.device
+    return shape, key_rows(key, shape[0], torch.device(device or "cpu"))

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+ROUND_A, ROUND_B = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
+KEY_A, KEY_B = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 UNIFORM_SCALE = tl.constexpr(4.6566127342e-10)
 SMALLEST_UNIFORM = tl.constexpr(1.0e-7)
 
@@ -16,6 +18,20 @@ def load_key(keys_ptr, row, SOURCE: tl.constexpr):
         return seed, tl.load(row + 1).to(tl.uint32), tl.load(row + 2).to(tl.uint32), tl.load(row + 3).to(tl.uint32)
     else:
         return 0, 0, 0, 0
+
+
+@triton.jit
+def philox(seed, c0, c1, c2, c3):
+    """Four words of each counter. One 64-bit product a word pair: triton.language.philox multiplies twice, for the high
+    word and for the low one."""
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        a, b = c0.to(tl.uint64) * ROUND_A, c2.to(tl.uint64) * ROUND_B
+        c0, c2 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = b.to(tl.uint32), a.to(tl.uint32)
+        k0 += KEY_A
+        k1 += KEY_B
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -50,7 +66,7 @@ def circle(turns):
 @triton.jit
 def normal_pair(first, second):
     """Box-Muller of two words."""
-    radius = tl.sqrt_rn(-2.0 * tl.log(tl.maximum(folded_uniform(first), SMALLEST_UNIFORM)))
+    radius = tl.sqrt(-2.0 * tl.log(tl.maximum(folded_uniform(first), SMALLEST_UNIFORM)))
     cosine, sine = circle(folded_uniform(second))
     return radius * cosine, radius * sine
 
@@ -71,7 +87,7 @@ def keyed_values(seed, sample, draw, stream, start, TILE: tl.constexpr, ALIGNED:
     """Noise of elements start ... start + TILE - 1 of a sample. Aligned: start is a multiple of 4."""
     if ALIGNED:
         counter = (start // 4).to(tl.uint32) + tl.arange(0, TILE // 4).to(tl.uint32)
-        a, b, c, d = tl.philox(seed, counter, sample, draw, stream)
+        a, b, c, d = philox(seed, counter, sample, draw, stream)
         if UNIFORM:
             values = adjacent(top_bits(a), top_bits(b), top_bits(c), top_bits(d))
         else:
@@ -80,7 +96,7 @@ def keyed_values(seed, sample, draw, stream, start, TILE: tl.constexpr, ALIGNED:
             values = adjacent(n0, n1, n2, n3)
     else:
         element = start + tl.arange(0, TILE)
-        a, b, c, d = tl.philox(seed, (element // 4).to(tl.uint32), sample, draw, stream)
+        a, b, c, d = philox(seed, (element // 4).to(tl.uint32), sample, draw, stream)
         late, odd = element & 2 == 2, element & 1 == 1
         first, second = tl.where(late, c, a), tl.where(late, d, b)
         if UNIFORM:

@@ -12,7 +12,7 @@ def keyed_kernel(
     out_ptr, keys_ptr, elements, UNIFORM: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Normals, or uniforms, of contiguous samples."""
-    sample, _, start = locate(1, elements, TILE)
+    sample, start = locate(TILE)
     seed, sample_id, draw, stream = load_key(keys_ptr, sample * 4, "keyed")
     values = keyed_values(seed, sample_id, draw, stream, start, TILE, ALIGNED, UNIFORM)
     place, inside = places(elements, start, TILE, ALIGNED)
@@ -25,7 +25,7 @@ def add_noise_kernel(
     SOURCE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """out = a * clean + s * noise."""
-    sample, _, start = locate(1, elements, TILE)
+    sample, start = locate(TILE)
     place, inside = places(elements, start, TILE, ALIGNED)
     a, inverse_s, _, _ = load_coefficients(coefficients_ptr, sample, DTYPE)
     s = tl.load(coefficients_ptr + sample * 4 + 1).to(DTYPE)

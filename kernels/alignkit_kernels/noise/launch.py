@@ -3,7 +3,6 @@
 from math import prod
 
 import torch
-import triton
 from torch import Tensor
 
 from ..dispatch import launch
@@ -24,7 +23,7 @@ def _keyed(shape: list[int], keys: Tensor, dtype: torch.dtype, uniform: bool) ->
     out, elements, choice = keys.new_empty(shape, dtype=dtype), prod(shape[1:]), launch_for(keys.device)
     with torch.cuda.device_of(keys):
         launch(
-            keyed_kernel, shape[0] * triton.cdiv(elements, choice.noise_tile),
+            keyed_kernel, (-(-elements // choice.noise_tile), 1, shape[0]),
             out, keys.contiguous(), elements,
             UNIFORM=uniform, ALIGNED=elements % VECTOR == 0, TILE=choice.noise_tile, num_warps=choice.noise_warps,
         )  # fmt: skip
@@ -38,7 +37,7 @@ def add_noise(clean: Tensor, coefficients: Tensor, source: str, noise: Tensor) -
     out = torch.empty_like(clean, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(clean):
         launch(
-            add_noise_kernel, clean.shape[0] * triton.cdiv(elements, choice.noise_tile),
+            add_noise_kernel, (-(-elements // choice.noise_tile), 1, clean.shape[0]),
             clean, noise, coefficients.contiguous(), out, clean.stride(0), noise.stride(0), elements,
             SOURCE=source, DTYPE=TRITON_DTYPE[torch.promote_types(clean.dtype, torch.float32)], ALIGNED=aligned,
             TILE=choice.noise_tile, num_warps=choice.noise_warps,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..checks import InputError, check_coefficients, check_latents, check_like, check_regions
-from ..sources import NoiseSource, noise_inputs
+from ..sources import NoiseSource, PathState, noise_inputs
 from . import op
 
 
@@ -56,17 +56,22 @@ def pair_region_errors(
         check_like("reference_w", reference_w, "pred_w", pred_w)
         check_like("reference_l", reference_l, "pred_l", pred_l)
     regions, num_regions = check_regions(regions, num_regions, pred_w)
-    source_w, tensor_w = noise_inputs("noise_w", noise_w, clean_w)
-    if noise_l is not None:
-        source_l, tensor_l = noise_inputs("noise_l", noise_l, clean_l)
-    elif isinstance(noise_w, Tensor) or source_w == "keyed":
-        source_l, tensor_l = source_w, None
-    else:
-        raise InputError("noise_l is required when noise_w is a PathState: each side has its own state")
     count, error_w, error_l, gap_w, gap_l, cross = op.pair_region_errors(
         pred_w, pred_l, reference_w, reference_l, clean_w, clean_l, coefficients,
-        source_w, tensor_w, source_l, tensor_l, regions, num_regions,
+        *pair_noise(noise_w, noise_l, clean_w, clean_l), regions, num_regions,
     )  # fmt: skip
     if reference_w is None:
         gap_w = gap_l = None
     return PairRegionErrors(error_w, error_l, gap_w, gap_l, cross, count)
+
+
+def pair_noise(
+    noise_w: NoiseSource, noise_l: NoiseSource | None, clean_w: Tensor, clean_l: Tensor
+) -> tuple[str, Tensor, str, Tensor | None]:
+    """Both sides' checked noise sources in the form the ops take; no tensor for the loser's is the winner's noise."""
+    source_w, tensor_w = noise_inputs("noise_w", noise_w, clean_w)
+    if noise_l is not None:
+        return source_w, tensor_w, *noise_inputs("noise_l", noise_l, clean_l)
+    if isinstance(noise_w, PathState):
+        raise InputError("noise_l is required when noise_w is a PathState: each side has its own state")
+    return source_w, tensor_w, source_w, None

@@ -25,11 +25,12 @@ def pair_region_errors(
     noise_l: Tensor | None,
     regions: Tensor | None,
     num_regions: int,
+    highest: int = 255,
 ) -> Tensor:
     run = launch if dispatch.runs_kernels(pred_w) else plain
     return run.forward(
         pred_w, pred_l, reference_w, reference_l, clean_w, clean_l, coefficients,
-        source_w, noise_w, source_l, noise_l, regions, num_regions,
+        source_w, noise_w, source_l, noise_l, regions, num_regions, highest,
     )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def pair_region_errors_backward(
 
 @pair_region_errors.register_fake
 def _(pred_w, *args):
-    return pred_w.new_empty((6, pred_w.shape[0], args[-1]), dtype=torch.float64)
+    return pred_w.new_empty((6, pred_w.shape[0], args[11]), dtype=torch.float64)
 
 
 @pair_region_errors_backward.register_fake
@@ -67,7 +68,7 @@ def _(grad, pred_w, pred_l, *args):
 
 
 def _save(ctx, inputs, output):
-    pred_w, pred_l, _, _, clean_w, clean_l, coefficients, *sources, regions, _ = inputs
+    pred_w, pred_l, _, _, clean_w, clean_l, coefficients, *sources, regions, _, _ = inputs
     source_w, noise_w, source_l, noise_l = sources
     ctx.sources = source_w, source_l
     ctx.save_for_backward(pred_w, pred_l, clean_w, clean_l, coefficients, noise_w, noise_l, regions)
@@ -80,7 +81,7 @@ def _backward(ctx, grad):
         grad, pred_w, pred_l, clean_w, clean_l, coefficients,
         source_w, noise_w, source_l, noise_l, regions,
     )  # fmt: skip
-    return dpred_w, dpred_l, *[None] * 11
+    return dpred_w, dpred_l, *[None] * 12
 
 
 pair_region_errors.register_autograd(_backward, setup_context=_save)

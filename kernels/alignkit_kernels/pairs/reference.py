@@ -47,8 +47,13 @@ def forward(
     noise_l: Tensor | None,
     regions: Tensor | None,
     num_regions: int,
+    highest: int = 255,
 ) -> Tensor:
-    """fp64 [6, B, R]: count, error_w, error_l, gap_w, gap_l (0 without references), cross."""
+    """fp64 [6, B, R]: count, error_w, error_l, gap_w, gap_l (0 without references), cross.
+
+    highest: what labels above it count as; 1 makes a mask of them.
+    """
+    regions = None if regions is None else regions.clamp(max=highest)
     dtype = compute_dtype(pred_w, pred_l, reference_w, reference_l, clean_w, clean_l)
     (target_w, target_l), (residual_w, residual_l) = residuals(
         (pred_w, pred_l), (clean_w, clean_l), coefficients, source_w, noise_w, source_l, noise_l, dtype
@@ -78,15 +83,56 @@ def backward(
     noise_l: Tensor | None,
     regions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """d(loss)/d(pred) of each side: 2 * g[region] * (its residual) + g_cross[region] * (the other's)."""
+    """d(loss)/d(pred) of each side: 2 * g[region] * (its residual) + g_cross[region] * (the other's residual)."""
+    out = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (pred_w, pred_l))
+    inputs = pred_w, pred_l, clean_w, clean_l, coefficients, source_w, noise_w, source_l, noise_l, regions
+    write_gradients(out, grad, None, *inputs)
+    return out
+
+
+def write_gradients(
+    out: tuple[Tensor, Tensor],
+    grads: Tensor,
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None] | None,
+    pred_w: Tensor,
+    pred_l: Tensor,
+    clean_w: Tensor,
+    clean_l: Tensor,
+    coefficients: Tensor,
+    source_w: str,
+    noise_w: Tensor,
+    source_l: str,
+    noise_l: Tensor | None,
+    regions: Tensor | None,
+    highest: int = 255,
+) -> None:
+    """Fill `out` with the gradients.
+
+    grads: fp64 [6, B, R], of the sums; or, with `upstream`, what a pair's residuals of winner and loser are multiplied
+    by, [2, B, R], times what follows: upstream is by_loss [], importance [B] (None: 1) and by_pair [B], and the factor
+    of a pair by_loss * importance / B + by_pair, of which a missing gradient counts 0.
+    """
     dtype = compute_dtype(pred_w, pred_l, clean_w, clean_l)
+    regions = None if regions is None else regions.clamp(max=highest)
     _, (residual_w, residual_l) = residuals(
         (pred_w, pred_l), (clean_w, clean_l), coefficients, source_w, noise_w, source_l, noise_l, dtype
     )
-    _, error_w, error_l, gap_w, gap_l, cross = grad
-    dpred_w = scaled_by_region(residual_w, 2 * (error_w + gap_w), regions)
-    dpred_l = scaled_by_region(residual_l, 2 * (error_l + gap_l), regions)
-    return (
-        (dpred_w + scaled_by_region(residual_l, cross, regions)).to(pred_w.dtype),
-        (dpred_l + scaled_by_region(residual_w, cross, regions)).to(pred_l.dtype),
-    )
+    if upstream is None:
+        _, error_w, error_l, gap_w, gap_l, cross = grads
+        dpred_w = scaled_by_region(residual_w, 2 * (error_w + gap_w), regions)
+        dpred_l = scaled_by_region(residual_l, 2 * (error_l + gap_l), regions)
+        dpred_w = dpred_w + scaled_by_region(residual_l, cross, regions)
+        dpred_l = dpred_l + scaled_by_region(residual_w, cross, regions)
+    else:
+        by_loss, importance, by_pair = (None if x is None else x.to(dtype) for x in upstream)
+        batch = pred_w.shape[0]
+        factor = torch.zeros(batch, dtype=dtype, device=pred_w.device)
+        if by_loss is not None:
+            factor = factor + by_loss / batch * (1 if importance is None else importance)
+        if by_pair is not None:
+            factor = factor + by_pair
+        weight_w, weight_l = grads * factor[:, None]
+        dpred_w = scaled_by_region(residual_w, weight_w, regions)
+        dpred_l = scaled_by_region(residual_l, weight_l, regions)
+    for x, gradient in zip(out, (dpred_w, dpred_l), strict=True):
+        x.copy_(gradient)
