@@ -49,7 +49,7 @@ def draw(rows: list[dict], picture: Path) -> None:
             )
     for (op, noise), line in zip(kinds, axes, strict=True):
         for direction, axis in zip(directions, line, strict=True):
-            axis.set_title(f"{op}, noise {noise}, {direction}", fontsize=9, loc="left")
+            axis.set_title(f"{op}{noise and f', noise {noise}'}, {direction}", fontsize=9, loc="left")
             axis.set_yticks(range(len(places)), places, fontsize=7)
             axis.set_ylim(len(places) - 0.4, -0.6)
             axis.set_xscale("log")
@@ -59,7 +59,7 @@ def draw(rows: list[dict], picture: Path) -> None:
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.tick_params(axis="x", labelsize=7)
             axis.grid(axis="x", alpha=0.3)
-            axis.set_xlabel("µs a call: median, 10th to 90th percentile", fontsize=7)
+            axis.set_xlabel("µs a call: median and quartiles", fontsize=7)
     marks = [Line2D([], [], marker="o", ms=4, ls="", color=f"C{i}") for i in range(len(names))]
     figure.legend(marks, names, loc="outside lower center", ncols=len(names), fontsize=8)
     last = rows[-1]
@@ -72,7 +72,7 @@ def main() -> None:
     source = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT
     picture = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_suffix(".png")
     with source.open(newline="") as file:
-        draw(list(csv.DictReader(file)), picture)
+        draw([row for row in csv.DictReader(file) if not row["failed"]], picture)
     print(picture)
 
 

@@ -96,7 +96,7 @@ def _check_word(name: str, word: int | Tensor, batch: int) -> None:
     elif isinstance(word, bool) or not isinstance(word, int):
         raise InputError(f"NoiseKey.{name} must be an int or int64 [B] or [1], got {word!r}")
     else:
-        values = [word]
+        values = [int(word)]  # an IntEnum is no number to dynamo
     if name == "seed":
         return
     for value in values:
