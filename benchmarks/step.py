@@ -97,6 +97,9 @@ def random_folder(name: str, folder: Path, device: torch.device) -> str:
     (target / "scheduler").mkdir(parents=True)
     for file in ("model_index.json", "scheduler/scheduler_config.json"):
         (target / file).write_text((shipped_model(family) / file).read_text())
+    (target / "vae").mkdir()  # settings alone, those of the class: the latents are drawn
+    vae = {"wan": "AutoencoderKLWan", "cogvideox": "AutoencoderKLCogVideoX"}[family]
+    (target / "vae" / "config.json").write_text(json.dumps({"_class_name": vae}))
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -112,14 +115,7 @@ def random_folder(name: str, folder: Path, device: torch.device) -> str:
 def write_pairs(config, model, network_config, folder: Path) -> PairStore:
     """A store of random latents in the configuration's size; their values do not matter to the time."""
     data = config.data
-    temporal, spatial = 4, 8
-    if config.model.path == "tiny":
-        shape = load_model(config.model, with_transformer=False).latent_shape(data.num_frames, data.height, data.width)
-    else:
-        frames, size = (data.num_frames - 1) // temporal + 1, (data.height // spatial, data.width // spatial)
-        channels = network_config["in_channels"]
-        shape = (channels, frames, *size) if model.region_layout(torch.empty(1, 2, 2)).shape[0] == 1 else (
-            frames, channels, *size)  # fmt: skip
+    shape = model.latent_shape(data.num_frames, data.height, data.width)
     channel = shape.index(network_config["in_channels"])
     vae = model.fingerprint("vae")
     open_for_building(folder, StoreInfo("local_dpo", model.family, None, vae, "", pairs=PAIRS, block_size=PAIRS))

@@ -6,7 +6,9 @@ is declared in `alignkit.config.OBJECTIVES`; what is added to it is in `alignkit
 
 from torch import Tensor
 
+from alignkit.config import ObjectiveSection
 from alignkit.objectives.scored import Logits, Scored
+from alignkit.objectives.states import States
 from alignkit_kernels import losses
 
 
@@ -45,10 +47,13 @@ def poly_dpo(pairs: Scored) -> tuple[Tensor, Logits]:
 
 
 def winner_guarded(pairs: Scored) -> tuple[Tensor, Logits]:
-    """The guard falls with noise as a power of the path's a, which for flow matching is 1 − t."""
-    z, objective = pairs.logits["global"], pairs.objective
-    weight = objective.guard_weight * pairs.states.coefficients[:, 0].double() ** objective.guard_exponent
-    return losses.winner_guarded(z, pairs.means.error_w, pairs.beta, weight), {"global": z}
+    z, guard = pairs.logits["global"], guard_of(pairs.objective, pairs.states)
+    return losses.winner_guarded(z, pairs.means.error_w, pairs.beta, guard), {"global": z}
+
+
+def guard_of(objective: ObjectiveSection, states: States) -> Tensor:
+    """The guard's weight, fp64 [B]: it falls with noise as a power of the path's a, which for flow matching is 1 − t."""
+    return objective.guard_weight * states.coefficients[:, 0].double() ** objective.guard_exponent
 
 
 def ipo(pairs: Scored) -> tuple[Tensor, Logits]:

@@ -1,7 +1,8 @@
 """The training objectives: predictions for a pair batch in, the loss out.
 
-Each is the same three steps: squared errors by region, a head of `alignkit.objectives.heads`, and the terms added to
-it. What an objective is, which keys it reads and when to use it: `docs/losses.md`.
+Each is the same three steps: squared errors by region, a head, and the terms added to it. All of it is one fused call
+of the kernels; with a term of somebody's own (`alignkit.objectives.terms`) the steps are taken one by one, by the
+functions of `alignkit.objectives.heads`. What an objective is, which keys it reads and when to use it: `docs/losses.md`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from alignkit.config import OBJECTIVES, ObjectiveSection
 from alignkit.objectives import heads
-from alignkit.objectives.scored import Answer, Logits, Scored, score
+from alignkit.objectives.scored import Answer, Logits, ReferenceErrors, Scored, score
 from alignkit.objectives.states import States
-from alignkit.objectives.terms import TERMS
+from alignkit.objectives.terms import FUSED, TERMS
 from alignkit.stores.pairs import PairBatch
 from alignkit_kernels import losses, region_errors
+from alignkit_kernels import preference_loss as fused_loss
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,67 @@ def preference_loss(
     `alignkit_kernels.InputError` for a strength outside `objective.strength_range` (local_dpo) and for shapes that do
     not fit.
     """
+    beta = objective.beta if beta is None else beta
+    loss = _fused if TERMS == FUSED else _composed
+    return loss(objective, predictions, references, batch, states, beta)
+
+
+# objective: the head's own keys, by what the fused loss calls them
+HEAD_KEYS = {
+    "local_dpo": {key: key for key in ("strength_range", "weight_region", "weight_global")},
+    **dict.fromkeys(("dpo", "robust_dpo", "region_dpo"), {"label_smoothing": "label_smoothing"}),
+    "poly_dpo": {"alpha": "poly_alpha"},
+}
+# the heads whose sigmoid is of the logit over the whole latent, and of that inside the mask
+SIGMOIDS = {
+    "local_dpo": ("global", "region"),
+    "region_dpo": ("region",),
+    **dict.fromkeys(("dpo", "robust_dpo", "poly_dpo", "winner_guarded"), ("global",)),
+}
+
+
+def _fused(
+    objective: ObjectiveSection,
+    predictions: tuple[Tensor, Tensor],
+    references: Answer,
+    batch: PairBatch,
+    states: States,
+    beta: float,
+) -> TrainingLoss:
+    options = {name: getattr(objective, key) for name, key in HEAD_KEYS.get(objective.name, {}).items()}
+    options |= {key: getattr(objective, key) for key in FUSED if key in OBJECTIVES[objective.name]}
+    if objective.name == "local_dpo":
+        options["strength"] = batch.strength
+    if objective.name == "winner_guarded":
+        options["guard_weight"] = heads.guard_of(objective, states)
+    if isinstance(references, ReferenceErrors):
+        options |= {"reference_error_w": references.error_w, "reference_error_l": references.error_l}
+    else:
+        options |= {"reference_w": references[0], "reference_l": references[1]}
+    got = fused_loss(
+        *predictions, head=objective.name, clean_w=batch.winner, clean_l=batch.loser, coefficients=states.coefficients,
+        noise_w=states.noise_w, noise_l=states.noise_l, regions=batch.mask, weight=states.weight, beta=beta,
+        loser_safeguard=objective.loser_safeguard, **options,
+    )  # fmt: skip
+    means = losses.PairMeans(*(getattr(got, name) for name in losses.PairMeans._fields))
+    logits = {"global": got.logits_global, "region": got.logits_region}
+    return TrainingLoss(
+        got.loss, got.loss_per_pair, got.error_w, means, logits,
+        {name: logits[name] for name in SIGMOIDS.get(objective.name, ())},
+        None if objective.loser_safeguard is None else got.kept, beta,
+    )  # fmt: skip
+
+
+def _composed(
+    objective: ObjectiveSection,
+    predictions: tuple[Tensor, Tensor],
+    references: Answer,
+    batch: PairBatch,
+    states: States,
+    beta: float,
+) -> TrainingLoss:
     sums = score(predictions, references, batch, states)
-    pairs, kept = Scored(objective, objective.beta if beta is None else beta, batch, states, sums), None
+    pairs, kept = Scored(objective, beta, batch, states, sums), None
     if objective.loser_safeguard is not None:
         kept = _share_of_loser(pairs)
         # no head reads error_l: the gap is the only way to the loser's prediction

@@ -26,3 +26,6 @@ def region_sft(pairs: Scored) -> Tensor:
 
 TERMS: dict[str, Callable[[Scored], Tensor]] = {"weight_sft": sft, "weight_region_sft": region_sft}
 """By the key that weighs it: from scored pairs to fp64 [B]."""
+
+FUSED = dict(TERMS)
+"""Those that the fused loss computes itself."""

@@ -278,6 +278,8 @@ def test_a_whole_call_is_four_launches_of_ours_and_three_of_torchs(make_case, de
     if device.type == "cuda":
         from torch.profiler import ProfilerActivity, profile
 
+        for pred in preds:
+            pred.grad = None  # adding to one would be torch's own launch
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             preference_loss(*preds, **given).loss.backward()
             torch.cuda.synchronize()

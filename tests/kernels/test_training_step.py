@@ -44,8 +44,10 @@ def test_a_training_step_runs_on_the_kernels(path, device, tmp_path):
         result = preference_loss(config.objective, *answers, batch, states)
         result.loss.backward()
     if path == "triton":
-        expected = {"keyed_kernel", "add_noise_kernel", "pair_region_errors_kernel", "sum_tiles_kernel"}
-        assert launched.keys() == {*expected, "pair_region_errors_backward_kernel"}
+        fused = {"sum_tiles_kernel", "preference_head_kernel", "pair_region_errors_backward_kernel"}
+        # timesteps are drawn where the ids are: on the host, where the interpreter alone runs kernels
+        drawn = {"keyed_kernel"} if device.type == "cpu" else set()
+        assert launched.keys() == {"add_noise_kernel", "pair_region_errors_kernel", *fused, *drawn}
     else:
         assert not launched
     assert (result.logits["region"] == 0).all() and (result.logits["global"] == 0).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alignkit.config import OBJECTIVES, ObjectiveSection
-from alignkit.objectives import heads
+from alignkit.objectives import heads, terms
 from alignkit.objectives.diagnostics import diagnostics
 from alignkit.objectives.preference import (
     needs_reference,
@@ -18,6 +18,7 @@ from alignkit.objectives.scored import ReferenceErrors, score
 from alignkit.objectives.states import States
 from alignkit.stores.pairs import PairBatch
 from alignkit_kernels import InputError, local_dpo_loss
+from alignkit_kernels.preference import HEADS
 
 BETA = 300.0
 PREFERENCES = [name for name in OBJECTIVES if name != "sft"]
@@ -146,7 +147,25 @@ def test_value_and_gradient_are_the_formulas(pairs, name, keys):
 def test_every_name_of_the_configuration_is_an_objective():
     names = ObjectiveSection.model_fields["name"].annotation.__args__
     functions = {name for name, f in vars(heads).items() if getattr(f, "__module__", None) == heads.__name__}
-    assert set(names) == set(OBJECTIVES) == {*functions, "sft"}
+    assert set(names) == set(OBJECTIVES) == {*functions, "sft"} - {"guard_of"} <= set(HEADS)
+
+
+@pytest.mark.parametrize("safeguard", [None, 0.3])
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_terms_of_ones_own_take_the_same_steps_one_by_one(pairs, monkeypatch, name, safeguard):
+    """With a term that the fused loss does not know, of no weight here: the same numbers and gradients."""
+    section = objective(name, loser_safeguard=safeguard)
+    batch, states, predictions, references = pairs
+    states = dataclasses.replace(states, weight=torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64))
+    want = preference_loss(section, predictions, references, batch, states)
+    monkeypatch.setitem(terms.TERMS, "weight_own", None)
+    got = preference_loss(section, predictions, references, batch, states)
+    for field in dataclasses.fields(got):
+        a, b = getattr(got, field.name), getattr(want, field.name)
+        torch.testing.assert_close(a._asdict() if hasattr(a, "_asdict") else a, b._asdict() if hasattr(b, "_asdict") else b,
+                                   **TOLERANCE)  # fmt: skip
+    for a, b in zip(*(torch.autograd.grad(x.loss, predictions) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
 
 
 def test_dpo_is_the_number_that_four_public_implementations_give():
@@ -200,7 +219,8 @@ def test_local_dpo_is_the_fused_loss_bit_for_bit(pairs):
     got = preference_loss(section, predictions, references, batch, states)
     fused = local_dpo_loss(
         *predictions, reference_w=references[0], reference_l=references[1], clean_w=batch.winner, clean_l=batch.loser,
-        coefficients=states.coefficients, noise_w=states.noise_w, regions=batch.mask, strength=batch.strength, beta=BETA, weight_region_sft=0.2,
+        coefficients=states.coefficients, noise_w=states.noise_w, regions=batch.mask, strength=batch.strength,
+        beta=BETA, weight_region_sft=0.2,
     )  # fmt: skip
     assert torch.equal(got.loss_per_pair, fused.loss_per_pair) and torch.equal(got.loss, fused.loss)
     assert torch.equal(got.logits["region"], fused.logits_region)

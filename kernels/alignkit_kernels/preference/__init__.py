@@ -22,7 +22,7 @@ class PreferenceLoss(NamedTuple):
     rest is for logs. All fp64, [B] but for `loss`; `region_empty` is bool.
 
     loss_per_pair: before `weight`.
-    logits_global, logits_region: z over all elements, and inside the mask (times 1 + eta with a strength).
+    logits_global, logits_region: z over all elements, and inside the mask (for `local_dpo` times 1 + eta).
     error_*, gap_*: means over elements; region_*: inside the mask, 0 without one.
     kept: how much of the loser's gradient the safeguard kept; 1 without it.
     ignored: elements whose label is `num_regions` or above, which count nowhere.

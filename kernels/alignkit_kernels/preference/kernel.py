@@ -123,8 +123,8 @@ def preference_head_kernel(
     weight_sft: tl.int64, weight_region_sft: tl.int64, shape: tl.int64, guard: tl.int64, mu: tl.int64,
     HEAD: tl.constexpr, SAFEGUARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """loss, per_pair [B] and numbers [12, B] (`reference.NUMBERS`) in fp64, and the weights [2, B, R] of the winner's and
-    the loser's residuals."""
+    """loss, per_pair [B] and numbers [12, B] (`reference.NUMBERS`) in fp64, and the weights [2, B, R] of the winner's
+    and the loser's residuals."""
     beta_now = as_double(beta)
     if beta_ptr is not None:
         beta_now = tl.load(beta_ptr).to(tl.float64)
@@ -169,11 +169,12 @@ def preference_head_kernel(
             eta = tl.where(high > low, (alpha - low) / tl.where(high > low, high - low, 1.0), 0.0)
             factor += tl.minimum(tl.maximum(eta, 0.0), 1.0)
         z = scale * (gap_w - gap_l)
-        z_region = factor * scale * (region_gap_w - region_gap_l)
+        z_region = scale * (region_gap_w - region_gap_l)
 
         by_error, by_gap, by_region_gap = tl.zeros_like(count), tl.zeros_like(count), tl.zeros_like(count)
         if HEAD == "local_dpo":
             whole, by_gap = dpo(z, 0.0)
+            z_region = factor * z_region
             region, by_region_gap = dpo(z_region, 0.0)
             loss = global_weight * whole + tl.where(held > 0, region_weight * region, 0.0)
             by_gap = global_weight * by_gap

@@ -79,11 +79,12 @@ def head(
     whole = [x.sum(1) / some for x in (error_w, error_l, gap_w, gap_l)]
     inside = [x[:, 1] / some_held if mask else torch.zeros_like(held) for x in (error_w, gap_w, gap_l)]
     factor = 1 + losses.strength_eta(strength, (settings.low, settings.high), like=held)
-    z, z_region = scale * (whole[2] - whole[3]), factor * scale * (inside[1] - inside[2])
+    z, z_region = scale * (whole[2] - whole[3]), scale * (inside[1] - inside[2])
 
     # slopes by each region's error_w and gap_w; that by its gap_l is minus the second
     by_error, by_gap = torch.zeros_like(count), torch.zeros_like(count)
     if name == "local_dpo":
+        z_region = factor * z_region
         loss = settings.weight_global * losses.dpo(z)
         loss = loss + torch.where(held > 0, settings.weight_region * losses.dpo(z_region), 0.0)
         by_gap += (settings.weight_global * dpo_slope(z, 0.0) * scale / some)[:, None]
