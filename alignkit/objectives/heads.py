@@ -52,7 +52,7 @@ def winner_guarded(pairs: Scored) -> tuple[Tensor, Logits]:
 
 
 def guard_of(objective: ObjectiveSection, states: States) -> Tensor:
-    """The guard's weight, fp64 [B]: it falls with noise as a power of the path's a, which for flow matching is 1 − t."""
+    """The guard's weight, fp64 [B]: it falls with noise as a power of the path's a, 1 − t for flow matching."""
     return objective.guard_weight * states.coefficients[:, 0].double() ** objective.guard_exponent
 
 

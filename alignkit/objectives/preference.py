@@ -2,7 +2,8 @@
 
 Each is the same three steps: squared errors by region, a head, and the terms added to it. All of it is one fused call
 of the kernels; with a term of somebody's own (`alignkit.objectives.terms`) the steps are taken one by one, by the
-functions of `alignkit.objectives.heads`. What an objective is, which keys it reads and when to use it: `docs/losses.md`.
+functions of `alignkit.objectives.heads`. What an objective is, which keys it reads and when to use it:
+`docs/losses.md`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -77,7 +78,7 @@ def preference_loss(
 # objective: the head's own keys, by what the fused loss calls them
 HEAD_KEYS = {
     "local_dpo": {key: key for key in ("strength_range", "weight_region", "weight_global")},
-    **dict.fromkeys(("dpo", "robust_dpo", "region_dpo"), {"label_smoothing": "label_smoothing"}),
+    **{name: {"label_smoothing": "label_smoothing"} for name in ("dpo", "robust_dpo", "region_dpo")},
     "poly_dpo": {"alpha": "poly_alpha"},
 }
 # the heads whose sigmoid is of the logit over the whole latent, and of that inside the mask

@@ -192,16 +192,17 @@ def _make_case(
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     batch, columns = shape[0], [-1] + [1] * (len(shape) - 1)
-    s = 0.1 + 0.8 * torch.rand(batch, generator=generator, dtype=torch.float64)
-    coefficients = torch.stack((1 - s, s, torch.ones_like(s), -torch.ones_like(s)), 1).float()
+    # each sample's own, and not of one model family: a row taken from another sample shows
+    s, a, c, d = 0.1 + 0.8 * torch.rand(4, batch, generator=generator, dtype=torch.float64)
+    coefficients = torch.stack((a, s, 0.5 + c, -0.5 - d), 1).float()
     clean = normal().to(clean_dtype)
     key = NoiseKey(2**63 + 5, torch.arange(batch) * 7 + 3, 2)
     epsilon = reference.keyed_normal(list(shape), key_rows(key, batch, clean.device), torch.float64)
     key = replace(key, sample_ids=key.sample_ids.to(DEVICE))
-    a_column, s_column = coefficients[:, 0].view(columns), coefficients[:, 1].view(columns)
+    a_column, s_column, c_column, d_column = (coefficients[:, i].double().view(columns) for i in range(4))
     state = (a_column * clean + s_column * epsilon).to(torch.promote_types(pred_dtype, torch.float32))
     sources = {"given": epsilon.to(DEVICE, pred_dtype), "keyed": key, "path": PathState(state.to(DEVICE))}
-    target = epsilon - clean.double()
+    target = c_column * epsilon + d_column * clean.double()
     near = target + 0.3 * normal()
     pred = near + 0.03 * normal()
     regions = None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignkit_kernels import NoiseKey, PathState, keyed_randn, pair_region_errors, region_errors
+from alignkit_kernels import NoiseKey, PathState, add_keyed_noise, keyed_randn, pair_region_errors, region_errors
 from alignkit_kernels.checks import check_regions
 from alignkit_kernels.layout import by_sample
 
@@ -88,6 +88,37 @@ def test_a_sample_of_many_tiles(make_case, eps, launched):
         got = region_errors(*case.arguments(), **case.options())
     for name, exact in case.exact().items():
         assert within(getattr(got, name), exact, eps), name
+
+
+def test_tiles_are_added_up_in_fp64(path, device):
+    """One tile's sum is 2**24, of 515 others 1: an odd total, which fp32 cannot hold."""
+    pred = torch.zeros(1, 1, 1, 257, 257, device=device)
+    pred.view(-1)[128 * torch.arange(1, 516, device=device)] = 1.0
+    pred.view(-1)[0] = 4096.0
+    rows = torch.tensor([[0.5, 0.5, 1.0, -1.0]], device=device)
+    nothing = torch.zeros_like(pred)
+    got = region_errors(pred, nothing, rows, nothing, reference=nothing)
+    assert got.error.item() == got.gap.item() == 2**24 + 515
+
+
+def test_coefficients_may_be_a_view_of_any_strides(make_case, launched):
+    """A slice of a table of more columns, and its transpose."""
+    case, other = make_case("aligned"), make_case("aligned", seed=1)
+    wide = torch.cat([case.coefficients, torch.full_like(case.coefficients, 9.0)], 1)
+    views = wide[:, :4], case.coefficients.t().contiguous().t()
+
+    def found(rows):
+        preds = [x.pred.clone().requires_grad_() for x in (case, other)]
+        own = region_errors(preds[0], case.clean, rows, case.noise, reference=case.reference)
+        pair = pair_region_errors(*preds, case.clean, other.clean, rows, case.noise)
+        noisy = add_keyed_noise(case.clean, rows, case.noise)
+        (own.gap.sum() + pair.error_l.sum() + pair.cross.sum()).backward()
+        return [own.error, own.gap, *pair[:2], pair.cross, noisy, *(p.grad for p in preds)]
+
+    want = found(case.coefficients)
+    for rows in views:
+        assert not rows.is_contiguous()
+        assert all(torch.equal(a, b) for a, b in zip(found(rows), want, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])

@@ -53,6 +53,10 @@ def compiles(monkeypatch) -> dict:
             for name, x in bound.items():
                 if isinstance(x, torch.Tensor) and name != "coefficients_ptr":
                     assert x.data_ptr() % (8 if name == "labels_ptr" else 16) == 0, name
+                    # each sample starts there as well
+                    assert x.dim() < 4 or name == "partial_ptr" or x.stride(0) * x.element_size() % (8 if name == "labels_ptr" else 16) == 0, (
+                        name
+                    )
         found.setdefault((kernel.__name__, str(specialisation), str(chosen)), build)
 
     monkeypatch.setattr(JITFunction, "run", decide)
@@ -60,13 +64,15 @@ def compiles(monkeypatch) -> dict:
     return found
 
 
-def calls(batch: int, sizes: tuple[int, ...], num_regions: int, seed: int, shift: int = 0) -> None:
-    """Every public function, forward and backward, on latents of one size that start `shift` elements into memory."""
+def calls(batch: int, sizes: tuple[int, ...], num_regions: int, seed: int, shift: int = 0, apart: int = 0) -> None:
+    """Every public function, forward and backward, on latents of one size that start `shift` elements into memory and
+    whose samples have `apart` elements between them."""
     shape = (batch, *sizes)
 
     def latent(dtype=torch.bfloat16):
-        elements = batch * sizes[0] * sizes[1] * sizes[2] * sizes[3]
-        return torch.zeros(shift + elements, dtype=dtype)[shift:].view(shape)
+        elements = sizes[0] * sizes[1] * sizes[2] * sizes[3] + apart
+        rows = torch.zeros(shift + batch * elements, dtype=dtype)[shift:].view(batch, elements)
+        return rows[:, : elements - apart].unflatten(1, sizes)
 
     rows = torch.ones(batch, 4)
     key = NoiseKey(seed, torch.arange(batch) + seed, seed)
@@ -115,7 +121,8 @@ def test_a_new_size_batch_seed_or_number_of_regions_compiles_nothing(compiles, f
 def test_no_vector_is_read_from_where_none_starts(compiles, sizes):
     """Views that start one element into memory: a GPU would stop at a misaligned address, an interpreter never."""
     for shift in (0, 1):
-        calls(2, sizes, num_regions=2, seed=7, shift=shift)
+        for apart in (0, 1):
+            calls(2, sizes, num_regions=2, seed=7, shift=shift, apart=apart)
 
 
 def test_what_the_launchers_pass_compiles(compiles):

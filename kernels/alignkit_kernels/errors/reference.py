@@ -1,14 +1,17 @@
 """Errors and gaps by region in plain torch: the meaning of the kernel beside it.
 
 Terms are computed in fp32 (fp64 when an input is), products of differences so that equal predictions give
-exactly 0; they are summed in fp64 over a tree fixed by the sample's size alone, with elementwise additions
-only. So a sample's numbers depend on neither its batch nor the number of threads.
+exactly 0; they are summed over a tree fixed by the sample's size alone, along the channels in their own precision and
+then in fp64. So a sample's numbers depend on neither its batch nor the number of threads.
 """
 
 import torch
 from torch import Tensor
 
 from ..noise.reference import coefficient_columns, noise_of
+
+CHUNK = 1024
+MOST_STEPS = 64  # of fp32 in a row; latents have 16 channels
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -29,24 +32,34 @@ def gap_terms(pred: Tensor, reference: Tensor, target: Tensor) -> Tensor:
     return (pred - reference) * (pred + reference - 2 * target)
 
 
-def tree_sum(x: Tensor, dim: int) -> Tensor:
-    """Sum over `dim`, kept with size 1, by folding halves: the same bits for any number of threads."""
-    while (size := x.shape[dim]) > 1:
+def tree_sum(x: Tensor) -> Tensor:
+    """[B, N] to [B, 1]: sums of CHUNK neighbours, then of those by folding halves. Each sum of a chunk is one thread's,
+    whatever the number of threads and of rows: the same bits for any of them."""
+    batch, size = x.shape
+    whole = size // CHUNK * CHUNK
+    parts = [x[:, :whole].reshape(batch, -1, CHUNK).sum(2), x[:, whole:].sum(1, keepdim=True)]
+    x = torch.cat(parts, 1)
+    while (size := x.shape[1]) > 1:
         half = size // 2
-        folded = x.narrow(dim, 0, half) + x.narrow(dim, half, half)
-        x = torch.cat((folded, x.narrow(dim, 2 * half, 1)), dim) if size % 2 else folded
+        folded = x[:, :half] + x[:, half : 2 * half]
+        x = torch.cat((folded, x[:, 2 * half :]), 1) if size % 2 else folded
     return x
 
 
 def region_sums(terms: Tensor, regions: Tensor | None, num_regions: int) -> Tensor:
-    """fp64 [B, R]: the sum of `terms` over each region; labels of `num_regions` and above go nowhere."""
+    """fp64 [B, R]: the sum of `terms` over each region; labels of `num_regions` and above go nowhere.
+
+    Along the first axis that labels share, the channels, terms are added in their own precision, as a kernel's tile
+    does; everything after that is fp64.
+    """
+    shared = [1] if regions is None else [i for i in range(1, terms.dim()) if regions.shape[i] == 1]
+    for number, dim in enumerate(shared):
+        short = number == 0 and terms.shape[dim] <= MOST_STEPS
+        terms = terms.sum(dim, keepdim=True, dtype=None if short else torch.float64)
     sums = terms.to(torch.float64)
     if regions is None:
-        return tree_sum(sums.flatten(1), 1)
-    for dim in range(1, terms.dim()):
-        if regions.shape[dim] == 1:
-            sums = tree_sum(sums, dim)
-    return torch.cat([tree_sum(torch.where(regions == k, sums, 0.0).flatten(1), 1) for k in range(num_regions)], dim=1)
+        return tree_sum(sums.flatten(1))
+    return torch.cat([tree_sum(torch.where(regions == k, sums, 0.0).flatten(1)) for k in range(num_regions)], dim=1)
 
 
 def region_counts(like: Tensor, regions: Tensor | None, num_regions: int) -> Tensor:
@@ -59,14 +72,17 @@ def region_counts(like: Tensor, regions: Tensor | None, num_regions: int) -> Ten
     return (counts * (elements // labels.shape[1])).expand(batch, num_regions)
 
 
-def scaled_by_region(values: Tensor, weights: Tensor, regions: Tensor | None) -> Tensor:
-    """values * weights[b, region]; 0 where the label has no weight, whatever the value is."""
+def scaled_by_region(values: Tensor, weights: Tensor, regions: Tensor | None, highest: int = 255) -> Tensor:
+    """values * weights[b, region]; 0 where the label has no weight, whatever the value is. No label is above
+    `highest`."""
     weights = weights.to(values.dtype)
     if regions is None:
         return values * weights.reshape(-1, *[1] * (values.dim() - 1))
     num_regions, batch = weights.shape[1], values.shape[0]
     labels = regions.flatten(1).long().expand(batch, -1)
     weight = weights.gather(1, labels.clamp(max=num_regions - 1)).reshape(batch, *regions.shape[1:])
+    if highest < num_regions:
+        return values * weight
     return torch.where(regions < num_regions, values * weight, 0.0)
 
 

@@ -132,7 +132,7 @@ def write_gradients(
         if by_pair is not None:
             factor = factor + by_pair
         weight_w, weight_l = grads * factor[:, None]
-        dpred_w = scaled_by_region(residual_w, weight_w, regions)
-        dpred_l = scaled_by_region(residual_l, weight_l, regions)
+        dpred_w = scaled_by_region(residual_w, weight_w, regions, highest)
+        dpred_l = scaled_by_region(residual_l, weight_l, regions, highest)
     for x, gradient in zip(out, (dpred_w, dpred_l), strict=True):
         x.copy_(gradient)
