@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from toy import Denoiser, Pairs
 
-from alignkit_kernels import NoiseKey, Stream, add_keyed_noise, keyed_rand, local_dpo_loss
+from alignkit_kernels import NoiseKey, Stream, add_keyed_noise, flow_coefficients, keyed_rand, preference_loss
 
 SEED, BETA = 0, 500.0
 
@@ -26,16 +26,17 @@ for epoch in range(2):
     for batch in loader:
         ids, clean_w, clean_l = batch["pair_id"], batch["clean_w"], batch["clean_l"]
         sigma = keyed_rand(ids.shape, NoiseKey(SEED, ids, epoch, Stream.TIMESTEP))
-        rows = torch.stack((1 - sigma, sigma, torch.ones_like(sigma), -torch.ones_like(sigma)), dim=1)
+        rows = flow_coefficients(sigma)
         noise = NoiseKey(SEED, ids, epoch, Stream.TRAINING)
         noisy = torch.cat([add_keyed_noise(clean, rows, noise) for clean in (clean_w, clean_l)])
 
-        pred_w, pred_l = model(noisy, sigma.repeat(2)).chunk(2)
+        pred = model(noisy, sigma.repeat(2))
         with torch.no_grad(), accelerator.autocast():
             ref_w, ref_l = reference(noisy, sigma.repeat(2)).chunk(2)
-        got = local_dpo_loss(
-            pred_w, pred_l, ref_w, ref_l, clean_w, clean_l, rows, noise, regions=batch["mask"], beta=BETA
-        )
+        got = preference_loss(
+            pred, reference_w=ref_w, reference_l=ref_l, clean_w=clean_w, clean_l=clean_l, coefficients=rows,
+            noise_w=noise, regions=batch["mask"], beta=BETA,
+        )  # fmt: skip
         accelerator.backward(got.loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

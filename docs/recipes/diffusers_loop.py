@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from toy import CHANNELS, Pairs
 
-from alignkit_kernels import NoiseKey, Stream, add_keyed_noise, keyed_rand, local_dpo_loss
+from alignkit_kernels import NoiseKey, Stream, add_keyed_noise, flow_coefficients, keyed_rand, preference_loss
 
 SEED, BETA = 0, 500.0
 
@@ -27,7 +27,7 @@ for epoch in range(2):
         ids = batch["pair_id"]
         # flow matching: x_t = (1 - sigma) x0 + sigma noise, and the network predicts noise - x0
         sigma = keyed_rand(ids.shape, NoiseKey(SEED, ids, epoch, Stream.TIMESTEP))
-        rows = torch.stack((1 - sigma, sigma, torch.ones_like(sigma), -torch.ones_like(sigma)), dim=1)
+        rows = flow_coefficients(sigma)
         noise = NoiseKey(SEED, ids, epoch, Stream.TRAINING)  # the pair's: both sides get the same
 
         noisy = torch.cat([add_keyed_noise(batch[side], rows, noise) for side in ("clean_w", "clean_l")])
@@ -36,13 +36,13 @@ for epoch in range(2):
             "timestep": 1000 * sigma.repeat(2),
             "encoder_hidden_states": text.repeat(2, 1, 1),
         }
-        pred_w, pred_l = policy(**inputs).sample.chunk(2)  # halves of one batch, never copied
+        pred = policy(**inputs).sample  # winners first: its halves are read where they are
         with torch.no_grad():
             ref_w, ref_l = reference(**inputs).sample.chunk(2)
 
-        got = local_dpo_loss(
-            pred_w, pred_l, ref_w, ref_l, batch["clean_w"], batch["clean_l"], rows, noise,
-            regions=batch["mask"], strength=batch["strength"], beta=BETA,
+        got = preference_loss(
+            pred, reference_w=ref_w, reference_l=ref_l, clean_w=batch["clean_w"], clean_l=batch["clean_l"],
+            coefficients=rows, noise_w=noise, regions=batch["mask"], strength=batch["strength"], beta=BETA,
         )  # fmt: skip
         got.loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

@@ -9,7 +9,7 @@ import lightning
 import torch
 from toy import Denoiser, Pairs
 
-from alignkit_kernels import NoiseKey, Stream, add_keyed_noise, keyed_rand, losses, pair_region_errors
+from alignkit_kernels import NoiseKey, Stream, add_keyed_noise, flow_coefficients, keyed_rand, preference_loss
 
 SEED, BETA = 0, 500.0
 
@@ -23,22 +23,20 @@ class Alignment(lightning.LightningModule):
     def training_step(self, batch: dict, step: int) -> torch.Tensor:
         ids, clean_w, clean_l = batch["pair_id"], batch["clean_w"], batch["clean_l"]
         sigma = keyed_rand(ids.shape, NoiseKey(SEED, ids, self.current_epoch, Stream.TIMESTEP))
-        rows = torch.stack((1 - sigma, sigma, torch.ones_like(sigma), -torch.ones_like(sigma)), dim=1)
+        rows = flow_coefficients(sigma)
         noise = NoiseKey(SEED, ids, self.current_epoch, Stream.TRAINING)
         noisy = torch.cat([add_keyed_noise(clean, rows, noise) for clean in (clean_w, clean_l)])
 
-        pred_w, pred_l = self.policy(noisy, sigma.repeat(2)).chunk(2)
+        pred = self.policy(noisy, sigma.repeat(2))
         with torch.no_grad():
             ref_w, ref_l = self.reference(noisy, sigma.repeat(2)).chunk(2)
-        errors = pair_region_errors(pred_w, pred_l, clean_w, clean_l, rows, noise, reference_w=ref_w, reference_l=ref_l)
-        elements = errors.count.sum(1)
-        # keep the winner's own error from rising: the loser pushes no further than the winner allows
-        keep = losses.loser_safeguard(errors.error_w, errors.cross)
-        gap_l = losses.scale_gradient(errors.gap_l.sum(1), keep)
-        logits = losses.logits_of(errors.gap_w.sum(1) / elements, gap_l / elements, BETA)
-        loss = losses.dpo(logits).mean()
-        print(f"epoch {self.current_epoch} loss {loss.item():.5f} logit {logits.mean().item():+.5f}")
-        return loss
+        got = preference_loss(
+            pred, head="dpo", reference_w=ref_w, reference_l=ref_l, clean_w=clean_w, clean_l=clean_l,
+            coefficients=rows, noise_w=noise, beta=BETA,
+            loser_safeguard=0.0,  # the loser pushes no further than leaves the winner's own error where it is
+        )  # fmt: skip
+        print(f"epoch {self.current_epoch} loss {got.loss.item():.5f} logit {got.logits_global.mean().item():+.5f}")
+        return got.loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.policy.parameters(), lr=1e-3)

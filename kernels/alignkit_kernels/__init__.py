@@ -5,6 +5,7 @@ Works with torch alone on any device; with triton, CUDA tensors take fused kerne
 
 from . import losses
 from .checks import InputError
+from .coefficients import flow_coefficients, v_coefficients
 from .dispatch import count_launches
 from .errors import RegionErrors, region_errors
 from .local_dpo import local_dpo_loss
@@ -27,6 +28,7 @@ __all__ = [
     "Stream",
     "add_keyed_noise",
     "count_launches",
+    "flow_coefficients",
     "keyed_rand",
     "keyed_randn",
     "local_dpo_loss",
@@ -34,4 +36,5 @@ __all__ = [
     "pair_region_errors",
     "preference_loss",
     "region_errors",
+    "v_coefficients",
 ]

@@ -18,6 +18,7 @@ from alignkit_kernels import (
     RegionErrors,
     Stream,
     add_keyed_noise,
+    flow_coefficients,
     keyed_rand,
     keyed_randn,
     local_dpo_loss,
@@ -25,6 +26,7 @@ from alignkit_kernels import (
     pair_region_errors,
     preference_loss,
     region_errors,
+    v_coefficients,
 )
 
 X = torch.zeros(2, 4, 3, 5, 7)
@@ -189,6 +191,18 @@ SILENT = [  # each was taken, and meant something else, or died of something tha
 def test_a_mistake_that_passed_in_silence_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_coefficients_of_the_two_families():
+    levels = torch.tensor([0.0, 0.36, 1.0], dtype=torch.float64)
+    assert flow_coefficients(levels).tolist() == [[1, 0, 1, -1], [0.64, 0.36, 1, -1], [0, 1, 1, -1]]
+    assert v_coefficients(levels).tolist()[1] == pytest.approx([0.6, 0.8, 0.6, -0.8], rel=1e-15)
+    for make in (flow_coefficients, v_coefficients):
+        assert make(levels.float()).dtype == torch.float32
+        for wrong, message in ((levels + 0.5, "holds 1.5, expected 0 to 1"), (levels.half(), r"got float16 \[3\]"),
+                               (levels[None], "must be a float32 or float64 tensor"), (0.5, "got float")):  # fmt: skip
+            with pytest.raises(InputError, match=message):
+                make(wrong)
 
 
 def test_keys_and_states_compare_by_identity():

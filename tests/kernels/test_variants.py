@@ -52,11 +52,10 @@ def compiles(monkeypatch) -> dict:
         if bound.get("ALIGNED"):  # the kernel was promised whole vectors
             for name, x in bound.items():
                 if isinstance(x, torch.Tensor) and name != "coefficients_ptr":
-                    assert x.data_ptr() % (8 if name == "labels_ptr" else 16) == 0, name
-                    # each sample starts there as well
-                    assert x.dim() < 4 or name == "partial_ptr" or x.stride(0) * x.element_size() % (8 if name == "labels_ptr" else 16) == 0, (
-                        name
-                    )
+                    vector = 8 if name == "labels_ptr" else 16
+                    assert x.data_ptr() % vector == 0, name
+                    if x.dim() >= 4 and name != "partial_ptr":  # each sample starts there as well
+                        assert x.stride(0) * x.element_size() % vector == 0, name
         found.setdefault((kernel.__name__, str(specialisation), str(chosen)), build)
 
     monkeypatch.setattr(JITFunction, "run", decide)

@@ -161,9 +161,7 @@ def test_terms_of_ones_own_take_the_same_steps_one_by_one(pairs, monkeypatch, na
     monkeypatch.setitem(terms.TERMS, "weight_own", None)
     got = preference_loss(section, predictions, references, batch, states)
     for field in dataclasses.fields(got):
-        a, b = getattr(got, field.name), getattr(want, field.name)
-        torch.testing.assert_close(a._asdict() if hasattr(a, "_asdict") else a, b._asdict() if hasattr(b, "_asdict") else b,
-                                   **TOLERANCE)  # fmt: skip
+        torch.testing.assert_close(getattr(got, field.name), getattr(want, field.name), **TOLERANCE)
     for a, b in zip(*(torch.autograd.grad(x.loss, predictions) for x in (got, want)), strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
 
