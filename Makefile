@@ -12,11 +12,11 @@ STAMP := $(VENV)/.installed
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt .ci/check_machine.py
+$(STAMP): pyproject.toml kernels/pyproject.toml constraints.txt .ci/check_machine.py
 	@command -v $(PYTHON) >/dev/null || { echo "make setup: $(PYTHON) is missing; install Python 3.11 or newer, or call make PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) .ci/check_machine.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[train,rank,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e ./kernels -e '.[train,rank,bench,dev]'
 	@echo "building DeepSpeed's CPU communication (once, about half a minute)"
 	@$(BIN)/python -m alignkit.training.distributed
 	@touch $@

@@ -1,8 +1,10 @@
 """The layout: who may import whom, one copy of noise and losses, and what the wheel holds."""
 
 import ast
+import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -95,17 +97,57 @@ def test_the_kernels_import_without_the_rest(blocked):
     assert result.returncode == 0 and int(result.stdout) > 5, result.stderr
 
 
-def test_the_wheel_holds_the_two_packages_and_what_they_need(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"alignkit", "alignkit_kernels", "alignkit-0.1.0.dist-info"}
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> dict[str, Path]:
+    """The two distributions, by the folder of each."""
+    folder = tmp_path_factory.mktemp("wheels")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
+    subprocess.run([*command, str(ROOT), str(ROOT / "kernels")], check=True, capture_output=True, timeout=300)
+    return {wheel.name.split("-")[0]: wheel for wheel in folder.glob("*.whl")}
+
+
+def test_each_wheel_holds_its_own_package_and_what_it_needs(wheels):
+    assert set(wheels) == {"alignkit", "alignkit_kernels"}
+    for name, wheel in wheels.items():
+        names = zipfile.ZipFile(wheel).namelist()
+        assert {name.split("/")[0] for name in names} == {name, f"{name}-0.1.0.dist-info"}
+    names = zipfile.ZipFile(wheels["alignkit"]).namelist()
     families = ("wan", "cogvideox")
     for family in families:
         assert {f"alignkit/configs/{family}-tiny-{method}.yaml" for method in ("localdpo", "apo")} <= set(names)
         assert f"alignkit/tiny/{family}/model_index.json" in names
-    assert wheel.stat().st_size < 2e6 + 10e6 * len(families)
+    assert wheels["alignkit"].stat().st_size < 2e6 + 10e6 * len(families)
+    assert "alignkit_kernels/py.typed" in zipfile.ZipFile(wheels["alignkit_kernels"]).namelist()
+    assert wheels["alignkit_kernels"].stat().st_size < 2e5
+
+
+def test_the_light_wheel_works_with_torch_alone(wheels, tmp_path):
+    """Unpacked beside nothing of this checkout: a loss and its gradient."""
+    zipfile.ZipFile(wheels["alignkit_kernels"]).extractall(tmp_path)
+    code = """
+import sys, torch
+for name in ("alignkit", "diffusers", "deepspeed", "numpy", "triton"):
+    sys.modules[name] = None
+import alignkit_kernels as k
+assert k.__file__.startswith(sys.argv[1]), k.__file__
+x = torch.randn(2, 2, 2, 4, 4, requires_grad=True)
+rows = k.flow_coefficients(torch.tensor([0.5]))
+key = k.NoiseKey(0, torch.tensor([1]), 0)
+clean = torch.zeros(1, 2, 2, 4, 4)
+k.preference_loss(x, reference_w=clean, reference_l=clean, clean_w=clean, clean_l=clean, coefficients=rows,
+                  noise_w=key).loss.backward()
+print(bool(x.grad.abs().max() > 0))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.stdout == "True\n", result.stderr
+
+
+def test_the_two_distributions_have_one_version_and_the_heavy_one_needs_the_light_one():
+    heavy, light = (tomllib.loads((ROOT / at / "pyproject.toml").read_text())["project"] for at in (".", "kernels"))
+    assert heavy["version"] == light["version"]
+    assert heavy["dependencies"] == [f"{light['name']}=={light['version']}"]
 
 
 def test_the_installed_command_finds_its_package_from_anywhere(tmp_path):

@@ -98,16 +98,16 @@ def region_sums(sums_ptr, reference_w_ptr, reference_l_ptr, pair, k, batch, num_
 
 @triton.jit
 def slopes(
-    k, count, gap_w, gap_l, by_error, by_region_error, by_gap, by_region_gap, regions_held, scale, shape, num_regions,
+    k, count, gap_w, gap_l, by_error, by_region_error, by_gap, by_region_gap, share, scale, shape, num_regions,
     preference_ptr, pair, inside, HEAD: tl.constexpr,
 ):  # fmt: skip
     """The loss's slopes by the sums error_w and gap_w of region k; that by its gap_l is minus the second."""
     inside_mask = (k == 1) & (num_regions == 2)
     error = by_error + tl.where(inside_mask, by_region_error, 0.0)
     if HEAD == "region_dpo":
-        some = tl.maximum(count, 1.0)
-        _, slope = dpo(scale * (gap_w - gap_l) / some, shape)
-        gap = tl.where(count > 0, slope * scale / (some * regions_held), 0.0)
+        per_gap = scale / tl.maximum(count, 1.0)
+        _, slope = dpo(per_gap * (gap_w - gap_l), shape)
+        gap = tl.where(count > 0, slope * per_gap * share, 0.0)
     elif HEAD == "segment_dpo":
         gap = by_gap * tl.load(preference_ptr + pair * num_regions + k, mask=inside, other=0).to(tl.float64)
     else:
@@ -150,7 +150,7 @@ def preference_head_kernel(
             if (k == 1) & (num_regions == 2):
                 held, region_error_w, region_gap_w, region_gap_l = n, ew, gw, gl
             if HEAD == "region_dpo":
-                found, _ = dpo(scale * (gw - gl) / tl.maximum(n, 1.0), shape)
+                found, _ = dpo(scale / tl.maximum(n, 1.0) * (gw - gl), shape)
                 region_loss += tl.where(n > 0, found, 0.0)
                 regions_held += tl.where(n > 0, 1.0, 0.0)
             if HEAD == "segment_dpo":
@@ -172,6 +172,7 @@ def preference_head_kernel(
         z_region = scale * (region_gap_w - region_gap_l)
 
         by_error, by_gap, by_region_gap = tl.zeros_like(count), tl.zeros_like(count), tl.zeros_like(count)
+        share = by_error
         if HEAD == "local_dpo":
             whole, by_gap = dpo(z, 0.0)
             z_region = factor * z_region
@@ -198,8 +199,8 @@ def preference_head_kernel(
             loss, by_gap, by_error = winner_guarded(z, slope * error_w)
             by_error = slope * by_error
         elif HEAD == "region_dpo":
-            regions_held = tl.maximum(regions_held, 1.0)
-            loss = region_loss / regions_held
+            share = 1.0 / tl.maximum(regions_held, 1.0)
+            loss = region_loss * share
         elif HEAD == "segment_dpo":
             some = tl.where(labelled > 0, labelled, 1.0)  # the elements of labelled segments alone
             loss, by_gap = dpo(scale * preferred / some, 0.0)
@@ -220,7 +221,7 @@ def preference_head_kernel(
                     sums_ptr, reference_w_ptr, reference_l_ptr, pair, k, batch, num_regions, inside
                 )
                 by_e, by_g = slopes(
-                    k, n, gw, gl, by_error, by_region_error, by_gap, by_region_gap, regions_held, scale, shape,
+                    k, n, gw, gl, by_error, by_region_error, by_gap, by_region_gap, share, scale, shape,
                     num_regions, preference_ptr, pair, inside, HEAD,
                 )  # fmt: skip
                 own += tl.maximum(by_e + by_g, 0.0) * ew
@@ -232,7 +233,7 @@ def preference_head_kernel(
                 sums_ptr, reference_w_ptr, reference_l_ptr, pair, k, batch, num_regions, inside
             )
             by_e, by_g = slopes(
-                k, n, gw, gl, by_error, by_region_error, by_gap, by_region_gap, regions_held, scale, shape,
+                k, n, gw, gl, by_error, by_region_error, by_gap, by_region_gap, share, scale, shape,
                 num_regions, preference_ptr, pair, inside, HEAD,
             )  # fmt: skip
             at = weights_ptr + pair * num_regions + k
