@@ -19,8 +19,10 @@ import csv
 import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -274,7 +276,8 @@ def forward_flops(model, network, config, store, process) -> float:
     return counter.get_total_flops()
 
 
-def measure(name: str, methods: list[str], preset: str, rounds: int, folder: Path, process) -> list[dict]:
+def measure(name: str, methods: list[str], preset: str, rounds: int, folder: Path, process) -> Iterator[list[dict]]:
+    """A row for each method after every timed round: what is stopped has measured what it has."""
     path = f"model.path={random_folder(name, folder, process.device)}" if name in REAL else "model.path=tiny"
     file = ROOT / "configs" / (TINY.get(name) or f"{name}-localdpo.yaml")
     config = load_config(file, [path, f"output.dir={folder / name}-run", f"pairs.folder={folder / name}-pairs",
@@ -284,6 +287,7 @@ def measure(name: str, methods: list[str], preset: str, rounds: int, folder: Pat
     local = model.local_folder()
     network_config = json.loads((local / "transformer/config.json").read_text())
     store = write_pairs(config, model, network_config, pairs_folder(config, "train"))
+    tokens = store[0].winner.numel() // network_config["in_channels"] // 4
     built, resident, flops = {}, {}, None
     for method in methods:
         before = held_bytes()
@@ -304,8 +308,14 @@ def measure(name: str, methods: list[str], preset: str, rounds: int, folder: Pat
             if torch.cuda.is_available():
                 others = sum(size for other, size in resident.items() if other != method)
                 peaks[method] = max(peaks[method], torch.cuda.max_memory_allocated() - others)
+            print(f"{name} {method}: step {number} of {rounds}, {sum(clock.seconds.values()):.3g} s", file=sys.stderr)
             if number:
                 clocks[method].append(clock)
+        if number:
+            yield rows_of(name, methods, preset, built, clocks, peaks, resident, flops, tokens)
+
+
+def rows_of(name, methods, preset, built, clocks, peaks, resident, flops, tokens) -> list[dict]:
     top = next((peak for key, peak in PEAK_FLOPS.items() if key in machine()["device"]), None)
     rows = []
     for method in methods:
@@ -315,7 +325,7 @@ def measure(name: str, methods: list[str], preset: str, rounds: int, folder: Pat
         rows.append({
             "model": name, "method": method, "preset": preset * (method != "plain"),
             "attention": built[method].attention,
-            "tokens": store[0].winner.numel() // network_config["in_channels"] // 4, "steps": rounds,
+            "tokens": tokens, "steps": len(totals),
             "step_s": f"{step:.4g}", "fastest_s": f"{min(totals):.4g}", "slowest_s": f"{max(totals):.4g}",
             **{f"{part}_s": f"{seconds:.4g}" for part, seconds in parts.items()},
             "pairs_per_s": f"{1 / step:.4g}", "speed_up": "",
@@ -342,6 +352,13 @@ def measure(name: str, methods: list[str], preset: str, rounds: int, folder: Pat
     return rows
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*machine(), *rows[0]])
+        writer.writeheader()
+        writer.writerows(machine() | row for row in rows)
+
+
 def ratio(one: dict, other: dict, column: str) -> float:
     return float(one[column]) / float(other[column])
 
@@ -357,24 +374,21 @@ def main() -> None:
     given = parser.parse_args()
     process = start_process()
     given.csv.parent.mkdir(parents=True, exist_ok=True)
-    writer = None
-    with given.csv.open("w", newline="") as file:
-        for name in given.models:
-            with tempfile.TemporaryDirectory() as folder:
-                rows = measure(name, given.methods, given.preset, given.rounds, Path(folder), process)
-            for row in rows:
-                writer = writer or csv.DictWriter(file, [*machine(), *row])
-                if not file.tell():
-                    writer.writeheader()
-                writer.writerow(machine() | row)
-                file.flush()
-                parts = "  ".join(f"{part} {float(row[f'{part}_s']) / float(row['step_s']):.0%}" for part in PARTS)
-                print(f"{name:15} {row['method']:15} {row['step_s']:>8} s a step  {parts}  {row['attention']}"
-                      + (f"  {row['speed_up']}x" if row["speed_up"] else ""), flush=True)  # fmt: skip
-                if row["build_s"]:
-                    print(f"{'':15} errors computed in {row['build_s']} s, {row['build_s_per_pair']} s a pair"
-                          + (f"; step {row['step_to_copied']} and memory {row['memory_to_copied']} of those with a copy"
-                             if row["step_to_copied"] else ""), flush=True)  # fmt: skip
+    done: list[dict] = []
+    for name in given.models:
+        rows: list[dict] = []
+        with tempfile.TemporaryDirectory() as folder:
+            for rows in measure(name, given.methods, given.preset, given.rounds, Path(folder), process):
+                write_rows(given.csv, done + rows)
+        done += rows
+        for row in rows:
+            parts = "  ".join(f"{part} {float(row[f'{part}_s']) / float(row['step_s']):.0%}" for part in PARTS)
+            print(f"{name:15} {row['method']:15} {row['step_s']:>8} s a step  {parts}  {row['attention']}"
+                  + (f"  {row['speed_up']}x" if row["speed_up"] else ""), flush=True)  # fmt: skip
+            if row["build_s"]:
+                print(f"{'':15} errors computed in {row['build_s']} s, {row['build_s_per_pair']} s a pair"
+                      + (f"; step {row['step_to_copied']} and memory {row['memory_to_copied']} of those with a copy"
+                         if row["step_to_copied"] else ""), flush=True)  # fmt: skip
     print(f"rows: {given.csv}")
 
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alignkit_kernels import NoiseKey, PathState, count_launches, dispatch, losses, pair_region_errors, preference_loss
+from alignkit_kernels import (
+    InputError,
+    NoiseKey,
+    PathState,
+    count_launches,
+    dispatch,
+    losses,
+    pair_region_errors,
+    preference_loss,
+)
 from alignkit_kernels.pairs import op as pairs_op
 from alignkit_kernels.preference import HEADS
 from alignkit_kernels.preference import op as loss_op
@@ -224,6 +233,63 @@ def test_beta_may_be_a_tensor_of_the_device(path, sides):
     for beta in (torch.tensor(7.5), torch.tensor([7.5], dtype=torch.float64)):
         tensor = preference_loss(winner.pred, loser.pred, beta=beta.to(winner.pred.device), **given)
         assert torch.equal(number.loss_per_pair, tensor.loss_per_pair)
+
+
+def part(rank: int, folder: str, cases: list, options: dict) -> None:
+    """One of two processes: the loss of its half of the frames, and what it finds."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    try:
+        frames = slice(2, None) if rank else slice(2)  # 2 and 3 of 5
+        winner, loser = (
+            {name: x[:, :, frames] if x.dim() == 5 else x for name, x in case.items()} for case in cases
+        )  # fmt: skip
+        preds = [x["pred"].clone().requires_grad_() for x in (winner, loser)]
+        got = preference_loss(
+            *preds, clean_w=winner["clean"], clean_l=loser["clean"], coefficients=winner["coefficients"],
+            noise_w=winner["noise"], reference_w=winner["reference"], reference_l=loser["reference"],
+            regions=winner["regions"], process_group=torch.distributed.group.WORLD, **options,
+        )  # fmt: skip
+        got.loss.backward()
+        torch.save(([x.detach() for x in got], [p.grad for p in preds]), f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("head", ["local_dpo", "region_dpo"])
+def test_parts_of_latents_in_two_processes_give_the_loss_of_the_whole(make_case, tmp_path, head):
+    """Cut along the frames, unevenly: the same loss, and each process the gradient of its part."""
+    options = {"head": head, "beta": BETA, "loser_safeguard": 0.1}
+    options |= {"num_regions": 2} if head == "region_dpo" else {"weight_region_sft": 0.2}
+    cases = [make_case(shape=(2, 3, 5, 4, 8), dtype=torch.float64, seed=seed) for seed in range(2)]
+    names = "pred", "reference", "clean", "noise", "regions", "coefficients"
+    given = [{name: getattr(case, name).cpu() for name in names} for case in cases]
+    torch.multiprocessing.spawn(part, (str(tmp_path), given, options), nprocs=2)
+    preds = [x.pred.cpu().requires_grad_() for x in cases]
+    whole = preference_loss(
+        *preds, clean_w=given[0]["clean"], clean_l=given[1]["clean"], coefficients=given[0]["coefficients"],
+        noise_w=given[0]["noise"], reference_w=given[0]["reference"], reference_l=given[1]["reference"],
+        regions=given[0]["regions"], **options,
+    )  # fmt: skip
+    whole.loss.backward()
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for numbers, _ in parts:
+        for name, a, b in zip(whole._fields, numbers, whole, strict=True):
+            # sums of two halves are rounded once more than the whole's: a few of 2**-53, in logits times beta / 2
+            torch.testing.assert_close(a, b.detach(), rtol=1e-13, atol=1e-13, msg=name)
+    for side, pred in enumerate(preds):
+        together = torch.cat([gradients[side] for _, gradients in parts], dim=2)
+        torch.testing.assert_close(together, pred.grad, rtol=1e-12, atol=0)
+
+
+def test_a_key_is_refused_for_parts(make_case):
+    case = make_case(noise="keyed")
+    with pytest.raises(InputError, match="with process_group, noise must be given"):
+        preference_loss(
+            case.pred, case.pred, clean_w=case.clean, clean_l=case.clean, coefficients=case.coefficients,
+            noise_w=case.noise, reference_w=case.pred, reference_l=case.pred, process_group=object(),
+        )  # fmt: skip
 
 
 class Launches(TorchDispatchMode):

@@ -9,7 +9,7 @@ from .. import losses
 from ..checks import InputError, check_coefficients, check_latents, check_like, check_regions
 from ..pairs import pair_noise
 from ..pairs.op import pair_region_errors
-from ..sources import NoiseSource
+from ..sources import NoiseKey, NoiseSource
 from . import op
 from .checks import HEADS, check_head, check_references, host_beta, number, per_pair
 from .reference import NUMBERS, Settings
@@ -96,8 +96,9 @@ def preference_loss(
     weight_sft, weight_region_sft: of the winner's mean error, and of that inside the mask times 1 + eta, added to any
         head's loss. weight_sft=None is 0.1 for `local_dpo`, 0 for the others.
     loser_safeguard: mu of `losses.loser_safeguard`, with the weights of this very loss; None for none.
-    process_group: of those that hold parts of the same latents; sums are added up over it before the head. Noise is
-        then for the caller to give: a key would draw each part the same.
+    process_group: of those that hold parts of the same latents, cut along any axis; sums are added up over it before
+        the head, so the loss is the whole's, and the gradient the part's of it. Noise is then for the caller to give: a
+        key would draw each part the noise of the first, and is refused.
 
     Once differentiable, in the predictions. Raises InputError when something does not fit. A call starts 3 kernels
     forward and 1 backward; a weight, strength, stored error or guard that is on the host costs a copy.
@@ -135,12 +136,12 @@ def preference_loss(
         -1.0 if loser_safeguard is None else number("loser_safeguard", loser_safeguard, 0, 1),
     )  # fmt: skip
     guard = per_pair("guard_weight", guard_weight if isinstance(guard_weight, Tensor) else None, batch, device)
+    if process_group is not None and any(isinstance(noise, NoiseKey) for noise in (noise_w, noise_l)):
+        raise InputError("with process_group, noise must be given: a NoiseKey draws every part the noise of the first")
     inputs = reference_w, reference_l, clean_w, clean_l, coefficients, *pair_noise(noise_w, noise_l, clean_w, clean_l)
-    sums = None
+    sums, elsewhere = None, 0
     if process_group is not None:
-        with torch.no_grad():
-            sums = pair_region_errors(pred_w, loser, *inputs, regions, num_regions, highest)
-        torch.distributed.all_reduce(sums, group=process_group)
+        sums, elsewhere = _whole(process_group, pred_w, loser, *inputs, regions, num_regions, highest)
     loss, each, numbers, _ = op.preference_loss(
         pred, pred_l, *inputs, regions, num_regions, highest, sums,
         *(None if x is None else x.to(device, non_blocking=True) for x in (reference_error_w, reference_error_l)),
@@ -148,4 +149,16 @@ def preference_loss(
         preference, head, list(map(float, settings)),
     )  # fmt: skip
     found = dict(zip(NUMBERS, numbers.unbind(), strict=True))
+    if process_group is not None:
+        found["ignored"] = found["ignored"] + elsewhere
     return PreferenceLoss(loss, each, region_empty=found.pop("region_count") == 0, **found)
+
+
+@torch.no_grad()
+def _whole(group, pred_w: Tensor, *inputs) -> tuple[Tensor, Tensor]:
+    """Sums over all parts of the latents, and how many elements of a sample the other parts have."""
+    sums = pair_region_errors(pred_w, *inputs)
+    elements = torch.full((), float(pred_w[0].numel()), dtype=torch.float64, device=sums.device)
+    total = torch.cat((sums.flatten(), elements.reshape(1)))
+    torch.distributed.all_reduce(total, group=group)
+    return total[:-1].view_as(sums), total[-1] - elements
