@@ -170,6 +170,11 @@ SILENT = [  # each was taken, and meant something else, or died of something tha
     (lambda: loss(head="ipo", label_smoothing=0.1), "label_smoothing is set, but head 'ipo' does not read it; dpo, "),
     (lambda: loss(head="dpo", label_smoothing=0.5), "label_smoothing is 0.5, expected a finite number of 0 to below 0"),
     (lambda: loss(head="dpo", regions=MASK, num_regions=2), "num_regions is set, but head 'dpo' does not read it"),
+    (lambda: loss(head="region_dpo", regions=MASK, num_regions=0), "num_regions is 0, expected 1 to 255"),
+    (
+        lambda: loss(reference_w=None, reference_l=None, reference_error_w=1.0, reference_error_l=1.0),
+        r"reference_error_w is float, expected float64 \[2, 1\]",
+    ),
     (lambda: loss(head="poly_dpo", alpha=-2), "alpha is -2, expected a finite number of -1 and above"),
     (lambda: loss(head="winner_guarded", guard_weight=-0.1), "guard_weight is -0.1"),
     (lambda: loss(head="segment_dpo", regions=SEGMENTS), "needs preference"),

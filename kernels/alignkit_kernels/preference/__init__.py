@@ -116,11 +116,13 @@ def preference_loss(
     check_head(head, weight_region_sft, own)
     if preference is not None and num_regions is None and isinstance(preference, Tensor) and preference.dim() == 2:
         num_regions = preference.shape[1]
-    highest = 1 if num_regions is None else 255
-    regions, num_regions = check_regions(regions, num_regions or (None if regions is None else 2), pred_w)
+    mask = num_regions is None  # what is not 0 is inside, whatever number it is
+    highest = 1 if mask else 255
+    regions, num_regions = check_regions(regions, 2 if mask and regions is not None else num_regions, pred_w)
     check_references(head, (reference_w, reference_l), (reference_error_w, reference_error_l), pred_w, num_regions)
 
     batch, device = pred_w.shape[0], pred_w.device
+    losses.check_range(strength_range)
     if strength is not None:
         losses.check_strength(strength, strength_range, batch)
     if preference is not None:

@@ -22,7 +22,6 @@ HEADS: dict[str, tuple[str, ...]] = {
 }
 UNSET = {"strength": None, "weight_region": 1.0, "weight_global": 1.0, "label_smoothing": 0.0, "alpha": 0.0,
          "guard_weight": 1.0, "preference": None, "num_regions": None}  # fmt: skip
-WITH_SETTING = {"strength": "weight_region_sft"}  # terms that read what only some heads do
 
 
 def check_head(head: str, weight_region_sft: float, own: dict[str, object]) -> None:
@@ -90,7 +89,8 @@ def check_references(
         if prediction is not None:
             check_like(f"reference_{side}", prediction, "pred_w", like)
         expected = [like.shape[0], num_regions]
-        if error is not None and (error.dtype != torch.float64 or list(error.shape) != expected):
+        fits = isinstance(error, Tensor) and error.dtype == torch.float64 and list(error.shape) == expected
+        if error is not None and not fits:
             raise InputError(
                 f"reference_error_{side} is {describe(error)}, expected float64 {expected}: "
                 "the sums that region_errors returned"
