@@ -1,5 +1,7 @@
 """Checks of what the caller passes. Every message names the argument, what it is, and what it should be."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -93,6 +95,24 @@ def check_regions(regions: Tensor | None, num_regions: int | None, pred: Tensor)
     # an axis that `expand` repeated is read once, not written out
     regions = regions[tuple(slice(1) if step == 0 else slice(None) for step in regions.stride())]
     return (regions.view(torch.uint8) if regions.dtype == torch.bool else regions), num_regions
+
+
+Shard = tuple[int, int, int]
+"""axis, start, full_size: where a part lies in the whole, along one axis of [B, ...]."""
+
+
+def check_shard(shard: Shard, shape: Sequence[int]) -> Shard:
+    ints = isinstance(shard, tuple) and len(shard) == 3 and all(isinstance(x, int) for x in shard)
+    if not ints:
+        raise InputError(f"shard must be three ints (axis, start, full_size), got {shard!r}")
+    axis, start, full_size = shard
+    if not 1 <= axis < len(shape):
+        raise InputError(f"shard's axis is {axis}, expected 1 to {len(shape) - 1}: latents are [B, ...]")
+    if not 0 <= start <= full_size - shape[axis]:
+        raise InputError(
+            f"shard starts at {start} of {full_size}, but the part has {shape[axis]} along axis {axis}: it does not fit"
+        )
+    return shard
 
 
 def describe(x: object) -> str:

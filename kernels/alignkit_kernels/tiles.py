@@ -7,7 +7,7 @@ from .noise.device import keyed_values
 
 # Sizes, strides and addresses differ from call to call and must not compile anew. Alignment is a constexpr instead.
 RUNTIME_INTEGERS = (
-    "loop", "split", "inner", "batch", "num_regions", "programs", "elements", "size", "highest",
+    "loop", "split", "inner", "batch", "num_regions", "programs", "elements", "highest", "row", "before", "gap",
     "label_batch", "label_slab", "plane", "line", "step_plane", "step_line", "step",
     "pred_row", "reference_row", "clean_row", "noise_row", "dpred_row",
     "pred_w_row", "pred_l_row", "reference_w_row", "reference_l_row",

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from alignkit_kernels.errors.kernel import region_errors_backward_kernel, region_errors_kernel
 from alignkit_kernels.launch import LAUNCHES, stages_for
 from alignkit_kernels.layout import NUM_WARPS, ODD_TILE, SUM_BLOCK, SUM_WARPS, TILE
-from alignkit_kernels.noise.kernel import add_noise_kernel, keyed_kernel
+from alignkit_kernels.noise.kernel import add_noise_kernel, keyed_kernel, keyed_part_kernel
 from alignkit_kernels.pairs.kernel import pair_region_errors_backward_kernel, pair_region_errors_kernel
 from alignkit_kernels.preference.checks import HEADS
 from alignkit_kernels.preference.kernel import POINTERS as HEAD_POINTERS
@@ -71,6 +71,7 @@ def variants(arch: int) -> dict[str, tuple]:
     for head in HEADS:
         constants = {"HEAD": head, "SAFEGUARD": True, "BLOCK": BLOCK, **dict.fromkeys(("beta_ptr", "guard_ptr"))}
         found[f"head {head}"] = preference_head_kernel, constants, 1, "fp64"
+    found["normal part"] = keyed_part_kernel, {"TILE": choice.noise_tile}, choice.noise_warps, "bf16"
     found["sum tiles"] = sum_tiles_kernel, {"BLOCK": SUM_BLOCK}, SUM_WARPS, "fp32"
     for aligned in (True, False):
         noise = {"ALIGNED": aligned, "TILE": choice.noise_tile}

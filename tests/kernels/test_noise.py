@@ -199,3 +199,23 @@ def test_keyed_noise_added_is_the_noise_that_is_drawn(key, device):
     clean = torch.zeros(ALIGNED, device=device)
     rows = torch.tensor([[0.0, 1.0, 1.0, -1.0]] * 4, device=device)
     assert torch.equal(add_keyed_noise(clean, rows, key), keyed_randn(ALIGNED, key))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("axis", [1, 2, 3, 4])
+def test_noise_of_a_part_is_that_part_of_the_wholes(path, device, launched, axis, dtype):
+    """Cut along any axis of either layout, at both ends and between."""
+    shape = (2, 3, 4, 5, 6)
+    key = NoiseKey(9, torch.tensor([3, 2**31], device=device), torch.tensor([1, 2**32 - 1], device=device))
+    whole = keyed_randn(shape, key, dtype=dtype)
+    rows = torch.tensor([[0.3, 0.7, 1.0, -1.0], [0.6, 0.4, 0.8, -0.6]], device=device)
+    clean = torch.ones(shape, device=device)
+    noisy = add_keyed_noise(clean, rows, key)
+    for start, size in ((0, 1), (1, 2), (shape[axis] - 1, 1), (0, shape[axis])):
+        part = [size if i == axis else x for i, x in enumerate(shape)]
+        shard = axis, start, shape[axis]
+        with launched("keyed_part_kernel"):
+            got = keyed_randn(part, key, dtype=dtype, shard=shard)
+        assert torch.equal(got, whole.narrow(axis, start, size))
+        added = add_keyed_noise(clean.narrow(axis, start, size), rows, key, shard=shard)
+        assert torch.equal(added, noisy.narrow(axis, start, size))

@@ -235,6 +235,10 @@ def test_beta_may_be_a_tensor_of_the_device(path, sides):
         assert torch.equal(number.loss_per_pair, tensor.loss_per_pair)
 
 
+def to_cpu(x):
+    return replace(x, sample_ids=x.sample_ids.cpu()) if isinstance(x, NoiseKey) else x.cpu()
+
+
 def part(rank: int, folder: str, cases: list, options: dict) -> None:
     """One of two processes: the loss of its half of the frames, and what it finds."""
     torch.set_num_threads(1)
@@ -243,13 +247,15 @@ def part(rank: int, folder: str, cases: list, options: dict) -> None:
     try:
         frames = slice(2, None) if rank else slice(2)  # 2 and 3 of 5
         winner, loser = (
-            {name: x[:, :, frames] if x.dim() == 5 else x for name, x in case.items()} for case in cases
-        )  # fmt: skip
+            {name: x[:, :, frames] if isinstance(x, torch.Tensor) and x.dim() == 5 else x for name, x in case.items()}
+            for case in cases
+        )
         preds = [x["pred"].clone().requires_grad_() for x in (winner, loser)]
         got = preference_loss(
             *preds, clean_w=winner["clean"], clean_l=loser["clean"], coefficients=winner["coefficients"],
             noise_w=winner["noise"], reference_w=winner["reference"], reference_l=loser["reference"],
-            regions=winner["regions"], process_group=torch.distributed.group.WORLD, **options,
+            regions=winner["regions"], process_group=torch.distributed.group.WORLD,
+            shard=(2, frames.start or 0, 5), **options,
         )  # fmt: skip
         got.loss.backward()
         torch.save(([x.detach() for x in got], [p.grad for p in preds]), f"{folder}/{rank}.pt")
@@ -257,14 +263,14 @@ def part(rank: int, folder: str, cases: list, options: dict) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("head", ["local_dpo", "region_dpo"])
-def test_parts_of_latents_in_two_processes_give_the_loss_of_the_whole(make_case, tmp_path, head):
+@pytest.mark.parametrize(("head", "noise"), [("local_dpo", "given"), ("region_dpo", "keyed")])
+def test_parts_of_latents_in_two_processes_give_the_loss_of_the_whole(make_case, tmp_path, head, noise):
     """Cut along the frames, unevenly: the same loss, and each process the gradient of its part."""
     options = {"head": head, "beta": BETA, "loser_safeguard": 0.1}
     options |= {"num_regions": 2} if head == "region_dpo" else {"weight_region_sft": 0.2}
-    cases = [make_case(shape=(2, 3, 5, 4, 8), dtype=torch.float64, seed=seed) for seed in range(2)]
+    cases = [make_case(shape=(2, 3, 5, 4, 8), dtype=torch.float64, noise=noise, seed=seed) for seed in range(2)]
     names = "pred", "reference", "clean", "noise", "regions", "coefficients"
-    given = [{name: getattr(case, name).cpu() for name in names} for case in cases]
+    given = [{name: to_cpu(getattr(case, name)) for name in names} for case in cases]
     torch.multiprocessing.spawn(part, (str(tmp_path), given, options), nprocs=2)
     preds = [x.pred.cpu().requires_grad_() for x in cases]
     whole = preference_loss(
@@ -283,9 +289,9 @@ def test_parts_of_latents_in_two_processes_give_the_loss_of_the_whole(make_case,
         torch.testing.assert_close(together, pred.grad, rtol=1e-12, atol=0)
 
 
-def test_a_key_is_refused_for_parts(make_case):
+def test_a_key_is_refused_for_parts_that_lie_nowhere(make_case):
     case = make_case(noise="keyed")
-    with pytest.raises(InputError, match="with process_group, noise must be given"):
+    with pytest.raises(InputError, match="keyed noise with process_group needs shard"):
         preference_loss(
             case.pred, case.pred, clean_w=case.clean, clean_l=case.clean, coefficients=case.coefficients,
             noise_w=case.noise, reference_w=case.pred, reference_l=case.pred, process_group=object(),

@@ -95,6 +95,7 @@ def calls(batch: int, sizes: tuple[int, ...], num_regions: int, seed: int, shift
     pair_region_errors(pred, pred_l, latent(), latent(), rows, *states)
     add_keyed_noise(latent(), rows, key)
     keyed_randn(shape, replace(key, stream=3))
+    keyed_randn(shape, key, shard=(1, seed % 3, sizes[0] + 2))
     keyed_rand(shape, key)
 
 
@@ -110,7 +111,7 @@ def test_a_new_size_batch_seed_or_number_of_regions_compiles_nothing(compiles, f
     calls(*first, num_regions=2, seed=7)
     known = set(compiles)
     # two noises, two ops, two directions; two heads and a backward; path; sums; noise
-    assert len(known) == 2 + 2 + 2 + 2 + 2 + 1 + 1 + 1 + 1 + 2
+    assert len(known) == 2 + 2 + 2 + 2 + 2 + 1 + 1 + 1 + 1 + 3
     for number, other in enumerate(others):
         calls(*other, num_regions=(1, 3, 16)[number], seed=(0, 1, 2**31)[number])
     assert set(compiles) == known

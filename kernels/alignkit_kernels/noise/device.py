@@ -95,13 +95,19 @@ def keyed_values(seed, sample, draw, stream, start, TILE: tl.constexpr, ALIGNED:
             n2, n3 = normal_pair(c, d)
             values = adjacent(n0, n1, n2, n3)
     else:
-        element = start + tl.arange(0, TILE)
-        a, b, c, d = philox(seed, (element // 4).to(tl.uint32), sample, draw, stream)
-        late, odd = element & 2 == 2, element & 1 == 1
-        first, second = tl.where(late, c, a), tl.where(late, d, b)
-        if UNIFORM:
-            values = top_bits(tl.where(odd, second, first))
-        else:
-            cosine, sine = normal_pair(first, second)
-            values = tl.where(odd, sine, cosine)
+        values = keyed_at(seed, sample, draw, stream, start + tl.arange(0, TILE), UNIFORM)
+    return values
+
+
+@triton.jit
+def keyed_at(seed, sample, draw, stream, element, UNIFORM: tl.constexpr):
+    """Noise of any elements of a sample, each by a counter of its own."""
+    a, b, c, d = philox(seed, (element // 4).to(tl.uint32), sample, draw, stream)
+    late, odd = element & 2 == 2, element & 1 == 1
+    first, second = tl.where(late, c, a), tl.where(late, d, b)
+    if UNIFORM:
+        values = top_bits(tl.where(odd, second, first))
+    else:
+        cosine, sine = normal_pair(first, second)
+        values = tl.where(odd, sine, cosine)
     return values

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import POINTERS, RUNTIME_INTEGERS, load_coefficients, locate, places, read, tile_noise, write
-from .device import keyed_values, load_key
+from .device import keyed_at, keyed_values, load_key
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS, do_not_specialize_on_alignment=POINTERS)
@@ -17,6 +17,17 @@ def keyed_kernel(
     values = keyed_values(seed, sample_id, draw, stream, start, TILE, ALIGNED, UNIFORM)
     place, inside = places(elements, start, TILE, ALIGNED)
     write(out_ptr, sample * elements, start, place, inside, values, ALIGNED)
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS, do_not_specialize_on_alignment=POINTERS)
+def keyed_part_kernel(out_ptr, keys_ptr, elements, row, before, gap, TILE: tl.constexpr):
+    """Normals of parts of samples: `before` elements of the whole come first, and `gap` lie between rows of `row`."""
+    sample, start = locate(TILE)
+    seed, sample_id, draw, stream = load_key(keys_ptr, sample * 4, "keyed")
+    place, inside = places(elements, start, TILE, False)
+    element = start + place
+    values = keyed_at(seed, sample_id, draw, stream, element + before + element // row * gap, False)
+    write(out_ptr, sample * elements, start, place, inside, values, False)
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS, do_not_specialize_on_alignment=POINTERS)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..dispatch import launch
 from ..launch import TRITON_DTYPE, launch_for
 from ..layout import VECTOR, by_sample
-from .kernel import add_noise_kernel, keyed_kernel
+from .kernel import add_noise_kernel, keyed_kernel, keyed_part_kernel
 
 
 def keyed_normal(shape: list[int], keys: Tensor, dtype: torch.dtype) -> Tensor:
@@ -17,6 +17,18 @@ def keyed_normal(shape: list[int], keys: Tensor, dtype: torch.dtype) -> Tensor:
 
 def keyed_uniform(shape: list[int], keys: Tensor, dtype: torch.dtype) -> Tensor:
     return _keyed(shape, keys, dtype, uniform=True)
+
+
+def keyed_part(shape: list[int], keys: Tensor, dtype: torch.dtype, axis: int, start: int, full_size: int) -> Tensor:
+    out, elements, choice = keys.new_empty(shape, dtype=dtype), prod(shape[1:]), launch_for(keys.device)
+    step = prod(shape[axis + 1 :])
+    with torch.cuda.device_of(keys):
+        launch(
+            keyed_part_kernel, (-(-elements // choice.noise_tile), 1, shape[0]), out, keys.contiguous(), elements,
+            shape[axis] * step, start * step, (full_size - shape[axis]) * step,
+            TILE=choice.noise_tile, num_warps=choice.noise_warps,
+        )  # fmt: skip
+    return out
 
 
 def _keyed(shape: list[int], keys: Tensor, dtype: torch.dtype, uniform: bool) -> Tensor:

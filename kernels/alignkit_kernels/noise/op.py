@@ -18,6 +18,12 @@ def keyed_normal(shape: Sequence[int], keys: Tensor, dtype: torch.dtype) -> Tens
     return run.keyed_normal(shape, keys, dtype)
 
 
+@torch.library.custom_op("alignkit::keyed_part", mutates_args=())
+def keyed_part(shape: Sequence[int], keys: Tensor, dtype: torch.dtype, axis: int, start: int, full_size: int) -> Tensor:
+    run = launch if dispatch.runs_kernels(keys) else plain
+    return run.keyed_part(shape, keys, dtype, axis, start, full_size)
+
+
 @torch.library.custom_op("alignkit::keyed_uniform", mutates_args=())
 def keyed_uniform(shape: Sequence[int], keys: Tensor, dtype: torch.dtype) -> Tensor:
     run = launch if dispatch.runs_kernels(keys) else plain
@@ -31,8 +37,9 @@ def add_noise(clean: Tensor, coefficients: Tensor, source: str, noise: Tensor) -
 
 
 @keyed_normal.register_fake
+@keyed_part.register_fake
 @keyed_uniform.register_fake
-def _(shape: Sequence[int], keys: Tensor, dtype: torch.dtype) -> Tensor:
+def _(shape: Sequence[int], keys: Tensor, dtype: torch.dtype, *part: int) -> Tensor:
     return keys.new_empty(shape, dtype=dtype)
 
 

@@ -14,6 +14,12 @@ def keyed_normal(shape: list[int], keys: Tensor, dtype: torch.dtype) -> Tensor:
     return normals(sample_words(elements, keys))[:, :elements].reshape(shape).to(dtype)
 
 
+def keyed_part(shape: list[int], keys: Tensor, dtype: torch.dtype, axis: int, start: int, full_size: int) -> Tensor:
+    """The part [start, start + shape[axis]) along `axis` of what the whole latents' noise is."""
+    whole = [full_size if i == axis else size for i, size in enumerate(shape)]
+    return keyed_normal(whole, keys, dtype).narrow(axis, start, shape[axis]).contiguous()
+
+
 def keyed_uniform(shape: list[int], keys: Tensor, dtype: torch.dtype) -> Tensor:
     elements = prod(shape[1:])
     return uniforms(sample_words(elements, keys))[:, :elements].reshape(shape).to(dtype)

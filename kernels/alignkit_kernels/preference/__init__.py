@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import losses
-from ..checks import InputError, check_coefficients, check_latents, check_like, check_regions
+from ..checks import InputError, Shard, check_coefficients, check_latents, check_like, check_regions
+from ..noise import part_of
 from ..pairs import pair_noise
 from ..pairs.op import pair_region_errors
 from ..sources import NoiseKey, NoiseSource
@@ -74,6 +75,7 @@ def preference_loss(
     weight_region_sft: float = 0.0,
     loser_safeguard: float | None = None,
     process_group=None,
+    shard: Shard | None = None,
 ) -> PreferenceLoss:
     """The loss of B pairs by any head of `losses`, in three kernel launches forward and one backward.
 
@@ -97,8 +99,9 @@ def preference_loss(
         head's loss. weight_sft=None is 0.1 for `local_dpo`, 0 for the others.
     loser_safeguard: mu of `losses.loser_safeguard`, with the weights of this very loss; None for none.
     process_group: of those that hold parts of the same latents, cut along any axis; sums are added up over it before
-        the head, so the loss is the whole's, and the gradient the part's of it. Noise is then for the caller to give: a
-        key would draw each part the noise of the first, and is refused.
+        the head, so the loss is the whole's, and the gradient the part's of it.
+    shard: (axis, start, full_size), where this part lies in the whole, as in `keyed_randn`; needed with keyed noise,
+        which is then that of the whole, and stored.
 
     Once differentiable, in the predictions. Raises InputError when something does not fit. A call starts 3 kernels
     forward and 1 backward; a weight, strength, stored error or guard that is on the host costs a copy.
@@ -138,9 +141,11 @@ def preference_loss(
         -1.0 if loser_safeguard is None else number("loser_safeguard", loser_safeguard, 0, 1),
     )  # fmt: skip
     guard = per_pair("guard_weight", guard_weight if isinstance(guard_weight, Tensor) else None, batch, device)
-    if process_group is not None and any(isinstance(noise, NoiseKey) for noise in (noise_w, noise_l)):
-        raise InputError("with process_group, noise must be given: a NoiseKey draws every part the noise of the first")
-    inputs = reference_w, reference_l, clean_w, clean_l, coefficients, *pair_noise(noise_w, noise_l, clean_w, clean_l)
+    keyed = any(isinstance(noise, NoiseKey) for noise in (noise_w, noise_l))
+    if process_group is not None and keyed and shard is None:
+        raise InputError("keyed noise with process_group needs shard: without, every part draws that of the first")
+    noises = part_of(noise_w, clean_w, shard), part_of(noise_l, clean_l, shard)
+    inputs = reference_w, reference_l, clean_w, clean_l, coefficients, *pair_noise(*noises, clean_w, clean_l)
     sums, elsewhere = None, 0
     if process_group is not None:
         sums, elsewhere = _whole(process_group, pred_w, loser, *inputs, regions, num_regions, highest)
