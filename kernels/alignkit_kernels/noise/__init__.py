@@ -56,9 +56,10 @@ def keyed_rand(
 def add_keyed_noise(clean: Tensor, coefficients: Tensor, key: NoiseSource, *, shard: Shard | None = None) -> Tensor:
     """x_t = a * clean + s * noise in one pass; keyed noise is never stored.
 
-    clean: [B, C, F, H, W], [B, F, C, H, W] or [B, C, H, W]; coefficients: [B, 4] rows (a, s, c, d); key:
-    usually a `NoiseKey`, but any noise source works; shard: as in `keyed_randn`, and then keyed noise is stored.
-    Computed in fp32 (fp64 for fp64), returned in `clean`'s dtype. Not differentiable. Raises InputError when shapes, dtypes or devices do not fit.
+    clean: [B, C, F, H, W], [B, F, C, H, W] or [B, C, H, W]; coefficients: [B, 4] rows (a, s, c, d); key: usually a
+    `NoiseKey`, but any noise source works; shard: as in `keyed_randn`, and then keyed noise is stored. Computed in fp32
+    (fp64 for fp64), returned in `clean`'s dtype. Not differentiable. Raises InputError when shapes, dtypes or devices
+    do not fit.
     """
     check_latents("clean", clean)
     check_coefficients(coefficients, clean)
