@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignkit.experiments import paths
-from alignkit.experiments.paths import STEPS, distances, known_world, measure, sampled_paths
+from alignkit.experiments.paths import STEPS, chord_errors, distances, known_world, measure, sampled_paths
 from alignkit.schedules.inversion import invert, round_trip_error
 
 FAMILIES = ("wan", "cogvideox")
@@ -44,6 +44,14 @@ def test_a_solver_of_higher_order_leaves_the_line_between_its_states():
     kept = distances(world, "path", sampled_paths(world))
     between = distances(world, "path", sampled_paths(world), between=True)
     assert kept.max() == 0 and between[2:-2].max() > 1e-3
+
+
+def test_a_path_is_no_chord_but_at_its_last_step():
+    """The field's tangent misses the target everywhere but where the last step ends in the video."""
+    errors = chord_errors(known_world("wan"))
+    assert (errors[:-1] > 0.01).all() and errors[0] > 0.5
+    # one first-order step ends in the video: what is left are states kept in fp32, divided by the last noise level
+    assert errors[-1] < 1e-9
 
 
 @pytest.mark.parametrize("family", FAMILIES)
