@@ -23,4 +23,7 @@ def test_the_kernels_pass_every_test_of_the_ops():
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout[-6000:]
     skipped = re.findall(r"^SKIPPED .*", answer.stdout, re.M)
-    assert "passed" in answer.stdout and all("an extra" in reason for reason in skipped), answer.stdout[-2000:]
+    # A whole file may need an extra; of single tests, only what no interpreter can do may be left out.
+    allowed = "an extra", "graphs are of a GPU"
+    assert "passed" in answer.stdout, answer.stdout[-2000:]
+    assert all(any(reason in line for reason in allowed) for line in skipped), answer.stdout[-2000:]
