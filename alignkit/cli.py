@@ -4,13 +4,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from alignkit import __version__
-from alignkit.config import Config, Family, load_config
+from alignkit.config import Config, Family, check_places, load_config
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.launch import first_of_several, launched, run_processes, slurm_group
 
 app = typer.Typer(
     add_completion=False,
@@ -31,6 +32,7 @@ Processes = Annotated[
 ]
 
 EXPERIMENTS = Path("runs/experiment")
+SHARING = ("rollout", "pairs")  # whose processes share files out and form no group
 
 
 def _version(asked: bool) -> None:
@@ -74,11 +76,9 @@ def rollout(config: ConfigFile, overrides: Overrides = None, nproc: Processes = 
 
     Any number of processes share the work, and sampling that was stopped goes on where it was.
     """
-    from alignkit.training.distributed import launched, run_processes
-
-    settings = _settings(config, overrides)
-    if nproc > 1 and not launched():
-        sys.exit(run_processes(["rollout", str(config), *(overrides or [])], nproc))
+    settings = _settings("rollout", config, overrides)
+    if _to_be_started("rollout", nproc):
+        _start_several("rollout", config, overrides, nproc)
     _run("rollout", settings)
 
 
@@ -90,11 +90,9 @@ def pairs(config: ConfigFile, overrides: Overrides = None, nproc: Processes = 1)
     numbers. Any number of processes share the work, and a build that was stopped goes on where it was: run the same
     command again, anywhere that sees the folder.
     """
-    from alignkit.training.distributed import launched, run_processes
-
-    settings = _settings(config, overrides)
-    if nproc > 1 and not launched():
-        sys.exit(run_processes(["pairs", str(config), *(overrides or [])], nproc))
+    settings = _settings("pairs", config, overrides)
+    if _to_be_started("pairs", nproc):
+        _start_several("pairs", config, overrides, nproc)
     _run("pairs", settings)
 
 
@@ -108,7 +106,7 @@ def rank_run(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Every answer is kept, and a run that was stopped goes on where it was.
     """
-    _run("rank", _settings(config, overrides))
+    _run("rank", _settings("rank", config, overrides))
 
 
 @ranking.command("serve")
@@ -134,10 +132,11 @@ def rank_results(folder: Annotated[Path, typer.Argument(help="The same folder.")
 @app.command()
 def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Look through data.videos, data.pairs or data.prompts for what cannot be used, and say why; nothing is made."""
+    settings = _settings("validate", config, overrides)
     _quiet_libraries()
     from alignkit.commands import validate
 
-    validate(_settings(config, overrides))
+    validate(settings)
 
 
 @app.command()
@@ -150,14 +149,12 @@ def train(
 
     With stages: [...] in the file, each stage in its turn, from the weights of the one before.
     """
-    from alignkit.training.distributed import launched, run_processes
-
-    settings = _settings(config, overrides)
-    if nproc > 1 and not launched():
+    settings = _settings("train", config, overrides)
+    if _to_be_started("train", nproc):
         from alignkit.commands import check_train
 
         check_train(settings, nproc)
-        sys.exit(run_processes(["train", str(config), *(overrides or [])], nproc))
+        _start_several("train", config, overrides, nproc)
     _run("train", settings)
 
 
@@ -167,11 +164,9 @@ def run_everything(config: ConfigFile, overrides: Overrides = None, nproc: Proce
 
     Run again, it goes on where it was stopped. With a shipped small model and no data named, clips are drawn.
     """
-    from alignkit.training.distributed import launched, run_processes
-
-    settings = _settings(config, overrides)
-    if nproc > 1 and not launched():
-        sys.exit(run_processes(["run", str(config), *(overrides or [])], nproc))
+    settings = _settings("run", config, overrides)
+    if _to_be_started("run", nproc):
+        _start_several("run", config, overrides, nproc)
     _quiet_libraries()
     from alignkit.demo import run, with_drawn_clips
 
@@ -185,33 +180,31 @@ def cache_reference(config: ConfigFile, overrides: Overrides = None, nproc: Proc
     Once for all runs with the same base, pairs, noise and batches, whatever their objective. Any number of processes
     share the work; run again to resume, or to add what a longer run needs.
     """
-    from alignkit.training.distributed import launched, run_processes
-
-    settings = _settings(config, overrides)
-    if nproc > 1 and not launched():
+    settings = _settings("cache-reference", config, overrides)
+    if _to_be_started("cache-reference", nproc):
         from alignkit.commands import check_cache_reference
 
         check_cache_reference(settings)
-        sys.exit(run_processes(["cache-reference", str(config), *(overrides or [])], nproc))
+        _start_several("cache-reference", config, overrides, nproc)
     _run("cache-reference", settings)
 
 
 @app.command()
 def sample(config: ConfigFile, overrides: Overrides = None) -> None:
     """Sample held-out prompts from the base and the aligned model, from the same noise."""
-    _run("sample", _settings(config, overrides))
+    _run("sample", _settings("sample", config, overrides))
 
 
 @app.command("eval")
 def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Measure held-out pairs and samples before and after; say whether alignment was reached."""
-    _run("eval", _settings(config, overrides))
+    _run("eval", _settings("eval", config, overrides))
 
 
 @app.command()
 def report(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write one self-contained HTML page with curves, pairs, samples and numbers."""
-    _run("report", _settings(config, overrides))
+    _run("report", _settings("report", config, overrides))
 
 
 @app.command()
@@ -257,8 +250,6 @@ def experiment(
     if overrides:
         raise ConfigError("experiment: key=value goes with --config alone")
     family = family or "wan"
-    from alignkit.training.distributed import launched, run_processes
-
     if launched() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("experiment: its processes train apart, torchrun's together; use --nproc instead")
     if nproc > 1:
@@ -277,13 +268,31 @@ def experiment(
         {"apo": apo, "localdpo": localdpo}[name].run(family, folder, smoke=smoke)
 
 
-def _settings(config: Path, overrides: list[str] | None) -> Config:
-    """The configuration of a command, its stages checked too."""
+def _settings(command: str, config: Path, overrides: list[str] | None) -> Config:
+    """The configuration of a command, its stages and what it is to read checked too, before anything heavy is imported;
+    then a word on what is going on, since that takes seconds."""
     from alignkit.stages import stage_configs
 
     settings = load_config(config, overrides or [])
     stage_configs(settings)
+    check_places(command, settings)
+    if first_of_several():
+        print(f"{command}: starting, in {settings.output.dir}", file=sys.stderr, flush=True)
     return settings
+
+
+def _to_be_started(command: str, count: int) -> bool:
+    """Whether this process is to launch `count` others, not one of them itself."""
+    if count == 1 or launched():
+        return False
+    if command not in SHARING and slurm_group(os.environ):
+        raise ConfigError(f"{command}: --nproc: srun has started its processes already; leave --nproc out")
+    return True
+
+
+def _start_several(command: str, config: Path, overrides: list[str] | None, count: int) -> NoReturn:
+    """Become the launcher of `count` processes of the same command."""
+    sys.exit(run_processes([command, str(config), *(overrides or [])], count))
 
 
 def _run(name: str, config: Config) -> None:
@@ -305,7 +314,7 @@ def run() -> None:
             if error.filename is None:
                 raise
             message = f"{error.filename}: {error.strerror}"
-        if int(os.environ.get("RANK", os.environ.get("ALIGNKIT_WORKER", 0))) > 0:
+        if not first_of_several():
             time.sleep(2)  # what all processes stumble over, the first one says; the launcher ends the others
         print(f"alignkit: {message}", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,8 @@
 import json
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -24,21 +26,37 @@ from alignkit.models import load_model
 from alignkit.objectives.states.checks import check_noise, check_states
 from alignkit.progress import say
 from alignkit.report.pictures import StoredPair, write_pair, write_preview
+from alignkit.sharing import run_lock
 from alignkit.stages import SUPPLIED, stage_configs
 from alignkit.stores.folders import pairs_folder, video_spec
 from alignkit.stores.pairs import Pair, PairStore
 from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.cache import build_cache, with_cache
-from alignkit.training.distributed import lone_worker, set_threads, start_process
+from alignkit.training.distributed import Process, lone_worker, on_main, set_threads, start_process
 from alignkit.training.engine import accumulation_steps
 from alignkit.training.references import check_reference
 from alignkit.training.supply import Waiting
 
 PAIRS_IN_REPORT = 6
+SHARING = ("rollout", "pairs")  # any number of them share a folder's files out
+TOGETHER = ("train", "cache-reference")  # of one process group, which learns together whether it has the lock
 
 
 def run_command(name: str, config: Config) -> None:
-    """Run one of COMMANDS and record how long it took and how much memory the process has used at most."""
+    """Run one of COMMANDS and record how long it took and how much memory the process has used at most.
+
+    Raises ConfigError while another command writes to the same output.dir.
+    """
+    if name in TOGETHER:
+        _timed(name, config)
+    elif lone_worker().main:
+        with run_lock(config.output.dir, name, shared=name in SHARING):
+            _timed(name, config)
+    else:
+        COMMANDS[name](config)
+
+
+def _timed(name: str, config: Config) -> None:
     start = time.perf_counter()
     COMMANDS[name](config)
     seconds = time.perf_counter() - start
@@ -203,8 +221,9 @@ def _decoded(model, pair: Pair) -> StoredPair:
 
 def _cache_reference(config: Config) -> None:
     process = start_process()
-    config.output.dir.mkdir(parents=True, exist_ok=True)
-    build_cache(_run_to_cache(config), process)
+    with _group_lock(process, config, "cache-reference"):
+        config.output.dir.mkdir(parents=True, exist_ok=True)
+        build_cache(_run_to_cache(config), process)
     if config.reference.strategy != "cached" and process.main:
         say("train with reference.strategy=cached to use them")
 
@@ -214,8 +233,18 @@ def _train(config: Config) -> None:
     from alignkit.training.loop import train
 
     process = start_process()
-    if not (run_chain(config, process) if config.stages else train(config, process)):
+    with _group_lock(process, config, "train"):
+        done = run_chain(config, process) if config.stages else train(config, process)
+    if not done:
         raise SystemExit(0)
+
+
+@contextmanager
+def _group_lock(process: Process, config: Config, name: str) -> Iterator[None]:
+    """`run_lock`, had by the first process for all of them."""
+    with ExitStack() as held:
+        on_main(process, lambda: held.enter_context(run_lock(config.output.dir, name)))
+        yield
 
 
 def _sample(config: Config) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -32,3 +34,20 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """`folder` is there; what of it had to be made for that, and nothing was written into, is gone afterwards."""
+    new = []
+    path = folder
+    while not path.exists():
+        new.append(path)
+        path = path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # no longer empty
+            for path in new:
+                path.rmdir()

@@ -6,15 +6,55 @@ drops a lock when its process dies, so another one takes the work over.
 
 import errno
 import fcntl
+import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
+from alignkit.files import made
 
 POLL_SECONDS = 1.0  # between looks at files that other processes are making
+
+RUN_LOCK = ".run.lock"
+_held: set[Path] = set()  # the folders whose run this process writes
+
+
+@contextmanager
+def run_lock(folder: Path, command: str, *, shared: bool = False) -> Iterator[None]:
+    """The right to write a run in `folder`: one command's at a time, on this machine or any other, or that of any
+    number which share their work out themselves (`shared`). Within a command that has it, it is had again for nothing.
+
+    Raises ConfigError that names who has it; what had to be made of `folder` for that is gone afterwards.
+    """
+    folder = folder.resolve()
+    if folder in _held:
+        yield
+        return
+    file, mode = folder / RUN_LOCK, fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with made(folder), _locked(file, mode | fcntl.LOCK_NB) as stream:
+        if stream is None:
+            raise ConfigError(f"output.dir: {folder}: {_holder(file)}; wait for it, or choose another output.dir")
+        row = {"command": command, "process": os.getpid(), "host": socket.gethostname()}
+        stream.write(json.dumps(row | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+        stream.flush()
+        _held.add(folder)
+        try:
+            yield
+        finally:
+            _held.discard(folder)
+
+
+def _holder(file: Path) -> str:
+    try:
+        row = json.loads(file.read_text().splitlines()[-1])
+        return f"alignkit {row['command']}, process {row['process']} on {row['host']}, writes it since {row['since']}"
+    except (OSError, ValueError, LookupError, TypeError):  # it has the lock, and has not said so yet
+        return "another command writes it"
 
 
 def share_out(files: list[Path], make: Callable[[int], None], looked: Callable[[], None] = lambda: None) -> None:
@@ -28,7 +68,7 @@ def share_out(files: list[Path], make: Callable[[int], None], looked: Callable[[
         for i in left:
             files[i].parent.mkdir(parents=True, exist_ok=True)
             with _locked(files[i].with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
-                if mine and not files[i].exists():
+                if mine is not None and not files[i].exists():
                     make(i)
                     assert files[i].exists()
                     looked()
@@ -47,18 +87,19 @@ def one_at_a_time(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(file: Path, mode: int) -> Iterator[bool]:
-    """Whether this process holds the lock on `file`, which is made for it and deleted afterwards."""
-    stream = file.open("w")
+def _locked(file: Path, mode: int) -> Iterator[TextIO | None]:
+    """`file`, made for the lock that this process has on it and deleted when the last one leaves; None where another
+    one has the lock."""
+    stream = file.open("a")
     try:
         fcntl.flock(stream, mode)
         while not _same_file(stream.fileno(), file):  # its last holder deleted what we have been waiting for
             stream.close()
-            stream = file.open("w")
+            stream = file.open("a")
             fcntl.flock(stream, mode)
     except BlockingIOError:
         stream.close()
-        yield False
+        yield None
         return
     except OSError as error:
         stream.close()
@@ -69,10 +110,19 @@ def _locked(file: Path, mode: int) -> Iterator[bool]:
             "an output.dir on another one"
         ) from None
     try:
-        yield True
+        yield stream
     finally:
-        file.unlink(missing_ok=True)
+        if not mode & fcntl.LOCK_SH or _alone(stream):
+            file.unlink(missing_ok=True)
         stream.close()
+
+
+def _alone(stream: TextIO) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _same_file(descriptor: int, file: Path) -> bool:

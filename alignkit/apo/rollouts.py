@@ -106,13 +106,15 @@ def roll_out(
     network: str,
     agree: Callable[[Callable[[], list[int]]], list[int]],
     rows: tuple[int, ...] | None = None,
+    between: Callable[[], None] = lambda: None,
     show: bool = True,
 ) -> RolloutStore:
     """Rollouts of `prompts` in `folder` through a training engine's own weights; every process calls this.
 
     model: its parts beside the network, text encoder included. engine: DeepSpeed's, of whatever ZeRO stage: all
     processes run equally many forwards, however many prompts there are, and no weights are copied. network: what tells
-    these weights from others, for the rollouts' origins. agree: as in `build_together`. rows: as in `Sampling`.
+    these weights from others, for the rollouts' origins. agree and between: as in `build_together`. rows: as in
+    `Sampling`.
     """
     sampler = copy.copy(model)
     sampler.transformer, sampler.dtype = engine, next(engine.parameters()).dtype
@@ -141,6 +143,7 @@ def roll_out(
                 world_size=process.world_size,
                 agree=agree,
                 check=lambda: check_terms(folder, info),
+                between=between,
                 show=show and process.main,
             )
     finally:

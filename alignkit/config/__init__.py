@@ -7,6 +7,7 @@ the file and the key. `load_config` is the only way in; commands get a frozen `C
 from alignkit.config.noise import NoiseSection, ReferenceSection, RolloutSection, Sampler
 from alignkit.config.objective import OBJECTIVES, ObjectiveSection
 from alignkit.config.online import OnlineSection
+from alignkit.config.places import check_model_place, check_places
 from alignkit.config.ranker import RankerSection
 from alignkit.config.reading import changed, dump_config, load_config, merged, shipped_config
 from alignkit.config.sections import (
@@ -51,6 +52,8 @@ __all__ = [
     "StudentSection",
     "TrainSection",
     "changed",
+    "check_model_place",
+    "check_places",
     "dump_config",
     "load_config",
     "merged",

@@ -43,6 +43,7 @@ class ModelSection(Section):
     family: Family = "wan"
     path: str = Field("tiny", description="a diffusers folder, a hub id, or 'tiny' for the shipped small model")
     revision: str | None = None
+    variant: str | None = Field(None, description="of weight files: fp16 for diffusion_pytorch_model.fp16.safetensors")
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
     attention: Literal["auto", "flash_3", "flash", "cudnn", "native_flash", "xformers", "native"] = Field(
         "auto", description="auto: the best that runs here; a named one that does not is an error"
@@ -158,10 +159,18 @@ class TrainSection(Section):
     gradient_checkpointing: bool = True
     compile: bool = Field(False, description="torch.compile of the repeated block; ZeRO-3's hooks break its graph")
     caption_dropout: Fraction = Field(0.0, description="share of pairs shown with the empty prompt, on both sides")
-    checkpoint_every: Positive = 100
+    checkpoint_every: Positive = Field(100, description="steps")
+    checkpoint_minutes: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="save too when the last save is so long ago; null: by steps alone"
+    )
     keep_checkpoints: Positive = 2
+    restart: bool = Field(False, description="start over where checkpoints exist and none is whole")
+    accept: tuple[str, ...] = Field((), description="settings that may differ from the checkpoint's, by name")
     lora: LoraSection | None = Field(None, description="train adapters of this rank; null: every weight")
     max_bad_steps: Positive = Field(5, description="non-finite steps in a row after which the run stops")
+    stuck_seconds: Annotated[Number, Field(gt=0)] = Field(
+        300.0, description="silence of a process, beyond ten times the slowest step so far, that ends the run"
+    )
 
 
 class DeepSpeedSection(Section):

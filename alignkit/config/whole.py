@@ -21,6 +21,8 @@ from alignkit.config.sections import (
 )
 from alignkit.config.student import StudentSection
 
+ACCEPTED = ("train", "objective", "noise", "reference")
+
 
 class StageSection(Section):
     """One stage of a chain: its name, and what it changes of the sections around it."""
@@ -98,6 +100,18 @@ class Config(Section):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(f"stages: {twice!r} stands there twice; a stage's folder bears its name")
+        return self
+
+    @model_validator(mode="after")
+    def _accepted_are_settings(self) -> "Config":
+        for name in self.train.accept:
+            section, _, key = name.partition(".")
+            known = section in ACCEPTED and key in type(getattr(self, section)).model_fields
+            if name != "pairs" and (not known or name == "train.lora"):
+                raise ValueError(
+                    f"train.accept: {name}: no setting that may change within a run; one of {', '.join(ACCEPTED)} with "
+                    "its key, as train.learning_rate, or pairs"
+                )
         return self
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from typing import Any
 
 from alignkit.errors import DataError
 from alignkit.media.captions import Problem
+from alignkit.media.names import located
 from alignkit.media.rows import is_unicode, read_table
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -70,8 +71,14 @@ def _first_of(problems: list[Problem]) -> str:
 
 def _preference(number: int, where: str, row: dict[str, Any], folder: Path) -> Preference:
     prompt, chosen, rejected = (_text(row, column) for column in COLUMNS)
-    mask = folder / _text(row, "mask") if str(row.get("mask") or "").strip() else None
-    return Preference(number, where, " ".join(prompt.split()), folder / chosen, folder / rejected, mask)
+    mask = _file(folder, _text(row, "mask")) if str(row.get("mask") or "").strip() else None
+    return Preference(number, where, " ".join(prompt.split()), _file(folder, chosen), _file(folder, rejected), mask)
+
+
+def _file(folder: Path, written: str) -> Path:
+    """The file of that very name, else of the name between its blanks."""
+    exact = folder / written
+    return exact if exact.exists() else located(folder / written.strip())
 
 
 def _text(row: dict[str, Any], column: str) -> str:
@@ -84,4 +91,4 @@ def _text(row: dict[str, Any], column: str) -> str:
         raise DataError(f"its {column} is empty")
     if not is_unicode(value):
         raise DataError(f"its {column} holds half a character: {value!r:.60}")
-    return value.strip()
+    return value

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import DataError
+from alignkit.media.names import located
 from alignkit.media.rows import is_unicode, read_table
 
 CAPTION_FILES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
@@ -57,7 +58,7 @@ def read_captions(file: Path) -> tuple[dict[str, Caption], list[Problem]]:
         if not isinstance(video, str) or not video.strip():
             problems.append(Problem(where, f"line {number} names no video (one of: {', '.join(VIDEO_KEYS)})"))
             continue
-        video = Path(video.strip()).as_posix()
+        video = Path(video).as_posix()
         if video in captions:
             problems.append(Problem(video, f"second caption at {where}; {captions[video].where} is kept"))
             continue
@@ -76,7 +77,7 @@ def caption_beside(video: Path) -> Caption | None:
 
     Raises DataError if the file is no UTF-8 text.
     """
-    file = video.with_suffix(".txt")
+    file = located(video.with_suffix(".txt"))
     if not file.is_file():
         return None
     try:

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from alignkit.errors import DataError
+from alignkit.media.names import located
 from alignkit.media.videos import VideoFacts, VideoSpec, cover_and_crop, decode_with_facts, upright_frames
 
 VIDEO_MASKS = (".mp4", ".mov", ".webm", ".mkv")
@@ -39,9 +40,10 @@ def find_mask(folder: str | Path, clip_name: str, video: Path | None = None) -> 
     DataError if there is more than one of them.
     """
     folder = Path(folder)
-    stem = folder / Path(clip_name).with_suffix("")
-    named = [stem.with_name(stem.name + spelt) for suffix in MASK_SUFFIXES for spelt in (suffix, suffix.upper())]
-    found = [file for file in named if file.is_file() and not (video and file.samefile(video))]
+    stem = located(folder / Path(clip_name).with_suffix(""))
+    spelt = [stem.name + suffix for lower in MASK_SUFFIXES for suffix in (lower, lower.upper())]
+    files = [located(stem.with_name(name)) for name in spelt]
+    found = [file for file in files if file.is_file() and not (video and file.samefile(video))]
     if any(stem.glob("*.[pP][nN][gG]")):
         found.append(stem)
     if len(found) > 1:

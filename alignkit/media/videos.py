@@ -21,6 +21,7 @@ from torch import Tensor
 
 from alignkit.errors import DataError
 from alignkit.media.captions import CAPTION_FILES, Caption, Problem, caption_beside, read_captions
+from alignkit.media.names import composed
 from alignkit.media.rows import is_unicode
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
@@ -31,6 +32,13 @@ CHECKED_FRAMES = 1800
 
 # Between YUV and RGB: chroma interpolated to full size, rounded exactly, the same bits on every processor.
 CONVERSION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+
+HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
+TO_SDR = (
+    "ffmpeg -i IN -vf zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
+    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p OUT"
+)
+TRANSPARENT = "has transparent pixels; put it on black first: ffmpeg -i IN -vf premultiply=inplace=1,format=yuv420p OUT"
 
 
 @dataclass(frozen=True)
@@ -167,16 +175,21 @@ def _captions_file(folder: Path, captions: str | Path | None) -> Path | None:
 
 def _match(listed: dict[str, Caption], videos: dict[str, Path]) -> tuple[dict[str, Caption], list[Problem]]:
     """Captions by the videos' names, and a Problem for each caption that belongs to no video."""
-    by_file_name: dict[str, list[str]] = {}
+    bare: dict[str, list[str]] = {}
     for name in videos:
-        by_file_name.setdefault(Path(name).name, []).append(name)
+        bare.setdefault(composed(Path(name).name), []).append(name)
+    spelt: dict[str, list[str]] = {}
+    for name in videos:
+        spelt.setdefault(composed(name), []).append(name)
     absolute = {path.absolute().as_posix(): name for name, path in videos.items()}
     matched: dict[str, Caption] = {}
     problems: list[Problem] = []
     for video, caption in listed.items():
-        name = video if video in videos else absolute.get(video)
-        if name is None and "/" not in video:
-            candidates = by_file_name.get(video, [])
+        ways = (video, video.strip())
+        name = next((absolute.get(way, way) for way in ways if way in videos or way in absolute), None)
+        if name is None:
+            wanted = composed(video.strip())
+            candidates = spelt.get(wanted) or ([] if "/" in wanted else bare.get(wanted, []))
             if len(candidates) > 1:
                 problems.append(Problem(video, f"{caption.where} could mean any of {', '.join(candidates)}"))
                 continue
@@ -272,6 +285,9 @@ def _opened(path: Path) -> Iterator[VideoStream]:
                 raise DataError(f"{path}: holds no video stream")
             if stream.codec_context is None:
                 raise DataError(f"{path}: no decoder for the codec of its video")
+            _refuse_hdr(stream.codec_context.color_trc, path)
+            if stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) == "1":
+                raise DataError(f"{path}: {TRANSPARENT}")
             yield stream
     except av.FFmpegError as error:
         raise DataError(f"{path}: cannot be read as a video ({_reason(error)})") from error
@@ -279,6 +295,20 @@ def _opened(path: Path) -> Iterator[VideoStream]:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be read as a video ({error})") from error
+
+
+def _refuse_hdr(transfer: int, path: Path) -> None:
+    """Read as if it were SDR, its white comes out as grey."""
+    if transfer in HDR:
+        raise DataError(f"{path}: is HDR video ({HDR[transfer]}); convert it first: {TO_SDR}")
+
+
+def _refuse_transparency(frame: VideoFrame, path: Path) -> None:
+    """Behind what is transparent stands a colour that no player shows."""
+    if any(part.is_alpha for part in frame.format.components):
+        alpha = frame.to_ndarray(format="rgba")[..., 3]
+        if alpha.min() < 255:
+            raise DataError(f"{path}: {TRANSPARENT}")
 
 
 def _reason(error: av.FFmpegError) -> str:
@@ -301,6 +331,8 @@ def _timed_frames(stream: VideoStream, path: Path) -> Iterator[TimedFrame]:
             for frame in packet.decode():
                 if frame.is_corrupt:
                     raise DataError(f"{path}: damaged at frame {count + 1}")
+                _refuse_hdr(frame.color_trc, path)
+                _refuse_transparency(frame, path)
                 start = frame.pts * frame.time_base if frame.pts is not None else count * step
                 yield start, (frame.duration * frame.time_base if frame.duration else step), frame
                 count += 1

@@ -6,8 +6,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from alignkit.config import ModelSection
-from alignkit.errors import ModelError
+from alignkit.config import ModelSection, check_model_place
 from alignkit.models.attention import set_attention
 from alignkit.models.folder import Watch, unwatched
 from alignkit.schedules import Schedule
@@ -110,6 +109,7 @@ class Family(Protocol):
         path: str,
         *,
         revision: str | None,
+        variant: str | None,
         max_sequence_length: int,
         with_transformer: bool,
         with_encoders: bool,
@@ -175,13 +175,13 @@ def load_model(
     """
     path = str(shipped_model(section.family)) if section.path == "tiny" else section.path
     local = Path(path)
-    if path.startswith((".", "/", "~")) and not local.expanduser().is_dir():
-        raise ModelError(f"model.path: {path}: no such folder")
+    check_model_place(section)
     if local.expanduser().is_dir():
         path = str(local.expanduser())
     model = family_module(section.family).load(
         path,
         revision=section.revision,
+        variant=section.variant,
         max_sequence_length=section.max_sequence_length,
         with_transformer=with_transformer,
         with_encoders=with_encoders,

@@ -297,6 +297,7 @@ def load(
     path: str,
     *,
     revision: str | None,
+    variant: str | None = None,
     max_sequence_length: int,
     with_transformer: bool,
     with_encoders: bool,
@@ -306,7 +307,7 @@ def load(
 
     Raises ModelError naming what is missing or wrong, ConfigError for a text length that the model cannot take.
     """
-    with loading(path, CogVideoXPipeline, revision):
+    with loading(path, CogVideoXPipeline, revision, variant):
         scheduler, stochastic = _load_scheduler(path, revision)
         config = CogVideoXTransformer3DModel.load_config(path, subfolder="transformer", revision=revision)
         if config.get("patch_size_t") is not None:
@@ -318,15 +319,19 @@ def load(
         transformer = None
         if with_transformer:
             transformer = CogVideoXTransformer3DModel.from_pretrained(
-                path, subfolder="transformer", revision=revision, torch_dtype=dtype
+                path, subfolder="transformer", revision=revision, variant=variant, torch_dtype=dtype
             )
             transformer.set_attn_processor(AttentionProcessor())
             frozen(transformer)
         pipeline = None
         if with_encoders:
-            pipeline = CogVideoXPipeline.from_pretrained(path, revision=revision, transformer=None, scheduler=scheduler)
+            pipeline = CogVideoXPipeline.from_pretrained(
+                path, revision=revision, variant=variant, transformer=None, scheduler=scheduler
+            )
             frozen(pipeline.vae.float()), frozen(pipeline.text_encoder.float())
-        model = CogVideoXModel(path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision)
+        model = CogVideoXModel(
+            path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision, variant=variant
+        )
         model.stochastic = stochastic
         return model
 

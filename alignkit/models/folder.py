@@ -11,14 +11,23 @@ from typing import ClassVar, Self
 import torch
 from diffusers import DiffusionPipeline
 from einops import rearrange
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError, ConfigError, ModelError
+from alignkit.models.weights import file_digest, fingerprint_of, weight_files
+from alignkit.progress import say
 from alignkit.schedules import Schedule, one_step
 
 REMEMBERED_PROMPTS = 64  # an embedding of a full model takes megabytes
 Watch = Callable[[int, Tensor], None]
+HUB_TIMEOUT_S = 10.0
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 
 
@@ -41,6 +50,7 @@ class ModelFolder:
     revision: str | None = None
     attention: str | None = None
     lora: tuple[Path, ...] = ()
+    variant: str | None = None
     _embeddings: dict[str, Tensor] = field(default_factory=dict)
 
     family: ClassVar[str]
@@ -61,12 +71,23 @@ class ModelFolder:
         """Text embeddings as `pad_text` takes them, fp32 [tokens, D] each on CPU; the last prompts are remembered."""
         found = []
         for prompt in prompts:
+            if prompt not in self._embeddings:
+                self._say_if_cut(prompt)
             embedding = self._embeddings.pop(prompt, None)
             self._embeddings[prompt] = self._encode_prompt(prompt) if embedding is None else embedding
             found.append(self._embeddings[prompt])
         for prompt in list(self._embeddings)[:-REMEMBERED_PROMPTS]:
             del self._embeddings[prompt]
         return found
+
+    def _say_if_cut(self, prompt: str) -> None:
+        """The pipeline cuts what is longer than `max_sequence_length`; its own warning is silenced with the rest."""
+        tokens = len(self.pipeline.tokenizer(prompt, verbose=False).input_ids)
+        if tokens > self.max_sequence_length:
+            say(
+                f"a prompt of {tokens} tokens is cut to {self.max_sequence_length} (model.max_sequence_length): "
+                f"{prompt:.60}…"
+            )
 
     def _encode_prompt(self, prompt: str) -> Tensor:
         raise NotImplementedError
@@ -78,18 +99,17 @@ class ModelFolder:
         return Path(snapshot_download(self.path, revision=self.revision, local_files_only=True))
 
     def fingerprint(self, part: str = "transformer") -> str:
-        """Identifies the weights of a part: its files' bytes for a folder, id and commit for a hub model."""
-        digest = hashlib.sha256()
+        """Identifies the weights of a part: its tensors in a folder, id and commit of a hub model."""
         folder = Path(self.path)
-        if not folder.is_dir():
-            digest.update(json.dumps([self.path, self.local_folder().name]).encode())  # …/snapshots/COMMIT
-        files = sorted(folder.glob(f"{part}/*")) if folder.is_dir() else []
-        adapters = [adapter / LORA_FILE for adapter in self.lora] if part == "transformer" else []
-        for file in [*files, *adapters]:
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()[:16]
+        if folder.is_dir():
+            found = fingerprint_of(folder / part, self.variant)
+        else:
+            where = json.dumps([self.path, self.local_folder().name])  # …/snapshots/COMMIT
+            found = hashlib.sha256(where.encode()).hexdigest()[:16]
+        if part != "transformer" or not self.lora:
+            return found
+        adapters = b"".join(file_digest(adapter / LORA_FILE) for adapter in self.lora)
+        return hashlib.sha256(found.encode() + adapters).hexdigest()[:16]
 
     def merge_lora(self, folder: Path) -> None:
         """Add the adapters of `folder` to the weights. Raises ModelError where they do not fit or are missing."""
@@ -170,9 +190,14 @@ def settings_of(part: type[nn.Module], path: str, subfolder: str, revision: str 
 
 
 @contextmanager
-def loading(path: str, pipeline: type[DiffusionPipeline], revision: str | None) -> Iterator[None]:
-    """Turn whatever loading raises into a ModelError that names `path`; refuse a folder of another pipeline first."""
+def loading(path: str, pipeline: type[DiffusionPipeline], revision: str | None, variant: str | None) -> Iterator[None]:
+    """Turn whatever loading raises into a ModelError that names `path`; refuse a folder of another pipeline first, one
+    without weights of this `variant`, and a hub model that cannot be had."""
     try:
+        if Path(path).is_dir():
+            _check_weights(Path(path) / "transformer", variant)
+        else:
+            _check_hub(path, pipeline.config_name, revision)
         index = pipeline.load_config(path, revision=revision)
         if index.get("_class_name") != pipeline.__name__:
             raise ModelError(f"model.path: {path}: a {index.get('_class_name')}, not a {pipeline.__name__}")
@@ -180,4 +205,35 @@ def loading(path: str, pipeline: type[DiffusionPipeline], revision: str | None) 
     except AlignkitError:
         raise
     except Exception as error:  # diffusers, safetensors and json each raise their own kinds for damaged files
-        raise ModelError(f"model.path: {path}: cannot load: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"model.path: {path}: cannot load: {_line(error)}") from error
+
+
+def _check_weights(folder: Path, variant: str | None) -> None:
+    if weight_files(folder, variant):
+        return
+    found = sorted(file.name for file in folder.glob("*.safetensors*"))
+    others = {name.split(".")[1] for name in found if name.count(".") == 2 and name.endswith(".safetensors")}
+    hint = f"set model.variant={min(others)}" if others else "safetensors files are needed"
+    of = f" of variant {variant}" if variant else ""
+    raise ModelError(f"model.path: {folder}: holds no weights{of}; {hint} (there is {', '.join(found[:4]) or 'none'})")
+
+
+def _check_hub(name: str, file: str, revision: str | None) -> None:
+    """Whether a hub model can be had at all: without this each of its files is asked for again and again."""
+    if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+        return
+    try:  # downloading asks six times, waiting longer each time
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=HUB_TIMEOUT_S)
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ModelError(f"model.path: {name}: no such folder, nor such a model on the hub: {_line(error)}") from error
+    except EntryNotFoundError as error:
+        raise ModelError(f"model.path: {name}: a hub model without {file}, so no diffusers pipeline") from error
+    except Exception as error:  # the hub's client and its client for HTTP each raise their own kinds
+        raise ModelError(
+            f"model.path: {name}: not in this machine's cache, and the hub cannot be reached ({_line(error)}); where "
+            f"it can: hf download {name} --local-dir FOLDER, then set model.path=FOLDER here"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

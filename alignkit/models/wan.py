@@ -187,6 +187,7 @@ def load(
     path: str,
     *,
     revision: str | None,
+    variant: str | None = None,
     max_sequence_length: int,
     with_transformer: bool,
     with_encoders: bool,
@@ -196,19 +197,23 @@ def load(
 
     Raises ModelError naming what is missing or wrong.
     """
-    with loading(path, WanPipeline, revision):
+    with loading(path, WanPipeline, revision, variant):
         scheduler = UniPCMultistepScheduler.from_pretrained(path, subfolder="scheduler", revision=revision)
+        if scheduler.config.use_dynamic_shifting:
+            raise ModelError(f"model.path: {path}/scheduler: use_dynamic_shifting is on: Wan's shift is one number")
         if not scheduler.config.use_flow_sigmas:
             raise ModelError(f"model.path: {path}/scheduler: use_flow_sigmas is off, so its states are not Wan's")
         vae_config = settings_of(AutoencoderKLWan, path, "vae", revision)
         transformer = None
         if with_transformer:
             transformer = WanTransformer3DModel.from_pretrained(
-                path, subfolder="transformer", revision=revision, torch_dtype=dtype
+                path, subfolder="transformer", revision=revision, variant=variant, torch_dtype=dtype
             )
             frozen(transformer)
         pipeline = None
         if with_encoders:
-            pipeline = WanPipeline.from_pretrained(path, revision=revision, transformer=None)
+            pipeline = WanPipeline.from_pretrained(path, revision=revision, variant=variant, transformer=None)
             frozen(pipeline.vae.float()), frozen(pipeline.text_encoder.float())
-        return WanModel(path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision)
+        return WanModel(
+            path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision, variant=variant
+        )

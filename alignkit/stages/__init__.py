@@ -1,28 +1,12 @@
 """Stages of a chain, `stages: [...]`: training runs one after the other, each from the fp32 weights of the one before.
 
-Each stage is a file of this package; a new one is its file, a line in STAGES and a name in `StageSection.name`.
+What a stage is called and changes is in `settings`; what makes pairs while it trains has a file of its own.
 """
-
-from collections.abc import Callable
 
 from alignkit.config import OBJECTIVES, Config, changed, merged
 from alignkit.errors import ConfigError
-from alignkit.stages.localdpo import localdpo
-from alignkit.stages.offline import offline
-from alignkit.stages.online import half_online, online
-from alignkit.stages.sft import sft
-from alignkit.stages.students import distill, drift_correction
+from alignkit.stages.settings import STAGES
 
-STAGES: dict[str, Callable[[Config], dict]] = {
-    "localdpo": localdpo,
-    "sft": sft,
-    "offline": offline,
-    "online": online,
-    "half_online": half_online,
-    "distill": distill,
-    "drift_correction": drift_correction,
-}
-"""By name: what the stage changes of the configuration around it, by section; its own entry goes on top."""
 STUDENTS = ("distill", "drift_correction")
 """Those that train a few-step student."""
 SUPPLIED = ("online", "half_online", *STUDENTS)

@@ -18,21 +18,10 @@ from alignkit.rankers.rollouts import (
     rankings_folder,
     video_file,
 )
-from alignkit.stages.objective import trained_with
 from alignkit.stages.rounds import Made, Rounds, build_rows
 from alignkit.stores.folders import video_spec
 from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.run import Run
-
-
-def online(config: Config) -> dict:
-    """`dpo`, where the objective around it compares regions or nothing."""
-    return trained_with(config, "dpo") if config.objective.name in ("sft", "local_dpo") else {}
-
-
-def half_online(config: Config) -> dict:
-    """The head that guards the winner, instead of one without a bound on what the winner may lose."""
-    return trained_with(config, "winner_guarded") if config.objective.name in ("sft", "local_dpo", "dpo") else {}
 
 
 def rounds_of(name: str, config: Config, start: str) -> Rounds:

@@ -7,6 +7,7 @@ weights at the round's first step and from keys: a run that was stopped makes it
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -23,6 +24,7 @@ from alignkit.rankers.rollouts import ranking_file
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.stores.rollouts import RolloutStore
+from alignkit.training import terms
 from alignkit.training.distributed import on_main, on_main_at_length
 from alignkit.training.run import Run
 
@@ -38,7 +40,7 @@ FREE = {
     "pairs": {"folder", "previews"},
     "rollout": {"folder", "previews"},
     "ranker": {"endpoint": REACHED},
-    "train": {"steps", "checkpoint_every", "keep_checkpoints", "max_bad_steps"},
+    "train": terms.FREE,
 }
 """Of the configuration, what does not change a round's pairs: places, whose contents do, how an endpoint is reached,
 and how long to train."""
@@ -70,7 +72,9 @@ class Rounds:
     ):
         self.config, self.prompts, self.every = config, prompts, config.online.every
         self._stores: dict[int, tuple[PairStore | None, Made]] = {}
-        settings = config.model_dump(mode="json", exclude=FREE | dict.fromkeys(unread, True))
+        exclude = FREE | dict.fromkeys(unread, True)
+        # a key that is new, and at its default, changes no older run
+        settings = config.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
         sampler = asdict(config.sampler)  # what is taken from `sample`
         depends = json.dumps([settings, sampler, prompts, start, given], sort_keys=True)
         self._terms = hashlib.sha256(depends.encode()).hexdigest()[:16]
@@ -220,7 +224,8 @@ def sample_through(
     model.attention = run.model.attention
     return roll_out(
         config, process, model, engine, prompts, folder, network=network,
-        agree=lambda look: on_main(process, look), rows=rows, show=False,
+        agree=lambda look: on_main(process, look), rows=rows,
+        between=partial(run.leave_if_stopped, "a round's rollouts"), show=False,
     )  # fmt: skip
 
 

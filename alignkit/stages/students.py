@@ -10,7 +10,6 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.models import load_model
 from alignkit.objectives.laws import Law, start_law
 from alignkit.objectives.states.checks import sampler_terms
-from alignkit.stages.objective import trained_with
 from alignkit.stages.online import prompts_of
 from alignkit.stages.rounds import ID_STRIDE, Made, Rounds, rollouts_of_round, sample_through
 from alignkit.stores.pairs import PairStore
@@ -22,37 +21,6 @@ from alignkit.training.run import Run
 from alignkit.training.teacher import Teacher
 from alignkit.training.terms import difference
 from alignkit.training.weights import open_start
-
-
-def distill(config: Config) -> dict:
-    """Supervised, on states of the teacher's paths at the student's own steps."""
-    return _on_students_path(config) | ({} if config.objective.name == "sft" else {"objective": {"name": "sft"}})
-
-
-def drift_correction(config: Config) -> dict:
-    """`dpo`, where the objective around it compares regions or nothing, at the states that both samplers visited."""
-    compares = config.objective.name not in ("sft", "local_dpo")
-    return _on_students_path(config) | ({} if compares else trained_with(config, "dpo"))
-
-
-def _on_students_path(config: Config) -> dict:
-    """The student's own sampler, and training at its steps."""
-    steps = config.student.num_inference_steps
-    wanted = {
-        "rollout": {
-            "solver": "first_order", "num_inference_steps": steps, "guidance_scale": 1.0, "dynamic_guidance": False,
-        },
-        "noise": {
-            "source": "path", "timesteps": "schedule", "path_steps": steps, "interval": None, "path_between": False,
-            "guided": False,
-        },
-        "train": {"caption_dropout": 0.0},
-    }  # fmt: skip
-    changes = {
-        section: {key: value for key, value in keys.items() if getattr(getattr(config, section), key) != value}
-        for section, keys in wanted.items()
-    }
-    return {section: keys for section, keys in changes.items() if keys}
 
 
 class Distillation(Rounds):

@@ -124,6 +124,7 @@ def build_together(
     world_size: int,
     agree: Callable[[Callable[[], list[int]]], list[int]],
     check: Callable[[], None],
+    between: Callable[[], None] = lambda: None,
     show: bool = True,
 ) -> None:
     """The same by the processes of one group in step, for work in which each of them must take part each time, as in
@@ -131,11 +132,14 @@ def build_together(
 
     make(rows) must run equally many forwards for every block. agree(look) is what look() returns on the first process,
     for all of them. check() raises DataError where the folder's terms are no longer those of `info`: before any block
-    is there, another build may replace them.
+    is there, another build may replace them. Every process calls between() before each block but its first, at the same
+    place; what it raises ends the work there.
     """
     blocks = agree(lambda: missing_blocks(folder, info))
     with progress(title, info.blocks, done=info.blocks - len(blocks), show=show) as bar:
         for first in range(0, len(blocks), world_size):
+            if first:
+                between()
             number = first + rank
             block = blocks[min(number, len(blocks) - 1)]
             made = make(info.rows(block))

@@ -24,10 +24,10 @@ from alignkit.errors import DataError
 from alignkit.files import write_atomically
 from alignkit.media.captions import Problem
 from alignkit.stores.origins import GIVEN, Origin, Trajectory
-from alignkit.stores.store import open_blocks, read_info, write_rows
+from alignkit.stores.store import DIGEST, check_row, open_blocks, read_info, with_digest, write_rows
 
 MEMBERS = "rows.json"
-EMPTY_TEXT, NEGATIVE_TEXT = "empty_prompt.safetensors", "negative_prompt.safetensors"
+TEXTS = EMPTY_TEXT, NEGATIVE_TEXT = "empty_prompt.safetensors", "negative_prompt.safetensors"
 SAMPLED, INVERTED, FOLLOWING = "sampled", "inverted", " and following"
 LATENT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FEATURES = datasets.Features(
@@ -44,6 +44,7 @@ FEATURES = datasets.Features(
     error_w=datasets.Value("float64"),
     error_l=datasets.Value("float64"),
     tensors=datasets.Value("binary"),
+    digest=datasets.Value("string"),
 )
 
 
@@ -110,7 +111,7 @@ def write_block(
 
 def _row(pair: Pair, dtype: torch.dtype) -> dict:
     row = {name: getattr(pair, name) for name in ("id", "source", "prompt", "steps", "strength")}
-    return row | {
+    row |= {
         "origin_w": pair.origin_w.to_json(),
         "origin_l": pair.origin_l.to_json(),
         "path_rows": list(pair.path_rows),
@@ -120,6 +121,7 @@ def _row(pair: Pair, dtype: torch.dtype) -> dict:
         "error_l": pair.path_l and pair.path_l.error,
         "tensors": save_tensors(_tensors(pair, dtype)),
     }
+    return with_digest(row)
 
 
 def _states_of(path: Trajectory | None) -> str:
@@ -204,9 +206,12 @@ class PairStore:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the terms the pairs were made under, with which pairs there are, and of ranked rollouts with
-        which is better."""
+        """Changes with the terms the pairs were made under, with every byte of them, and of ranked rollouts with which
+        is better. Of a store from before its rows had digests, with which pairs there are instead of every byte."""
         content: list = [asdict(self.info), self.ids]
+        if DIGEST in self.rows.column_names:
+            content.append(self.rows[DIGEST][:])
+            content += [hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in TEXTS]
         members = self.folder / MEMBERS
         if self.info.kind == "rollouts" and members.exists():
             content.append(json.loads(members.read_text()))
@@ -216,6 +221,8 @@ class PairStore:
         """Digests of the pairs themselves ("pairs") and of their masks ("regions"). Reads every byte."""
         digests = {"pairs": hashlib.sha256(), "regions": hashlib.sha256()}
         for row in self.rows:
+            check_row(self.folder, self.info, row)
+            row.pop(DIGEST, None)
             tensors = load_tensors(row.pop("tensors"))
             mask = tensors.pop("mask")
             digests["regions"].update(json.dumps([row["id"], *mask.shape]).encode() + mask.numpy().tobytes())
@@ -248,6 +255,7 @@ class PairStore:
 
     def __getitem__(self, index: int) -> Pair:
         row = self.rows[index]
+        check_row(self.folder, self.info, row)
         tensors = load_tensors(row["tensors"])
         mask = tensors.pop("mask")
         latents = {name: tensor.float() for name, tensor in tensors.items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 from alignkit.errors import DataError
 from alignkit.media.captions import Problem
 from alignkit.stores.origins import Origin, Trajectory
-from alignkit.stores.store import open_blocks, read_info, write_rows
+from alignkit.stores.store import check_row, open_blocks, read_info, with_digest, write_rows
 
 FEATURES = datasets.Features(
     id=datasets.Value("int64"),
@@ -26,6 +26,7 @@ FEATURES = datasets.Features(
     origin=datasets.Value("string"),
     path_rows=datasets.List(datasets.Value("int32")),
     tensors=datasets.Value("binary"),
+    digest=datasets.Value("string"),
 )
 
 
@@ -64,11 +65,14 @@ def _row(rollout: Rollout) -> dict:
         if rollout.path.following is not None:
             tensors["following"] = rollout.path.following.float().contiguous()
     row = {name: getattr(rollout, name) for name in ("id", "prompt_id", "prompt")}
-    return row | {
-        "origin": rollout.origin.to_json(),
-        "path_rows": list(rollout.path_rows),
-        "tensors": save_tensors(tensors),
-    }
+    return with_digest(
+        row
+        | {
+            "origin": rollout.origin.to_json(),
+            "path_rows": list(rollout.path_rows),
+            "tensors": save_tensors(tensors),
+        }
+    )
 
 
 class RolloutStore:
@@ -104,6 +108,7 @@ class RolloutStore:
 
     def __getitem__(self, index: int) -> Rollout:
         row = self.rows[index]
+        check_row(self.folder, self.info, row)
         tensors = load_tensors(row["tensors"])
         path = Trajectory(tensors["states"], tensors.get("following")) if "states" in tensors else None
         try:

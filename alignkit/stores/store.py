@@ -1,9 +1,11 @@
 """A store: a folder of Arrow blocks that Hugging Face `datasets` maps into memory, and the terms they were made under.
 
 A block is a fixed range of planned rows; it is written whole or not at all, so a killed build continues with the
-blocks that are missing. Rows that had to be left out are listed in `block-NNNNN.skipped.jsonl`.
+blocks that are missing. Rows that had to be left out are listed in `block-NNNNN.skipped.jsonl`. Each row carries the
+digest of what it was written as, which is compared whenever it is read.
 """
 
+import hashlib
 import json
 import os
 import uuid
@@ -20,6 +22,7 @@ from alignkit.files import write_atomically, write_lines
 from alignkit.media.captions import Problem
 
 FORMAT = 3
+DIGEST = "digest"
 COMMANDS = {"pairs": "alignkit pairs", "rollouts": "alignkit rollout", "reference": "alignkit cache-reference"}
 """By what a store holds, which also names the file of its terms: what makes it."""
 
@@ -148,6 +151,34 @@ def write_rows(
     os.replace(partial, target)
 
 
+def with_digest(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is to be written, for `check_row`."""
+    return row | {DIGEST: _digest(row)}
+
+
+def _digest(row: dict[str, Any]) -> str:
+    """Of every value but the digest itself. None counts as absent: a column may be newer than a row."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name, value in row.items() if name != DIGEST and value is not None):
+        value = row[name]
+        content = value if isinstance(value, bytes) else json.dumps(value).encode()
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:32]
+
+
+def check_row(folder: Path, info: StoreInfo, row: dict[str, Any]) -> None:
+    """Raises DataError, naming the block, unless the row is as it was written. Rows from before digests pass."""
+    written = row.get(DIGEST)
+    if written is None or written == _digest(row):
+        return
+    files = sorted(folder.glob("block-*.arrow"))
+    holding = (file for file in files if written in datasets.Dataset.from_file(str(file))[DIGEST])
+    raise DataError(
+        f"{next(holding, folder)}: damaged (number {row['id']} of its {info.holds} is not as it was written); delete "
+        f"it and run '{COMMANDS[info.holds]}' again"
+    )
+
+
 def skipped_rows(folder: Path) -> list[Problem]:
     """What finished blocks left out and why."""
     files = sorted(Path(folder).glob("block-*.skipped.jsonl"))
@@ -173,7 +204,9 @@ def open_blocks(folder: Path, info: StoreInfo, blocks: Iterable[int] | None = No
 
 def _open_block(file: Path, command: str) -> datasets.Dataset:
     try:
-        return datasets.Dataset.from_file(str(file))
+        block = datasets.Dataset.from_file(str(file))
+        block.data.table.validate(full=True)  # offsets beyond the file would end the process when they are followed
+        return block
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         problem = " ".join(str(error).split())
         raise DataError(f"{file}: damaged ({problem}); delete it and run '{command}' again") from None

@@ -1,13 +1,17 @@
 """Checkpoints that appear whole or not at all, and are loaded only when every byte is as it was written.
 
 DeepSpeed's files are pickles, which can run code when they are read. So each checkpoint carries a manifest of
-SHA-256 hashes, and files that do not match it are never opened; the checkpoint before is used instead.
+SHA-256 hashes, and files that do not match it are never opened; the checkpoint before is used instead. One that does
+not match is set aside under another name, never deleted, and does not count as one when old ones are.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,131 +20,209 @@ from safetensors import SafetensorError
 from alignkit.errors import CheckpointError
 from alignkit.files import flush, write_json
 from alignkit.progress import say
+from alignkit.training.distributed import gather, on_main_rank
 from alignkit.training.state import load_state, save_local_state, save_state, state_damage
-from alignkit.training.terms import difference
+from alignkit.training.terms import accepted, difference
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+DAMAGED = "damaged-"
+SEEN_WITHIN_S = 30.0  # of a write on another node: a network file system may take some seconds to show it
 
 
-def save(engine, folder: Path, step: int, terms: dict, keep: int, parts: dict[str, object]) -> None:
+def save(engine, folder: Path, step: int, terms: dict, keep: int, parts: dict[str, object], record: list) -> None:
     """Write checkpoint `step`; every process must call this. `terms` is what a resumed run must share, `parts` are
-    those of the run beside its engine, of which some have a state (`alignkit.training.state`).
+    those of the run beside its engine, of which some have a state (`alignkit.training.state`), `record` what was
+    changed of the terms on purpose.
 
     Written under a temporary name and renamed when complete and on disk; the oldest beyond `keep` are removed
-    only after that.
+    only after that. Each process flushes and hashes what it wrote itself. Raises CheckpointError, on every process,
+    where the first one does not see what another wrote.
     """
     partial, final = folder / f".partial-{step:08d}", _name(folder, step)
-    first = torch.distributed.get_rank() == 0
-    if first:
+    rank = torch.distributed.get_rank()
+    if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
     torch.distributed.barrier()
     engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
     save_local_state(partial, step, parts)
-    torch.distributed.barrier()
-    if first:
+    if rank == 0:
         save_state(partial, step, parts)
-        files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
-        hashes = {str(file.relative_to(partial)): _hash(file) for file in files}
-        for file in files:
-            flush(file)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "world_size": torch.distributed.get_world_size(),
-            "terms": terms,
-            "files": hashes,
-        }
-        write_json(partial / MANIFEST, manifest)
-        flush(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        flush(folder)
-        for old in _candidates(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    torch.distributed.barrier()
+    own = [file for file in sorted(partial.rglob("*")) if file.is_file() and _writer(file) == rank]
+    for file in own:
+        flush(file)
+    hashes: dict[str, str] = {}
+    for part in gather({str(file.relative_to(partial)): _hash(file) for file in own}):
+        hashes |= part
+    on_main_rank(lambda: _complete(partial, final, step, terms, hashes, keep, record))
 
 
-def load_latest(engine, folder: Path, terms: dict, parts: dict[str, object]) -> int:
-    """Load the newest whole checkpoint, the states of `parts` with it, and return its step, 0 if there is none; every
-    process must call this.
+def _complete(
+    partial: Path, final: Path, step: int, terms: dict, hashes: dict[str, str], keep: int, record: list
+) -> None:
+    unseen = _unseen(partial, hashes)
+    if unseen:
+        raise CheckpointError(
+            f"{partial}: {unseen[0]}, which another process wrote, is not seen by the first; output.dir must be one "
+            "folder for all of them"
+        )
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "world_size": torch.distributed.get_world_size(),
+        "shards": _shards(hashes),
+        "terms": terms,
+        "files": dict(sorted(hashes.items())),
+    }
+    write_json(partial / MANIFEST, manifest | ({"accepted": record} if record else {}))
+    flush(partial)
+    if final.exists():
+        _set_aside(final)
+    os.rename(partial, final)
+    flush(final.parent)
+    for old in [path for path in _candidates(final.parent) if path.name <= final.name][keep:]:
+        shutil.rmtree(old, ignore_errors=True)
 
-    Damaged checkpoints are passed over with a line that says so. Raises CheckpointError when the newest whole
-    one was written under other terms or by another number of processes.
+
+def _unseen(folder: Path, names: dict[str, str]) -> list[str]:
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while True:
+        unseen = [name for name in names if not (folder / name).is_file()]
+        if not unseen or time.monotonic() > deadline:
+            return unseen
+        time.sleep(0.5)
+
+
+def load_latest(
+    engine, folder: Path, terms: dict, parts: dict[str, object], steps: int, accept: tuple[str, ...], restart: bool
+) -> tuple[int, list[dict]]:
+    """Load the newest whole checkpoint, the states of `parts` with it; every process must call this.
+
+    Returns its step, 0 if there is none, and what was changed of its terms on purpose, now (`accept`) or earlier.
+    Those that are damaged are said and set aside. Raises CheckpointError, and changes nothing, when the newest whole
+    one was written under other terms, by another number of processes or after more than `steps`, and when there are
+    checkpoints of which none is whole, unless `restart`.
     """
-    chosen = [None, None]
-    if torch.distributed.get_rank() == 0:
-        chosen = _choose(folder, terms)
-    torch.distributed.broadcast_object_list(chosen, src=0)
-    tag, problem = chosen
-    if problem:
-        raise CheckpointError(problem)
+    passed: list[tuple[Path, str]] = []
+    tag: str | None = None
+    for name in on_main_rank(lambda: [path.name for path in _candidates(folder)]):
+        damage = next(filter(None, gather(_damage_seen_here(folder / name))), None)
+        if damage is None:
+            tag = name
+            break
+        passed.append((folder / name, damage))
+    record: list[dict] = on_main_rank(lambda: _judge(folder, tag, passed, terms, steps, accept, restart))
     if tag is None:
-        return 0
+        return 0, record
     engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
     load_state(folder / tag, parts)
-    return int(tag.removeprefix("step-"))
+    return _step(tag), record
 
 
-def newest_step(folder: Path) -> int:
-    """Step of the newest whole checkpoint in `folder`, 0 if there is none."""
-    return next((int(path.name.removeprefix("step-")) for path in _candidates(folder) if _damage(path) is None), 0)
+def _judge(
+    folder: Path, tag: str | None, passed: list, terms: dict, steps: int, accept: tuple[str, ...], restart: bool
+) -> list[dict]:
+    """Whether the run may go on from checkpoint `tag`; what was changed on purpose until it does."""
+    record: list[dict] = []
+    if tag is not None:
+        record = _checked(folder / tag, terms, steps, accept)
+    else:
+        lost = [*(path for path, _ in passed), *sorted(folder.glob(f"{DAMAGED}*"), reverse=True)]
+        if lost and not restart:
+            why = f" ({passed[0][1]})" if passed else ""
+            raise CheckpointError(
+                f"{folder}: none of its {len(lost)} checkpoint{'s' * (len(lost) > 1)} is whole, the newest is "
+                f"{lost[0].name}{why}; put a whole one back, or start over beside them with train.restart=true"
+            )
+    for path, damage in passed:
+        say(f"passing over checkpoint {path}: {damage}; kept as {_set_aside(path).name}")
+    return record
 
 
-def _choose(folder: Path, terms: dict) -> list:
-    for path in _candidates(folder):
-        damage = _damage(path)
-        if damage:
-            say(f"passing over checkpoint {path}: {damage}")
-            continue
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest.get("format") != FORMAT:
-            found = manifest.get("format", 1)
-            return [
-                None,
-                f"{path}: checkpoint format {found}, this version reads {FORMAT}; start in another output.dir",
-            ]
-        world_size = torch.distributed.get_world_size()
-        if manifest["world_size"] != world_size:
-            return [
-                None,
-                f"{path}: written by {manifest['world_size']} processes, this run has {world_size}; "
-                "resume with the same number, or start in another output.dir",
-            ]
-        changed = difference(manifest["terms"], terms)
-        if changed:
-            return [
-                None,
-                f"{path}: written with {changed}; put it back to resume, or start in another output.dir",
-            ]
-        return [path.name, None]
-    return [None, None]
+def _checked(path: Path, terms: dict, steps: int, accept: tuple[str, ...]) -> list[dict]:
+    """Raises CheckpointError for a whole checkpoint that is not this run's."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    if manifest.get("format") != FORMAT:
+        found = manifest.get("format", 1)
+        raise CheckpointError(
+            f"{path}: checkpoint format {found}, this version reads {FORMAT}; start in another output.dir"
+        )
+    world_size = torch.distributed.get_world_size()
+    if manifest["world_size"] != world_size:
+        raise CheckpointError(
+            f"{path}: written by {manifest['world_size']} processes, this run has {world_size}; "
+            "resume with the same number, or start in another output.dir"
+        )
+    if manifest["step"] > steps:
+        raise CheckpointError(
+            f"{path}: is of step {manifest['step']}, train.steps is {steps}; set it to {manifest['step']} or more, or "
+            "start in another output.dir"
+        )
+    changes = accepted(manifest["terms"], terms, accept)
+    changed = difference(manifest["terms"], terms, accept)
+    if changed:
+        raise CheckpointError(
+            f"{path}: written with {changed}; put it back to resume, start in another output.dir, or, where it may "
+            "change, name it in train.accept"
+        )
+    for change in changes:
+        say(f"resuming with {change['term']} = {change['now']!r}, which was {change['was']!r}, as train.accept allows")
+    return manifest.get("accepted", []) + [{"step": manifest["step"], **change} for change in changes]
+
+
+def _set_aside(path: Path) -> Path:
+    number, target = 1, path.with_name(f"{DAMAGED}{path.name}")
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{DAMAGED}{path.name}-{number}")
+    path.rename(target)
+    return target
 
 
 def _name(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
 def _candidates(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), reverse=True)
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), reverse=True)
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Reads every byte."""
+def _writer(file: Path) -> int:
+    """The process that wrote a file of a checkpoint, by DeepSpeed's names and ours."""
+    named = re.search(r"rank[_-](\d+)", file.name)
+    return int(named[1]) if named else 0
+
+
+def _shards(names: Iterable[str]) -> int:
+    """How many processes' parts of the optimizer's states there are."""
+    return sum(name.endswith("optim_states.pt") for name in names)
+
+
+def _damage_seen_here(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. Of its files each process reads its share, so that together they read
+    every byte."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if path.name != f"step-{manifest['step']:08d}":
             return f"its manifest is of step {manifest['step']}"
-        for name, digest in manifest["files"].items():
+        for name in sorted(manifest["files"])[rank::world_size]:
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
-            if _hash(file) != digest:
+            if _hash(file) != manifest["files"][name]:
                 return f"{name} does not match its hash"
-        if manifest.get("format") == FORMAT:
+        shards = _shards(manifest["files"])
+        if shards != manifest.get("shards", shards):
+            return f"its manifest lists {shards} of {manifest['shards']} processes' shards"
+        if manifest.get("format") == FORMAT and rank == 0:
             return state_damage(path, manifest["step"], manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
 

@@ -1,24 +1,26 @@
-"""Processes of a run: who I am, how many we are, how many threads I may use, and starting several of us."""
+"""Processes of a run: who I am, how many we are, how many threads I may use, and what one does for all."""
 
 import atexit
 import contextlib
-import ctypes
 import io
 import os
-import signal
 import socket
-import subprocess
 import sys
+import time
+import uuid
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from alignkit.errors import AlignkitError
+from alignkit.errors import AlignkitError, ConfigError
+from alignkit.files import made
+from alignkit.launch import WORKER, WORKERS, die_with_launcher, free_port, slurm_group
 
 # Set before DeepSpeed is imported anywhere: its own choice needs a GPU or a hint.
 if not torch.cuda.is_available():
@@ -27,10 +29,8 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 
 Result = TypeVar("Result")
 
-PARENT = "ALIGNKIT_LAUNCHER_PID"
-WORKER, WORKERS = "ALIGNKIT_WORKER", "ALIGNKIT_WORKERS"  # of processes that share work and form no group
-PR_SET_PDEATHSIG = 1
 MEETING_S = 5.0
+SEEN_WITHIN_S = 10.0  # by other nodes: network file systems remember for seconds that a name was not there
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,20 @@ class Process:
 
 
 def start_process() -> Process:
-    """Join the process group that the launcher's environment names (torchrun, deepspeed, `--nproc`), or form one alone.
+    """Join the process group that the launcher's environment names (torchrun, deepspeed, `--nproc`, srun), or form one
+    alone.
 
     Sets the number of threads to cores // processes on this machine: more make every process slower.
     """
     import deepspeed
 
     if "RANK" not in os.environ:
+        os.environ.update(slurm_group(os.environ))
+    if "RANK" not in os.environ:
         local = str(lone_worker().local_rank)
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    _die_with_launcher()
+    die_with_launcher()
     # DeepSpeed calls collectives by names that torch 2.13 deprecates; said at every step, by every process.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -87,10 +90,13 @@ def _leave_group() -> None:
 
 def on_main(process: Process, make: Callable[[], Result]) -> Result:
     """What make() returns on the first process, for all of them; an AlignkitError that it raises is raised on all."""
-    if process.world_size == 1:
-        return make()
+    return make() if process.world_size == 1 else on_main_rank(make)
+
+
+def on_main_rank(make: Callable[[], Result]) -> Result:
+    """`on_main`, of the process group that there is."""
     answer: list = [None]
-    if process.main:
+    if torch.distributed.get_rank() == 0:
         try:
             answer = [(make(), None)]
         except AlignkitError as error:
@@ -100,6 +106,46 @@ def on_main(process: Process, make: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def gather(part: Result) -> list[Result]:
+    """Every process's `part`, in their order; every process must call this."""
+    parts: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, part)
+    return parts
+
+
+def any_process(process: Process, *flags: bool) -> list[bool]:
+    """Of each flag, whether any process has set it; every process must call this."""
+    if process.world_size == 1:
+        return list(flags)
+    together = torch.tensor(flags, dtype=torch.int32, device=process.device)
+    torch.distributed.all_reduce(together)
+    return [bool(count) for count in together.tolist()]
+
+
+def check_shared(process: Process, folder: Path) -> None:
+    """Raises ConfigError, on every process, unless `folder` is one and the same for all of them."""
+    if process.world_size == 1:
+        return
+    name = on_main(process, lambda: f".shared-{uuid.uuid4().hex}")
+    token = folder / name
+    with made(folder) if process.main else contextlib.nullcontext():
+        if process.main:
+            token.touch()
+        torch.distributed.barrier()
+        deadline = time.monotonic() + SEEN_WITHIN_S
+        while not (seen := token.exists()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        found = gather((socket.gethostname(), seen))
+        if process.main:
+            token.unlink()
+    blind = [f"{rank} on {host}" for rank, (host, seen) in enumerate(found) if not seen]
+    if blind:
+        raise ConfigError(
+            f"output.dir: {folder}: is not one folder for all processes: {', '.join(blind)} cannot see what the first "
+            f"one, on {found[0][0]}, wrote there; put it on a file system that all nodes share"
+        )
 
 
 def on_main_at_length(process: Process, make: Callable[[], Result]) -> Result:
@@ -128,7 +174,7 @@ def lone_worker() -> Process:
     # WORKER before RANK, which a training run that formed a group alone has set
     rank = int(environment.get(WORKER, environment.get("RANK", task or environment.get("SLURM_PROCID", 0))))
     local_rank = int(environment.get(WORKER, environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0))))
-    _die_with_launcher()
+    die_with_launcher()
     set_threads(int(environment.get("LOCAL_WORLD_SIZE", environment.get(WORKERS, 1))))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -139,66 +185,6 @@ def lone_worker() -> Process:
 
 def set_threads(processes: int) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launched() -> bool:
-    """Whether some launcher has already started this process as one of several."""
-    return "RANK" in os.environ
-
-
-def run_processes(arguments: list[str], count: int, *, together: bool = True) -> int:
-    """Run `python -m alignkit ARGUMENTS` as `count` processes on this machine; returns the first bad exit code.
-
-    together: they know of each other, and can form a process group; else each believes to be alone.
-
-    SIGTERM is passed on and a terminal's interrupt reaches all of them by itself, so that they save a checkpoint
-    together; when one fails the others are killed, since they would wait for it for ever.
-    """
-    shared = {
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        PARENT: str(os.getpid()),
-    }
-    command = [sys.executable, "-m", "alignkit", *arguments]
-    if not together:
-        shared = {PARENT: shared[PARENT], WORKERS: str(count)}
-    names = ("RANK", "LOCAL_RANK") if together else (WORKER,)
-    children = [
-        subprocess.Popen(command, env=os.environ | shared | dict.fromkeys(names, str(number)))
-        for number in range(count)
-    ]
-
-    signal.signal(signal.SIGTERM, lambda number, _frame: [child.send_signal(number) for child in children])
-    signal.signal(signal.SIGINT, lambda number, _frame: None)
-    running, code = set(children), 0
-    while running:
-        for child in list(running):
-            try:
-                result = child.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                continue
-            running.discard(child)
-            if result and not code:
-                code = result if result > 0 else 128 - result
-                for other in running:
-                    other.kill()
-    return code
-
-
-def _die_with_launcher() -> None:
-    """Ask the kernel to end this process when `run_processes`' own is killed, so that none is left behind."""
-    if PARENT in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(os.environ[PARENT]):
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":  # `make setup` builds what a first run would have to wait for

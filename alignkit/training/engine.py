@@ -119,7 +119,10 @@ def start_policy(config: Config, process: Process, transformer: nn.Module, start
     if train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,
+        fused=process.device.type == "cuda",
+    )  # fmt: skip
     engine = deepspeed.initialize(
         model=transformer, optimizer=optimizer, config=deepspeed_config(config, process), dist_init_required=False
     )[0]

@@ -6,7 +6,7 @@ import resource
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,17 +20,20 @@ from alignkit.progress import progress, say
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.training import checkpoints
-from alignkit.training.distributed import Process, on_main
+from alignkit.training.distributed import Process, any_process, check_shared, on_main
 from alignkit.training.engine import accumulation_steps, full_precision_weights, load_network, process_put_back
 from alignkit.training.export import export, export_folder, export_lora, export_record
+from alignkit.training.heartbeat import Pulse, heartbeat
 from alignkit.training.masters import MASTERS, hand_on, handed_on
 from alignkit.training.metrics import MetricsLog
 from alignkit.training.references import check_reference, reads_cache
 from alignkit.training.references.cached import cache_digest, cache_info, check_cache
-from alignkit.training.run import Run, start_run
+from alignkit.training.run import Abandoned, Run, Step, start_run
 from alignkit.training.supply import Supply, Waiting
 from alignkit.training.terms import difference, run_terms
 from alignkit.training.weights import open_start
+
+PAIRS_NAMED = 4
 
 
 class TrainingDiverged(AlignkitError):
@@ -56,13 +59,20 @@ class Link:
 def train(config: Config, process: Process, link: Link | None = None, supply: Supply | None = None) -> bool:
     """Train from the newest whole checkpoint to `train.steps`, then export; returns True. Every process calls this.
 
-    SIGTERM or an interrupt ends it after the step under way, with a checkpoint; it then returns False. As a stage
+    SIGTERM or an interrupt ends it after the micro-batch under way, with a checkpoint of the last whole step; it then
+    returns False. As a stage
     (`link`) it starts from the weights of the stage before and hands its own on; once it has, it is not run again.
     supply: makes the pairs along the way; they are else those of the configuration.
     """
     accumulation_steps(config, process.world_size)  # refused before anything loads
     if link is None:
         check_reference(config)
+    check_shared(process, config.output.dir)
+    with heartbeat(process, config.train.stuck_seconds) as pulse:
+        return _train(config, process, link, supply, pulse)
+
+
+def _train(config: Config, process: Process, link: Link | None, supply: Supply | None, pulse: Pulse) -> bool:
     folder = train_folder(config)
     store = None if supply else PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)
@@ -79,9 +89,6 @@ def train(config: Config, process: Process, link: Link | None = None, supply: Su
     model.transformer, attention = load_network(config, process, model, start)
     terms |= {"attention": attention}
     if process.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
-        write_json(folder / "run.json", terms | {"processes": process.world_size})
         say(
             f"training on {process.world_size} process(es), {process.device}, {torch.get_num_threads()} threads each, "
             f"attention: {attention}"
@@ -90,9 +97,11 @@ def train(config: Config, process: Process, link: Link | None = None, supply: Su
             _say_inversions(config, store)
     run = start_run(config, process, model, store, start)
     del start  # the first process may hold a copy
+    run.pulse = pulse
     try:
-        if not _iterate(run, folder, terms, supply, chained=link is not None):
+        if not _iterate(run, folder, terms, supply):
             return False
+        pulse.at("exporting")
         weights = full_precision_weights(run.policy)
         if process.main:
             _finish(run, weights, terms, link)
@@ -175,43 +184,59 @@ def _too_far(folder: Path, done: int, steps: int) -> str:
     return f"{folder}: this stage was trained for {done} steps, more than its train.steps, {steps}; put it back"
 
 
-def _iterate(run: Run, folder: Path, terms: dict, supply: Supply | None, *, chained: bool) -> bool:
+def _iterate(run: Run, folder: Path, terms: dict, supply: Supply | None) -> bool:
     """Every step that is left, each logged, some of them saved; False if a signal ended it early."""
-    config, process, policy = run.config, run.process, run.policy
-    done = checkpoints.load_latest(policy, folder / "checkpoints", terms, run.parts)
-    if chained and done > config.train.steps:
-        raise CheckpointError(_too_far(folder, done, config.train.steps))
-    if done and process.main:
-        say(f"resuming after step {done}")
+    process, policy, train = run.process, run.policy, run.config.train
+    done, changed = checkpoints.load_latest(
+        policy, folder / "checkpoints", terms, run.parts, train.steps, train.accept, train.restart
+    )
+    run.keep_optimizer_settings()  # of the file, where they may differ from the checkpoint's
+    if process.main:  # not before: a run that is refused leaves everything as it was
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.config.output.dir / "config.yaml", dump_config(run.config).encode())
+        write_json(folder / "run.json", terms | {"processes": process.world_size, "accepted": changed})
+        if done:
+            say(f"resuming after step {done}")
     log = MetricsLog(folder, done) if process.main else None
-    bad_in_a_row = 0
-    with _stop_signals() as stop, progress("training", config.train.steps, done=done, show=process.main) as bar:
-        for number in range(done, config.train.steps):
+    saved, bad_in_a_row = Saved(done), 0
+
+    def save(step: int) -> None:
+        if step == saved.step:
+            return
+        run.pulse.at(f"saving step {step}")
+        if log:
+            log.flush_to_disk()
+        checkpoints.save(policy, folder / "checkpoints", step, terms, train.keep_checkpoints, run.parts, changed)
+        saved.step, saved.at = step, time.monotonic()
+
+    with _stop_signals() as stop, progress("training", train.steps, done=done, show=process.main) as bar:
+        run.stop = stop
+        for number in range(done, train.steps):
             begun = time.perf_counter()
             try:
-                supplied = supply.refresh(run, number) if supply else {}
-            except Waiting as reason:
-                if number > done:
-                    if log:
-                        log.flush_to_disk()
-                    keep = config.train.keep_checkpoints
-                    checkpoints.save(policy, folder / "checkpoints", number, terms, keep, run.parts)
+                supplied = {}
+                if supply:
+                    run.pulse.at(f"making pairs for step {number + 1}")
+                    supplied = supply.refresh(run, number)
+                stepping = time.perf_counter()
+                step = run.step(number)
+            except (Waiting, Abandoned) as reason:
+                save(number)
                 if process.main:
                     say(f"{reason}; the same command continues")
                 return False
-            step = run.step(number)
+            run.pulse.took(time.perf_counter() - stepping)
             bad_in_a_row = 0 if step.applied else bad_in_a_row + 1
             if log:
                 log.write(number + 1, _printable(step.metrics | supplied), _timings(begun, len(step.rows)))
                 bar.advance(note=f"loss {step.metrics['loss']:.4f}  winner's error {step.metrics['error_w']:.4f}")
-            if bad_in_a_row >= config.train.max_bad_steps:
+                if not step.applied:
+                    say(f"step {number + 1} is skipped, its loss or gradient is not finite: {_at_fault(run, step)}")
+            if bad_in_a_row >= train.max_bad_steps:
                 _stop_diverged(run, folder, number, step.rows)
-            stopping = _any_process(stop(), process)
-            if (number + 1) % config.train.checkpoint_every == 0 or number + 1 == config.train.steps or stopping:
-                if log:
-                    log.flush_to_disk()
-                keep = config.train.keep_checkpoints
-                checkpoints.save(policy, folder / "checkpoints", number + 1, terms, keep, run.parts)
+            stopping, due = any_process(process, stop(), process.main and saved.due(train.checkpoint_minutes))
+            if (number + 1) % train.checkpoint_every == 0 or number + 1 == train.steps or stopping or due:
+                save(number + 1)
             if stopping:
                 if process.main:
                     say(f"stopped after step {number + 1} with a checkpoint; the same command continues")
@@ -221,12 +246,27 @@ def _iterate(run: Run, folder: Path, terms: dict, supply: Supply | None, *, chai
     return True
 
 
-def _any_process(flag: bool, process: Process) -> bool:
-    if process.world_size == 1:
-        return flag
-    together = torch.tensor([int(flag)], device=process.device)
-    torch.distributed.all_reduce(together)
-    return bool(together.item())
+@dataclass
+class Saved:
+    """The step of the newest checkpoint, and when it was made or this run began."""
+
+    step: int
+    at: float = field(default_factory=lambda: time.monotonic())
+
+    def due(self, minutes: float | None) -> bool:
+        return minutes is not None and time.monotonic() - self.at >= 60 * minutes
+
+
+def _at_fault(run: Run, step: Step) -> str:
+    """The pairs whose own numbers are not finite, by id and source; all of the step's, where each pair's are."""
+    pairs = [(run.store.rows[row]["id"], run.store.rows[row]["source"]) for row in step.bad_rows or _rows(step)]
+    named = ", ".join(f"{pair} ({source})" for pair, source in pairs[:PAIRS_NAMED])
+    more = f" and {len(pairs) - PAIRS_NAMED} more" if len(pairs) > PAIRS_NAMED else ""
+    return f"pair {named}{more}" if step.bad_rows else f"in the gradient alone, one of pairs {named}{more}"
+
+
+def _rows(step: Step) -> list[int]:
+    return [row for row, _ in step.rows]
 
 
 def _printable(metrics: dict) -> dict:

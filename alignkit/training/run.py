@@ -1,7 +1,8 @@
 """A training run: what it is put together from, and one step of it."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from alignkit.objectives.laws import SIGNAL, Law, start_law
 from alignkit.objectives.preference import TrainingLoss, preference_loss, supervised_loss
 from alignkit.objectives.states import States, predictions, training_states
 from alignkit.stores.pairs import PairBatch, PairStore, collate
-from alignkit.training.distributed import Process
+from alignkit.training.distributed import Process, any_process, gather
 from alignkit.training.engine import accumulation_steps, release, start_policy
+from alignkit.training.heartbeat import Pulse
 from alignkit.training.order import global_batch, rank_share
 from alignkit.training.references import Reference, start_reference
 from alignkit.training.references.cached import Visited
@@ -29,13 +31,19 @@ ROW = "row"  # of the schedule, beside a pair's signal
 NOISE_BUCKETS = 4  # quarters of the noise level, for the error by timestep
 
 
+class Abandoned(Exception):
+    """A step that was left between two micro-batches; no weight has changed."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """What came of one step: means over the global batch, its (row, epoch) pairs, whether the optimizer took it."""
+    """What came of one step: means over the global batch, its (row, epoch) pairs, whether the optimizer took it, and if
+    not, the rows of pairs whose own numbers are not finite."""
 
     metrics: dict
     rows: list[tuple[int, int]]
     applied: bool
+    bad_rows: tuple[int, ...] = ()
 
 
 @dataclass
@@ -46,7 +54,8 @@ class Run:
     starts_apart: the policy does not start where the reference does. since: the step at which `store` became what it
     is; its pairs' epochs are counted from there, and no two steps share one. distils: whether the next step moves the
     policy along its teacher's paths (`distillation_states`) instead of comparing pairs. few_step: whether pairs are
-    compared at a few-step student's own targets (`with_next_steps`). teacher: whom it is held to.
+    compared at a few-step student's own targets (`with_next_steps`). teacher: whom it is held to. stop: whether this
+    process was told to end. pulse: what tells the others how far it is.
     """
 
     config: Config
@@ -62,19 +71,35 @@ class Run:
     distils: bool = False
     few_step: bool = False
     teacher: Teacher | None = None
+    stop: Callable[[], bool] = lambda: False
+    pulse: Pulse = field(default_factory=lambda: Pulse(math.inf))
 
     @property
     def parts(self) -> dict[str, object]:
         return {"law": self.law, "beta": self.beta, "reference": self.reference}
 
+    def leave_if_stopped(self, what: str) -> None:
+        """Raises Abandoned, on every process alike, where a signal has come to one of them; every process calls this
+        between two parts of `what`, which is done again by the run that goes on."""
+        if any_process(self.process, self.stop())[0]:
+            raise Abandoned(f"stopped in {what}, which will be done again")
+
     def step(self, number: int) -> Step:
-        """Step `number`, counted from 0: every micro-batch through loss and backward, then the optimizer."""
+        """Step `number`, counted from 0: every micro-batch through loss and backward, then the optimizer.
+
+        Raises Abandoned where it is to stop between two micro-batches; the run is then over.
+        """
         config, process = self.config, self.process
         rows = self._rows(number)
         share = rank_share(rows, process.rank, process.world_size)
         self._set_learning_rate(number)
         micro_batches = _chunks(share, accumulation_steps(config, process.world_size))
-        numbers = [self._forward_backward(micro, number) for micro in micro_batches]
+        numbers = []
+        for i, micro in enumerate(micro_batches, 1):
+            self.pulse.at(f"step {number + 1}, micro-batch {i} of {len(micro_batches)}", in_step=True)
+            if numbers:
+                self.leave_if_stopped(f"step {number + 1}")
+            numbers.append(self._forward_backward(micro, number))
         # DeepSpeed skips the step, on every process, when a gradient is not finite
         applied = bool(self.policy.was_step_applied())
         signals = self._signals(numbers) if SIGNAL in numbers[0] else {}
@@ -91,7 +116,19 @@ class Run:
                     part.observe(metrics | signals)
             if hasattr(self.reference, "after_step"):
                 self.reference.after_step(self.policy)
-        return Step(metrics, rows, applied)
+        return Step(metrics, rows, applied, () if applied else self._bad_rows(numbers, share))
+
+    def keep_optimizer_settings(self) -> None:
+        """The optimizer's settings are the file's; a checkpoint that was loaded has put its own in their place."""
+        train = self.config.train
+        for group in self.policy.optimizer.param_groups:
+            group["betas"], group["weight_decay"] = tuple(train.betas), train.weight_decay
+
+    def _bad_rows(self, numbers: list[dict[str, Tensor]], share: list[tuple[int, int]]) -> tuple[int, ...]:
+        """Rows of the step's pairs whose loss or error is not finite, of all processes."""
+        values = torch.cat([torch.stack([part["loss"], part["error_w"]]).isfinite().all(0) for part in numbers])
+        bad = [row for (row, _), fine in zip(share, values.tolist(), strict=True) if not fine]
+        return tuple(sorted({row for part in gather(bad) for row in part}))
 
     def states(self, batch: PairBatch, epochs: Tensor) -> Visited:
         """The states at which a micro-batch is compared in `epochs`, int64 [B]."""

@@ -1,8 +1,15 @@
 """What a run and the one that resumes it must share, and what its pairs must fit."""
 
-from alignkit.config import OBJECTIVES, Config
+from alignkit.config import OBJECTIVES, Config, ObjectiveSection, TrainSection
 from alignkit.errors import DataError
 from alignkit.stores.pairs import PairStore
+
+VERSION = 2
+FREE = {
+    "steps", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_bad_steps", "restart", "accept",
+    "stuck_seconds",
+}  # fmt: skip
+"""Of `train`: how long, how often to save, and what to do when something is wrong."""
 
 
 def run_terms(config: Config, store: PairStore | None, model) -> dict:
@@ -12,10 +19,9 @@ def run_terms(config: Config, store: PairStore | None, model) -> dict:
     """
     if store is not None:
         _check_store(store, model, config)
-    train = config.train.model_dump(
-        mode="json", exclude={"steps", "checkpoint_every", "keep_checkpoints", "max_bad_steps"}
-    )
+    train = config.train.model_dump(mode="json", exclude=FREE)
     return {
+        "version": VERSION,
         "model": model.fingerprint(),
         **({"pairs": store.fingerprint} if store is not None else {}),
         **{f"train.{key}": value for key, value in train.items()},
@@ -45,14 +51,38 @@ def _changed_from_default(name: str, section, *always: str) -> dict:
     }
 
 
-def difference(stored: dict, now: dict) -> str | None:
-    """The first term that is not what it was, in words; None where all are."""
+def difference(stored: dict, now: dict, accept: tuple[str, ...] = ()) -> str | None:
+    """The first term that is not what it was, in words, of those that are not in `accept`; None where all are."""
+    for change in _changes(stored, now):
+        if change["term"] not in accept:
+            return f"{change['term']} = {change['was']!r}, now it is {change['now']!r}"
+    return None
+
+
+def accepted(stored: dict, now: dict, accept: tuple[str, ...]) -> list[dict]:
+    """The terms in `accept` that are not what they were: {"term", "was", "now"} each."""
+    return [change for change in _changes(stored, now) if change["term"] in accept]
+
+
+def _changes(stored: dict, now: dict) -> list[dict]:
     # what is now at its default
     left_out = [key for key in stored if key not in now and key.startswith(("noise.", "reference."))]
+    changes = []
     for key in [*now, *left_out]:
-        if stored.get(key) != now.get(key):
-            return f"{key} = {stored.get(key)!r}, now it is {now.get(key)!r}"
-    return None
+        # a key that the version which wrote them did not have: as now by default
+        was = stored[key] if key in stored else _default(key, now)
+        if was != now.get(key) and not (key == "version" and stored.get(key, 1) < now[key]):
+            changes.append({"term": key, "was": was, "now": now.get(key)})
+    return changes
+
+
+def _default(key: str, now: dict):
+    section, _, name = key.partition(".")
+    if section == "objective" and name in OBJECTIVES.get(now.get("objective.name"), {}):
+        return OBJECTIVES[now["objective.name"]][name]
+    sections = {"objective": ObjectiveSection, "train": TrainSection}
+    field = sections[section].model_fields.get(name) if section in sections else None
+    return field.default if field else None
 
 
 def _check_store(store: PairStore, model, config: Config) -> None:

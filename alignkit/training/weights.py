@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from alignkit.config import Config, ModelSection
 from alignkit.errors import AlignkitError, ModelError
 from alignkit.models import family_module, load_model
-
-SINGLE, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+from alignkit.models.weights import weight_files
 
 Read = Callable[[str], Tensor]
 
@@ -84,7 +83,7 @@ def base_weights(section: ModelSection, model) -> StartingWeights:
         merged = {} if network is None else {name: value.detach() for name, value in network.named_parameters()}
         return StartingWeights(merged.__getitem__)
     names = [name for name, _ in empty_network(model).named_parameters()]
-    places = _agree(lambda: _places(model.local_folder() / "transformer", names))
+    places = _agree(lambda: _places(model.local_folder() / "transformer", section.variant, names))
     return StartingWeights(lambda name: _read_file(places[name], name))
 
 
@@ -199,20 +198,18 @@ def _agree(action, share: bool = True):
     return told[1] if share else result
 
 
-def _places(folder: Path, names: list[str]) -> dict[str, Path]:
+def _places(folder: Path, variant: str | None, names: list[str]) -> dict[str, Path]:
     """The file of each parameter."""
-    listing = folder / INDEX if (folder / INDEX).is_file() else folder / SINGLE
-    try:
-        if listing.name == INDEX:
-            places = {name: folder / file for name, file in json.loads(listing.read_text())["weight_map"].items()}
-        else:
-            with safe_open(listing, "pt") as file:
-                places = dict.fromkeys(file.keys(), listing)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ModelError(f"model.path: {listing}: cannot read: {error}") from error
+    places: dict[str, Path] = {}
+    for file in weight_files(folder, variant):
+        try:
+            with safe_open(file, "pt") as opened:
+                places |= dict.fromkeys(opened.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"model.path: {file}: cannot read: {error}") from error
     missing = [name for name in names if name not in places]
     if missing:
-        raise ModelError(f"model.path: {listing}: holds no {missing[0]} (and {len(missing) - 1} more are missing)")
+        raise ModelError(f"model.path: {folder}: holds no {missing[0]} (and {len(missing) - 1} more are missing)")
     return places
 
 

@@ -204,8 +204,10 @@ def test_guided_predictions_are_the_samplers_own_field(config, model, pairs):
         theirs = guided(
             model.transformer, states.inputs, states.timesteps, states.text, states.negative, settings.sampler.guidance
         )
-        assert torch.equal(predictions(model, model.transformer, states, 2), ours[:2])
+        fewer = predictions(model, model.transformer, states, 2)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    # some processors choose their sums by the number of rows: rounding, where another pair would be off by 1
+    torch.testing.assert_close(fewer, ours[:2], rtol=0, atol=2e-5)
     plain = dataclasses.replace(states, negative=None)
     with torch.no_grad():
         assert (predictions(model, model.transformer, plain) - ours).abs().max() > 1e-3

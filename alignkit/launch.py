@@ -1,0 +1,126 @@
+"""Starting several processes of us, and what a launcher's environment says. Nothing heavy is imported here: a launcher
+that only waits, and a command that is refused, need no torch."""
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from alignkit.errors import ConfigError
+
+PARENT = "ALIGNKIT_LAUNCHER_PID"
+WORKER, WORKERS = "ALIGNKIT_WORKER", "ALIGNKIT_WORKERS"  # of processes that share work and form no group
+PR_SET_PDEATHSIG = 1
+FIRST_PORT, PORTS = 20_000, 10_000
+
+
+def launched() -> bool:
+    """Whether torchrun, deepspeed or `--nproc` has started this process as one of several."""
+    return "RANK" in os.environ
+
+
+def first_of_several() -> bool:
+    """Whether this process speaks for those that were started beside it; so does one that is alone."""
+    return int(os.environ.get("RANK", os.environ.get(WORKER, os.environ.get("SLURM_PROCID", 0)))) == 0
+
+
+def slurm_group(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for a task of `srun -n N`, N above 1; empty for any other process.
+
+    The first task's host is the first of the step's nodes. Raises ConfigError where Slurm does not name them.
+    """
+    count = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", 1)))
+    # sbatch's own process is no task
+    script = environment.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environment
+    if count < 2 or script or "SLURM_PROCID" not in environment:
+        return {}
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
+    host = environment.get("MASTER_ADDR") or first_host(nodes)
+    if not host:
+        if int(environment.get("SLURM_NNODES", 1)) > 1:
+            raise ConfigError("srun: Slurm names no SLURM_STEP_NODELIST; set MASTER_ADDR to the first node's name")
+        host = "127.0.0.1"
+    # a step's tasks agree on it without talking, two steps of a job side by side rarely take the same
+    job = int(environment.get("SLURM_JOB_ID", 0)) * 7 + int(environment.get("SLURM_STEP_ID", 0))
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", str(count)))
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(count),
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": str(_tasks_of_node(tasks, int(environment.get("SLURM_NODEID", 0)))),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": environment.get("MASTER_PORT", str(FIRST_PORT + job % PORTS)),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of nodes: "gpu[03-05,9],cpu1" → "gpu03"."""
+    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
+    return "".join(part or "" for part in found.groups()) if found else ""
+
+
+def _tasks_of_node(tasks: str, node: int) -> int:
+    """Of Slurm's "4(x3),2", the entry of a node."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
+        counts += [int(count)] * int(times or 1)
+    return counts[min(node, len(counts) - 1)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_processes(arguments: list[str], count: int, *, together: bool = True) -> int:
+    """Run `python -m alignkit ARGUMENTS` as `count` processes on this machine; returns the first bad exit code.
+
+    together: they know of each other, and can form a process group; else each believes to be alone.
+
+    SIGTERM is passed on and a terminal's interrupt reaches all of them by itself, so that they save a checkpoint
+    together; when one fails the others are killed, since they would wait for it for ever.
+    """
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        PARENT: str(os.getpid()),
+    }
+    command = [sys.executable, "-m", "alignkit", *arguments]
+    if not together:
+        shared = {PARENT: shared[PARENT], WORKERS: str(count)}
+    names = ("RANK", "LOCAL_RANK") if together else (WORKER,)
+    children = [
+        subprocess.Popen(command, env=os.environ | shared | dict.fromkeys(names, str(number)))
+        for number in range(count)
+    ]
+
+    signal.signal(signal.SIGTERM, lambda number, _frame: [child.send_signal(number) for child in children])
+    signal.signal(signal.SIGINT, lambda number, _frame: None)
+    running, code = set(children), 0
+    while running:
+        for child in list(running):
+            try:
+                result = child.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                continue
+            running.discard(child)
+            if result and not code:
+                code = result if result > 0 else 128 - result
+                for other in running:
+                    other.kill()
+    return code
+
+
+def die_with_launcher() -> None:
+    """Ask the kernel to end this process when `run_processes`' own is killed, so that none is left behind."""
+    if PARENT in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(os.environ[PARENT]):
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,124 @@
+"""The weight files of a model's part in a folder: which there are, and what tells their tensors from others."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from alignkit.errors import ModelError
+from alignkit.files import write_atomically
+from alignkit.sharing import one_at_a_time
+
+NAMES = ("diffusion_pytorch_model", "model")  # diffusers', transformers'
+CHUNK = 1 << 24
+UNTOLD = ("_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype")
+"""Of a part's config.json, what says nothing of its weights."""
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files of a part, one or several shards; empty where there are none of this `variant`."""
+    middle = f".{variant}" if variant else ""
+    for name in NAMES:
+        listing = folder / f"{name}.safetensors.index{middle}.json"
+        if listing.is_file():
+            try:
+                return sorted({folder / file for file in json.loads(listing.read_text())["weight_map"].values()})
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ModelError(f"model.path: {listing}: cannot read: {error}") from error
+        if (folder / f"{name}{middle}.safetensors").is_file():
+            return [folder / f"{name}{middle}.safetensors"]
+    return []
+
+
+def fingerprint_of(folder: Path, variant: str | None = None) -> str:
+    """SHA-256 of a part's tensors, by name, dtype, shape and bytes, and of its settings: the same for the same weights
+    in one file or in shards. Where there are no safetensors files, of the bytes of all its files.
+
+    Remembered by path, size and time of every file, for all processes of this machine, which take turns.
+    """
+    files = weight_files(folder, variant)
+    read = [*files, folder / "config.json"] if files else sorted(folder.glob("*"))
+    read = [file for file in read if file.is_file()]
+    known = json.dumps([[str(file.resolve()), *_stamp(file)] for file in read])
+    memory = _memory() / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
+    try:
+        with one_at_a_time(memory.with_suffix(".lock")):
+            return _remembered(memory, known) or _remember(memory, known, _compute(files, read))
+    except OSError:  # no home to remember it in
+        return _compute(files, read)
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    # a copy may keep its original's time of change, but not that of its own making
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _memory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignkit" / "fingerprints"
+
+
+def _remembered(memory: Path, known: str) -> str | None:
+    try:
+        stored = json.loads(memory.read_text())
+        return stored["fingerprint"] if stored["of"] == known else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(memory: Path, known: str, fingerprint: str) -> str:
+    write_atomically(memory, json.dumps({"of": known, "fingerprint": fingerprint}).encode())
+    return fingerprint
+
+
+def _compute(files: list[Path], read: list[Path]) -> str:
+    digest = hashlib.sha256()
+    if not files:
+        for file in read:
+            digest.update(file.name.encode() + file_digest(file))
+        return digest.hexdigest()[:16]
+    for file in read[len(files) :]:
+        digest.update(_settings(file))
+    for name, told, content in sorted(part for file in files for part in _tensors(file)):
+        digest.update(json.dumps([name, told]).encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def file_digest(file: Path) -> bytes:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def _settings(file: Path) -> bytes:
+    content = file.read_bytes()
+    try:
+        settings = {key: value for key, value in json.loads(content).items() if key not in UNTOLD}
+    except (ValueError, AttributeError):
+        return content
+    return json.dumps(settings, sort_keys=True).encode()
+
+
+def _tensors(file: Path) -> list[tuple[str, list, bytes]]:
+    """Name, dtype and shape, and digest of each tensor of a safetensors file."""
+    try:
+        with file.open("rb") as stream:
+            start = 8 + (size := int.from_bytes(stream.read(8), "little"))
+            if start > file.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(size))
+            header.pop("__metadata__", None)
+            found = []
+            for name, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                first, last = told["data_offsets"]
+                stream.seek(start + first)
+                digest, left = hashlib.sha256(), last - first
+                while left and (chunk := stream.read(min(left, CHUNK))):
+                    digest.update(chunk)
+                    left -= len(chunk)
+                if left:
+                    raise ValueError(f"{name} is cut off")
+                found.append((name, [told["dtype"], told["shape"]], digest.digest()))
+            return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"model.path: {file}: cannot read: {error}") from error

@@ -1,0 +1,99 @@
+"""What a launcher says in the environment, and what starts without anything heavy."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from alignkit.errors import ConfigError
+from alignkit.launch import first_host, slurm_group
+
+TASK = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "SLURM_NTASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+NODES = {"SLURM_STEP_NODELIST": "gpu[03-04],cpu1", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu1", "gpu1"), ("gpu[03-05,9],cpu1", "gpu03"), ("a,b[1-2]", "a"), ("r[1,4]n-x,c", "r1n-x"), ("", "")],
+)
+def test_the_first_of_slurms_nodes_is_found(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_a_task_of_srun_knows_its_group():
+    group = slurm_group(TASK | NODES | {"SLURM_TASKS_PER_NODE": "4,2"})
+    port = group.pop("MASTER_PORT")
+    assert group == {
+        "RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "gpu03",
+    }  # fmt: skip
+    assert 20_000 <= int(port) < 30_000
+    assert slurm_group(TASK | NODES | {"SLURM_PROCID": "0"})["MASTER_PORT"] == port, "all of a step's tasks agree"
+    assert slurm_group(TASK | NODES | {"SLURM_TASKS_PER_NODE": "3(x2)"})["LOCAL_WORLD_SIZE"] == "3"
+    assert slurm_group(TASK)["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_what_is_no_task_of_several_has_no_group():
+    assert slurm_group({}) == {}
+    assert slurm_group(TASK | {"SLURM_NTASKS": "1"}) == {}
+    assert slurm_group({"SLURM_NTASKS": "4"}) == {}, "a shell inside salloc"
+    script = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "ENVIRONMENT": "BATCH"}
+    assert slurm_group(script) == {}, "sbatch's own script"
+    assert slurm_group(script | {"SLURM_STEP_ID": "0"}) != {}, "what it starts with srun"
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        slurm_group(TASK | {"SLURM_NNODES": "2"})
+
+
+REFUSED = """
+import sys
+sys.argv = ["alignkit", *sys.argv[1:]]
+from alignkit.__main__ import main
+try:
+    main()
+finally:
+    heavy = {"torch", "numpy", "diffusers", "transformers", "deepspeed", "peft", "av"} & sys.modules.keys()
+    print("imported:", *sorted(heavy))
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "CONFIG", "train.stepz=3"),
+        ("run", "CONFIG", "stages=[{name: nothing}]"),
+        ("pairs", "CONFIG", "data.videos=/nowhere"),
+        ("rollout", "CONFIG", "data.prompts=/nowhere.txt"),
+        ("pairs", "CONFIG", "data={pairs: /nowhere.jsonl}", "--nproc", "2"),
+        ("train", "CONFIG", "model.path=/nowhere"),
+        ("report", "nowhere.yaml"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_is_refused_for_its_configuration_imports_nothing_heavy(words, config_file, tmp_path):
+    words = [str(config_file) if word == "CONFIG" else word for word in words]
+    command = [sys.executable, "-c", REFUSED, *words, f"output.dir={tmp_path / 'out'}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout.strip() == "imported:", result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_srun_starts_train_as_one_run(run_with_pairs, config_file, start_command, monkeypatch):
+    """`srun -n 2 alignkit train`, with a stand-in for srun: the variables it sets for its tasks."""
+    config, settings = run_with_pairs("run", "train.steps=2")
+    tasks = []
+    for number in range(2):
+        for name, value in {"JOB_ID": 99, "STEP_ID": os.getpid() % 9000, "NTASKS": 2, "PROCID": number}.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+        tasks.append(start_command("train", config_file, *settings))
+    errors = [task.communicate(timeout=200)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors
+    assert "training on 2 process(es)" in errors[0] and "training on" not in errors[1]
+    assert list((config.output.dir / "train/checkpoints").glob("step-00000002/*rank_1*optim_states.pt"))
+
+
+def test_nproc_beside_srun_is_refused(command, config_file, monkeypatch):
+    for name, value in {"NTASKS": 2, "PROCID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    result = command("train", config_file, "--nproc", "2")
+    assert result.returncode == 2 and "leave --nproc out" in result.stderr
