@@ -279,7 +279,7 @@ def _opened(path: Path) -> Iterator[VideoStream]:
             raise DataError(f"{path}: is a folder, not a video")
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-        with av.open(str(path)) as container:
+        with av.open(os.path.abspath(path)) as container:  # else "http:x.mp4" is an address
             stream = container.streams.best("video")
             if stream is None:
                 raise DataError(f"{path}: holds no video stream")

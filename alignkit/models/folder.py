@@ -215,7 +215,9 @@ def _check_weights(folder: Path, variant: str | None) -> None:
     others = {name.split(".")[1] for name in found if name.count(".") == 2 and name.endswith(".safetensors")}
     hint = f"set model.variant={min(others)}" if others else "safetensors files are needed"
     of = f" of variant {variant}" if variant else ""
-    raise ModelError(f"model.path: {folder}: holds no weights{of}; {hint} (there is {', '.join(found[:4]) or 'none'})")
+    raise ModelError(
+        f"model.path: {folder}: cannot load: holds no weights{of}; {hint} (there is {', '.join(found[:4]) or 'none'})"
+    )
 
 
 def _check_hub(name: str, file: str, revision: str | None) -> None:

@@ -36,7 +36,7 @@ def fingerprint_of(folder: Path, variant: str | None = None) -> str:
 
     Remembered by path, size and time of every file, for all processes of this machine, which take turns.
     """
-    files = weight_files(folder, variant)
+    files = weight_files(folder, variant) or weight_files(folder)  # a variant's other parts may have the usual names
     read = [*files, folder / "config.json"] if files else sorted(folder.glob("*"))
     read = [file for file in read if file.is_file()]
     known = json.dumps([[str(file.resolve()), *_stamp(file)] for file in read])

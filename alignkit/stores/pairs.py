@@ -153,9 +153,11 @@ class PairStore:
     def __init__(self, folder: Path, blocks: Sequence[int] | None = None):
         self.folder = Path(folder)
         self.info = read_info(self.folder)
-        self.rows = open_blocks(self.folder, self.info, blocks)
+        self.rows = open_blocks(self.folder, self.info, FEATURES, blocks)
         self.ids: list[int] = list(self.rows["id"])
         if len(set(self.ids)) != len(self.ids):
+            for row in self.rows:  # which one is not as it was written
+                check_row(self.folder, self.info, row)
             raise DataError(f"{self.folder}: a pair id occurs twice; delete the folder and build the pairs again")
 
     @cached_property

@@ -84,11 +84,13 @@ class RolloutStore:
     def __init__(self, folder: Path, blocks: Sequence[int] | None = None):
         self.folder = Path(folder)
         self.info = read_info(self.folder, "rollouts")
-        self.rows = open_blocks(self.folder, self.info, blocks)
+        self.rows = open_blocks(self.folder, self.info, FEATURES, blocks)
         self.ids: list[int] = list(self.rows["id"])
         self._prompts: list[str] = list(self.rows["prompt"])
         self._places = {number: row for row, number in enumerate(self.ids)}
         if len(self._places) != len(self.ids):
+            for row in self.rows:  # which one is not as it was written
+                check_row(self.folder, self.info, row)
             raise DataError(f"{self.folder}: a rollout's id occurs twice; delete the folder and sample again")
 
     def __len__(self) -> int:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
 
 from alignkit.errors import DataError
 from alignkit.files import write_atomically, write_lines
@@ -185,8 +184,13 @@ def skipped_rows(folder: Path) -> list[Problem]:
     return [Problem(**json.loads(line)) for file in files for line in file.read_text().splitlines()]
 
 
-def open_blocks(folder: Path, info: StoreInfo, blocks: Iterable[int] | None = None) -> datasets.Dataset:
-    """The rows of `blocks`, of a whole store unless told. Raises DataError for one that is not whole, or empty."""
+def open_blocks(
+    folder: Path, info: StoreInfo, features: datasets.Features, blocks: Iterable[int] | None = None
+) -> datasets.Dataset:
+    """The rows of `blocks`, of a whole store unless told. features: the columns; stores of before may lack some.
+
+    Raises DataError for a block that is not whole, or where there are no rows.
+    """
     missing = missing_blocks(folder, info) if blocks is None else []
     command = COMMANDS[info.holds]
     if missing:
@@ -195,18 +199,21 @@ def open_blocks(folder: Path, info: StoreInfo, blocks: Iterable[int] | None = No
             f"run '{command}' with this configuration again"
         )
     numbers = range(info.blocks) if blocks is None else blocks
-    opened = [_open_block(block_file(folder, number), command) for number in numbers]
+    opened = [_open_block(block_file(folder, number), features, command) for number in numbers]
     opened = [block for block in opened if len(block)]
     if not opened:
         raise DataError(f"{folder}: holds no {info.holds}; the reasons are in its block-*.skipped.jsonl")
     return datasets.concatenate_datasets(opened)
 
 
-def _open_block(file: Path, command: str) -> datasets.Dataset:
+def _open_block(file: Path, features: datasets.Features, command: str) -> datasets.Dataset:
     try:
         block = datasets.Dataset.from_file(str(file))
+        strange = [name for name, kind in block.features.items() if features.get(name) != kind]
+        if strange or "id" not in block.features:
+            raise ValueError(f"a column {strange[0]!r} that none has" if strange else "no column of ids")
         block.data.table.validate(full=True)  # offsets beyond the file would end the process when they are followed
         return block
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except Exception as error:  # of its own description, datasets raises whatever the damage happens to lead to
         problem = " ".join(str(error).split())
         raise DataError(f"{file}: damaged ({problem}); delete it and run '{command}' again") from None

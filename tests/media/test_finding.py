@@ -130,3 +130,26 @@ def test_a_link_back_up_does_not_go_round_in_circles(tmp_path):
     captions(tmp_path, {"sub/a.mp4": "one"})
     clips, problems = find_clips(tmp_path)
     assert [clip.name for clip in clips] == ["sub/a.mp4"] and problems == []
+
+
+def test_names_that_differ_in_how_unicode_composes_them_are_matched(tmp_path):
+    """macOS writes "é" as two characters, people type it as one."""
+    one, two = "caf\u00e9.mp4", "cafe\u0301.mp4"
+    for there, written in ((one, two), (two, one)):
+        folder = tmp_path / str(len(there))
+        touch(folder, there, f"sub/{there}x.mp4")
+        captions(folder, {written: "a cat", f"sub/{written}x.mp4": "a dog"})
+        clips, problems = find_clips(folder)
+        assert [clip.caption for clip in clips] == ["a cat", "a dog"] and not problems
+    both = tmp_path / "both"
+    touch(both, one, two, "other.mp4")
+    captions(both, {one: "a cat", two: "a dog", "other.mp4": "x"})
+    assert {clip.name: clip.caption for clip in find_clips(both)[0]} == {one: "a cat", two: "a dog", "other.mp4": "x"}
+    captions(both, {f" {one}": "a cat", "other.mp4": "x"})
+    assert {problem.video for problem in find_clips(both)[1]} == {two}
+
+
+def test_a_caption_file_beside_a_video_may_compose_its_name_otherwise(tmp_path):
+    touch(tmp_path, "caf\u00e9.mp4")
+    (tmp_path / "cafe\u0301.txt").write_text("a cat")
+    assert [clip.caption for clip in find_clips(tmp_path)[0]] == ["a cat"]

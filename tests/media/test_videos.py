@@ -1,3 +1,4 @@
+import json
 import os
 import struct
 from fractions import Fraction
@@ -81,6 +82,7 @@ def encode(
     full_range=False,
     pixel_shape=None,
     audio=False,
+    transfer=None,
 ) -> Path:
     """A file unlike those that write_video makes: other codecs, formats, timestamps, tags, sound."""
     with av.open(str(path), "w") as container:
@@ -89,6 +91,8 @@ def encode(
         if matrix is not None:
             stream.codec_context.colorspace = {"ITU709": 1, "ITU601": 6}[matrix]
             stream.codec_context.color_range = 2 if full_range else 1
+        if transfer is not None:
+            stream.codec_context.color_trc = transfer
         if pixel_shape is not None:
             stream.codec_context.sample_aspect_ratio = pixel_shape
         stream.codec_context.time_base = Fraction(1, 1000)
@@ -399,3 +403,45 @@ def test_test_pictures_differ_in_every_orientation():
         for p in [picture, *(picture.transpose(method) for method in Image.Transpose)]
     ]
     assert len(set(shown)) == len(shown) == 8
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
+@pytest.mark.parametrize("codec", ["libx264", "ffv1"])
+def test_hdr_is_refused_with_the_command_that_converts_it(tmp_path, transfer, name, codec):
+    """Read as if it were SDR, its white comes out as grey."""
+    file = encode(tmp_path / "phone.mkv", quadrants(), codec=codec, pix_fmt="yuv420p10le", transfer=transfer)
+    with pytest.raises(DataError, match=rf"phone\.mkv: is HDR video \({name}\); convert it first: ffmpeg .*tonemap"):
+        decode_clip(file, SPEC)
+    plain = encode(tmp_path / "plain.mkv", quadrants(), codec=codec, pix_fmt="yuv420p10le", transfer=1)
+    assert corners(decode_clip(plain, SPEC)[0]) == ["red", "green", "blue", "white"]
+
+
+def test_transparent_pixels_are_refused_and_opaque_ones_with_an_alpha_channel_are_not(tmp_path):
+    """Behind what is transparent stands a colour that no player shows."""
+    for name, alpha in (("opaque.mov", 255), ("glass.mov", 120)):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("png", rate=10)
+            stream.height, stream.width, stream.pix_fmt = 48, 48, "rgba"
+            for picture in quadrants().numpy():
+                rgba = np.concatenate([picture, np.full((48, 48, 1), 255, np.uint8)], axis=2)
+                rgba[10:20, 10:20, 3] = alpha
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(rgba, format="rgba")))
+            container.mux(stream.encode())
+    assert corners(decode_clip(tmp_path / "opaque.mov", SPEC)[0]) == ["red", "green", "blue", "white"]
+    with pytest.raises(DataError, match=r"glass\.mov: has transparent pixels; .* ffmpeg -i IN"):
+        decode_clip(tmp_path / "glass.mov", SPEC)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["http:x.mp4", "a b.mp4", " lead.mp4", "trail .mp4", "%03d.mp4", "[1].mp4", "*.mp4", "back\\slash.mp4",
+     "new\nline.mp4", "-i.mp4", "file:c.mp4", "concat:a|b.mp4", "quote'\".mp4", "ü.mp4", "日本.mp4"],
+)  # fmt: skip
+def test_whatever_a_file_system_allows_is_the_name_of_that_file(tmp_path, name, monkeypatch):
+    write_video(tmp_path / name, quadrants(), 8)
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / name, Path(name)):
+        assert corners(decode_clip(path, SPEC)[0]) == ["red", "green", "blue", "white"]
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"video": name, "caption": "a thing"}))
+    clips, problems = find_clips(tmp_path)
+    assert [(clip.name, clip.caption) for clip in clips] == [(name, "a thing")] and not problems

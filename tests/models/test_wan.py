@@ -1,16 +1,20 @@
 """The Wan adapter against its oracle, WanPipeline, and against models that are not what they should be."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
 
 from alignkit.config import ModelSection
 from alignkit.errors import ConfigError, ModelError
-from alignkit.models import load_model, shipped_model
+from alignkit.models import load_model, shipped_model, weights
 from alignkit.models.wan import guided
+from alignkit.training.distributed import start_process
+from alignkit.training.loop import train
 
 PROMPTS = ["a red circle moves left on a plain background", "a blue square moves up on a striped background"]
 
@@ -108,3 +112,87 @@ def test_fingerprint_follows_the_weights(tmp_path, wan):
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     assert load(tmp_path / "m").fingerprint() != wan.fingerprint()
+
+
+def resharded(folder, shards: int, variant: str | None = None) -> None:
+    """The same transformer in `shards` files, or in one of another name."""
+    (single,) = folder.glob("*.safetensors")
+    tensors = load_file(single)
+    single.unlink()
+    if shards == 1:
+        save_file(tensors, folder / f"diffusion_pytorch_model.{variant}.safetensors")
+        return
+    names, where = sorted(tensors), {}
+    for i in range(shards):
+        file = f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        save_file({name: tensors[name] for name in names[i::shards]}, folder / file)
+        where |= dict.fromkeys(names[i::shards], file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_fingerprint_is_of_the_tensors_not_of_their_files(tmp_path, wan):
+    shutil.copytree(shipped_model("wan"), tmp_path / "m")
+    resharded(tmp_path / "m/transformer", 3)
+    model = load(tmp_path / "m")
+    assert model.fingerprint() == wan.fingerprint()
+    config = tmp_path / "m/transformer/config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"_name_or_path": "elsewhere"}))
+    assert model.fingerprint() == wan.fingerprint()
+    config.write_text(json.dumps(settings | {"eps": 1e-3}))
+    assert model.fingerprint() != wan.fingerprint()
+
+
+def test_a_fingerprint_is_computed_once_on_a_machine_and_never_taken_for_other_weights(tmp_path, wan, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(shipped_model("wan"), tmp_path / "m")
+    computed, compute = [], weights._compute
+    monkeypatch.setattr(weights, "_compute", lambda *given: computed.append(given) or compute(*given))
+    model = load(tmp_path / "m")
+    assert model.fingerprint() == model.fingerprint() == wan.fingerprint() and len(computed) == 2  # ours, and wan's
+    (file,) = (tmp_path / "m/transformer").glob("*.safetensors")
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    os.utime(file, ns=times)  # as a copy that keeps times
+    assert model.fingerprint() != wan.fingerprint() and len(computed) == 3
+
+
+def test_weights_of_a_variant_are_loaded_by_its_name_and_missed_by_name(tmp_path, wan, run_with_pairs):
+    shutil.copytree(shipped_model("wan"), tmp_path / "m")
+    resharded(tmp_path / "m/transformer", 1, "fp16")
+    for section in (ModelSection(path=str(tmp_path / "m")), ModelSection(path=str(tmp_path / "m"), variant="bf16")):
+        with pytest.raises(ModelError, match=r"holds no weights.*set model\.variant=fp16.*model\.fp16\.safetensors"):
+            load_model(section, with_encoders=False)
+    section = ModelSection(path=str(tmp_path / "m"), variant="fp16")
+    model = load_model(section)
+    assert all(map(torch.equal, model.transformer.state_dict().values(), wan.transformer.state_dict().values()))
+    assert model.fingerprint() == wan.fingerprint()
+    config, _ = run_with_pairs("run", f"model.path={tmp_path / 'm'}", "model.variant=fp16", "train.steps=1")
+    assert train(config, start_process())
+
+
+def test_a_scheduler_whose_shift_is_no_number_is_refused(tmp_path):
+    shutil.copytree(shipped_model("wan"), tmp_path / "m")
+    file = tmp_path / "m/scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
+    with pytest.raises(ModelError, match="use_dynamic_shifting is on"):
+        load(tmp_path / "m")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("asked again"))
+    with pytest.raises(ModelError, match=r"the hub cannot be reached .*hf download some/model --local-dir FOLDER"):
+        load("some/model")
+
+
+def test_a_prompt_that_is_cut_is_said(wan, capfd):
+    wan.encode_text(["a cat " * 60])
+    assert "tokens is cut to 64 (model.max_sequence_length): a cat a cat" in capfd.readouterr().err
+    wan.encode_text(["a short cat"])
+    assert "cut" not in capfd.readouterr().err

@@ -1,21 +1,34 @@
 """The pair store: nothing is lost or mixed, and a killed build leaves whole blocks only."""
 
 import dataclasses
+import re
 
+import datasets
 import pytest
 import torch
 
 from alignkit.errors import DataError
 from alignkit.media.captions import Problem
 from alignkit.stores.pairs import (
+    FEATURES,
     LATENT_DTYPES,
     Pair,
     PairStore,
     collate,
     fault_of,
     write_block,
+    write_texts,
 )
-from alignkit.stores.store import StoreInfo, block_file, missing_blocks, open_for_building, read_info, skipped_rows
+from alignkit.stores.store import (
+    DIGEST,
+    StoreInfo,
+    block_file,
+    missing_blocks,
+    open_for_building,
+    read_info,
+    skipped_rows,
+    write_rows,
+)
 
 INFO = StoreInfo(
     kind="local_dpo",
@@ -181,3 +194,59 @@ def test_damaged_files_are_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
         PairStore(tmp_path)
+
+
+def stored(folder):
+    """A store of two blocks with its texts."""
+    open_for_building(folder, dataclasses.replace(INFO, pairs=4))
+    write_texts(folder, torch.zeros(1, 16), torch.ones(2, 16))
+    for block in range(2):
+        write_block(folder, block, [make_pair(2 * block), make_pair(2 * block + 1)])
+    return folder
+
+
+def test_whatever_bit_of_a_block_is_flipped_nothing_else_is_read_than_was_written(tmp_path):
+    """A flipped bit in a stored winner trained in silence. Read or refused, and by its name."""
+    folder = stored(tmp_path)
+    before = list(PairStore(folder))
+    file = block_file(folder, 1)
+    whole = file.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 61):  # a prime: through every field of the file's own structure
+        hurt = bytearray(whole)
+        hurt[place] ^= 1 << place % 8
+        file.write_bytes(hurt)
+        try:
+            now = list(PairStore(folder))
+        except DataError as error:
+            refused += 1
+            assert str(file) in str(error) and "\n" not in str(error)
+        else:
+            assert len(now) == len(before) and all(map(same, now, before)), f"bit {place % 8} of byte {place}"
+    assert refused > 0.9 * len(whole) / 61
+    for size in (0, 8, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=re.escape(str(file))):
+            list(PairStore(folder))
+
+
+def test_other_contents_under_the_same_ids_have_another_fingerprint(tmp_path):
+    folder = stored(tmp_path)
+    first = PairStore(folder).fingerprint
+    assert PairStore(folder).fingerprint == first
+    pair = make_pair(3)
+    write_block(folder, 1, [make_pair(2), dataclasses.replace(pair, winner=pair.winner + pair.mask)])
+    second = PairStore(folder).fingerprint
+    write_block(folder, 1, [make_pair(2), pair])
+    assert PairStore(folder).fingerprint == first != second
+    write_texts(folder, torch.zeros(1, 16), torch.zeros(2, 16))
+    assert PairStore(folder).fingerprint not in (first, second)
+
+
+def test_rows_from_before_digests_are_read_and_go_together_with_newer_ones(tmp_path):
+    folder = stored(tmp_path)
+    before = list(PairStore(folder))
+    old = datasets.Dataset.from_file(str(block_file(folder, 0))).remove_columns(DIGEST)
+    features = datasets.Features({name: kind for name, kind in FEATURES.items() if name != DIGEST})
+    write_rows(folder, 0, old.to_list(), features)
+    assert all(map(same, PairStore(folder), before))

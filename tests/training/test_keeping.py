@@ -99,7 +99,9 @@ def test_damaged_checkpoints_are_set_aside_and_new_ones_live_beside_them(copied,
 def test_no_start_over_in_silence_where_no_checkpoint_is_whole(copied, process, capfd, six_steps):
     config = copied()
     folder = train_folder(config) / "checkpoints"
-    for checkpoint, how in zip(sorted(folder.glob("step-*")), ("flipped", "no manifest", "a shard struck out"), strict=True):
+    for checkpoint, how in zip(
+        sorted(folder.glob("step-*")), ("flipped", "no manifest", "a shard struck out"), strict=True
+    ):
         hurt(checkpoint, how)
     before = tree(config.output.dir)
     for _ in range(2):
