@@ -125,7 +125,7 @@ def roll_out(
 
     def prepare() -> list[int]:
         open_for_building(folder, info)
-        check_membership(folder, [[prompt] for prompt in prompts])
+        check_membership(folder, [[prompt] for prompt in prompts], "prompts")
         return []
 
     agree(prepare)  # refused on all of them

@@ -3,19 +3,30 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from alignkit.errors import DataError
 from alignkit.media.captions import Problem
 from alignkit.models import VideoModel
 from alignkit.progress import progress, say
 from alignkit.sharing import share_out
-from alignkit.stores.folders import check_membership, show_pairs
+from alignkit.stores.folders import check_order, follow_members, settled, show_pairs
 from alignkit.stores.pairs import LATENT_DTYPES, Pair, PairStore, write_block, write_texts
-from alignkit.stores.store import StoreInfo, block_file, check_terms, missing_blocks, open_for_building
+from alignkit.stores.store import (
+    StoreInfo,
+    block_file,
+    check_terms,
+    has_blocks,
+    missing_blocks,
+    open_for_building,
+    read_info,
+    terms_file,
+)
 
 Made = tuple[list[Pair], list[Problem]]
 Make = Callable[[range, Callable[[int], None]], tuple[list[Any], list[Problem]]]
@@ -40,14 +51,25 @@ def build_store(
     make: as for `build_blocks`. negative_prompt: which guided training is to use. preview(model, store) is called with
     the first block when it is there, and with the whole store at the end.
 
-    Raises DataError for a folder that holds pairs made under other terms or of other members.
+    Raises DataError for a folder that holds pairs made under other terms or of other members, and where another build
+    goes on from members that changed meanwhile.
     """
+    if terms_file(folder, info.holds).exists() and has_blocks(folder):
+        check_terms(folder, replace(info, pairs=read_info(folder).pairs))
+        check_order(folder, members)  # names them, where the terms know of another number alone
     open_for_building(folder, info)
-    check_membership(folder, members)
+    follow_members(folder, info, members)
     look = partial(show_pairs, preview, model, folder)
+
+    def make_of_these(rows: range, advance: Callable[[int], None]) -> Made:
+        made = make(rows, advance)
+        if not settled(folder, members):
+            raise DataError(f"{folder}: its videos, captions or masks changed while it was built; run it again")
+        return made
+
     with one_thread(model.vae.device):
         write_texts(folder, *model.encode_text(["", negative_prompt]))
-        build_blocks(folder, info, make, title, first=partial(look, (0,)), show=show)
+        build_blocks(folder, info, make_of_these, title, first=partial(look, (0,)), show=show)
     look()
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -15,11 +14,13 @@ from alignkit.media.captions import Problem
 from alignkit.media.videos import VideoSpec
 from alignkit.models import VideoModel, load_model
 from alignkit.progress import say
+from alignkit.sharing import one_at_a_time
 from alignkit.stores.pairs import MEMBERS, PairStore
-from alignkit.stores.store import has_blocks, skipped_rows
+from alignkit.stores.store import StoreInfo, block_file, has_blocks, skipped_rows
 
 SPLITS = ("train", "heldout")
 SKIPPED = "skipped.jsonl"
+NAMED = 3
 
 
 def pairs_folder(config: Config, split: str) -> Path:
@@ -55,28 +56,74 @@ def latent_grid(config: Config) -> tuple[int, int, int]:
     return model.latent_grid(spec.num_frames, spec.height, spec.width)
 
 
-def check_membership(folder: Path, rows: list[list], what: str = "videos, captions or masks") -> None:
-    """Blocks made from other videos or texts (`what`) than today's would carry the wrong ids: DataError."""
-    file = folder / MEMBERS
-    if not file.exists() or not has_blocks(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, rows)
+def check_membership(folder: Path, rows: list[list], what: str) -> None:
+    """Blocks made from other `what` than today's would carry the wrong ids: DataError."""
+    if settled(folder, rows):
         return
+    stored, now = stored_members(folder), json.loads(json.dumps(rows))
+    raise DataError(
+        f"{folder}: was built from other {what} than there are now ({_what_differs(stored, now)}); put them back, "
+        "choose another folder or output.dir, or delete that one"
+    )
+
+
+def settled(folder: Path, rows: list[list]) -> bool:
+    """Whether the blocks in `folder` are made from `rows`; where there are none they will be."""
+    if not (folder / MEMBERS).exists() or not has_blocks(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / MEMBERS, rows)
+        return True
+    return stored_members(folder) == json.loads(json.dumps(rows))
+
+
+def stored_members(folder: Path) -> list[list]:
+    """What the blocks in `folder` were made from."""
+    file = folder / MEMBERS
     try:
-        stored = json.loads(file.read_text())
+        return json.loads(file.read_text())
     except ValueError as error:
         raise DataError(f"{file}: damaged ({error}); delete {folder} and build again") from None
-    now = json.loads(json.dumps(rows))
-    if stored != now:
-        (old, new), *_ = [pair for pair in zip_longest(stored, now) if pair[0] != pair[1]]
-        raise DataError(
-            f"{folder}: was built from other {what} than there are now; put them back, choose another folder or "
-            f"output.dir, or delete that one (the first that differs: {_shown(old)}, now {_shown(new)})"
+
+
+def check_order(folder: Path, members: list[list]) -> None:
+    """Raises DataError where the blocks in `folder` were made from other members, by the first value of each, or in
+    another order: pairs' ids, and so their noise, go by their places."""
+    if settled(folder, members) or [row[0] for row in stored_members(folder)] == [row[0] for row in members]:
+        return
+    check_membership(folder, members, "videos, captions or masks")
+
+
+def follow_members(folder: Path, info: StoreInfo, members: list[list]) -> None:
+    """Where members are the same ones as before, by the first value of each, and some of their other values changed, as
+    a mended mask or caption does, have the blocks of those made again; other blocks stay. Raises as `check_order`."""
+    with one_at_a_time(folder / ".members.lock"):
+        if settled(folder, members):
+            return
+        check_order(folder, members)
+        stored, now = stored_members(folder), json.loads(json.dumps(members))
+        changed = [i for i, (old, new) in enumerate(zip(stored, now, strict=True)) if old != new]
+        each = info.pairs // len(members)
+        blocks = sorted({row // info.block_size for i in changed for row in range(i * each, (i + 1) * each)})
+        for block in blocks:
+            block_file(folder, block).unlink(missing_ok=True)
+        write_json(folder / MEMBERS, members)  # after that: a kill before it does this again
+    names = ", ".join(str(now[i][0]) for i in changed[:NAMED])
+    more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+    again = f"{len(blocks)} of {info.blocks} blocks are made again"
+    say(f"{folder}: video, caption or mask changed of {names}{more}: {again}")
+
+
+def _what_differs(stored: list[list], now: list[list]) -> str:
+    before, after = ([str(row[0]) for row in rows] for rows in (stored, now))
+    told = [
+        f"{len(names)} {word}: {', '.join(names[:NAMED])}{', …' * (len(names) > NAMED)}"
+        for word, names in (
+            ("more", [name for name in after if name not in before]),
+            ("fewer", [name for name in before if name not in after]),
         )
-
-
-def _shown(row: list | None) -> str:
-    return "none" if row is None else f"{json.dumps(row, ensure_ascii=False):.100}"
+        if names
+    ]
+    return "; ".join(told) or "the same in another order"
 
 
 def show_pairs(

@@ -107,8 +107,25 @@ def read_info(folder: Path, holds: str = "pairs") -> StoreInfo:
 
 
 def has_blocks(folder: Path) -> bool:
-    """Whether a block is there or being made."""
-    return any(folder.glob("block-*"))
+    """Whether a block that holds anything is there, or one is being made. Blocks that came out empty, all of them, are
+    deleted: they protect nothing, and what they were made from may have been mended."""
+    found = sorted(folder.glob("block-*"))
+    whole = [file for file in found if file.suffix == ".arrow"]
+    if any(file.suffix == ".lock" or ".partial-" in file.name for file in found):
+        return True
+    if any(_rows_in(file) for file in whole):
+        return True
+    for file in found:
+        file.unlink(missing_ok=True)
+    return False
+
+
+def _rows_in(file: Path) -> bool:
+    """Whether a block holds a row; a damaged one counts as if it did."""
+    try:
+        return len(datasets.Dataset.from_file(str(file))) > 0
+    except Exception:  # as in _open_block
+        return True
 
 
 def block_file(folder: Path, block: int) -> Path:

@@ -71,6 +71,16 @@ def test_a_second_build_looks_at_nothing_again_unless_a_file_changed(config, tab
     monkeypatch.undo()
     assert build_given_pairs(settings, CPU) == {"train": 3, "heldout": 1}
     write_video(table.with_name("0.mp4"), read_video(table.with_name("0.mp4")).flip(1), 8)
+    before = {pair.id: pair for pair in PairStore(settings.output.dir / "pairs" / "train")}
+    build_given_pairs(settings, CPU)  # other pictures: the pairs of that video are made again, no others
+    changed = [
+        pair.id
+        for pair in PairStore(settings.output.dir / "pairs" / "train")
+        if not torch.equal(pair.winner, before[pair.id].winner) or not torch.equal(pair.loser, before[pair.id].loser)
+    ]
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    assert changed == [i for i in before if "0.mp4" in (rows[i]["chosen"], rows[i]["rejected"])]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
     with pytest.raises(DataError, match="was built from other videos, captions or masks"):
         build_given_pairs(settings, CPU)
 

@@ -1,5 +1,6 @@
 """Building LocalDPO pairs: the same bytes whoever builds them, pairs that cannot be used left out, own masks used."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,7 +22,8 @@ from alignkit.localdpo.masks import region_mask
 from alignkit.localdpo.sources import find_usable, split_clips
 from alignkit.media.videos import VideoSpec, decode_clip, write_video
 from alignkit.models.wan import guided
-from alignkit.stores.pairs import PairStore
+from alignkit.stores import folders
+from alignkit.stores.pairs import Pair, PairStore
 from alignkit_kernels import NoiseKey, Stream, keyed_rand
 
 CPU = torch.device("cpu")
@@ -171,15 +173,86 @@ def test_a_pair_whose_loser_is_not_finite_is_left_out_and_listed(small_config, m
     assert f"(pair {broken[0]})" in row["video"] and "not finite" in row["reason"]
 
 
-def test_other_captions_than_those_a_store_was_built_from_are_refused(small_config, clips, tmp_path):
+def blocks_of(config) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in sorted((config.output.dir / "pairs").rglob("*.arrow"))}
+
+
+def stored_pairs(config) -> dict[int, Pair]:
+    return {pair.id: pair for split in ("train", "heldout") for pair in PairStore(config.output.dir / "pairs" / split)}
+
+
+@pytest.mark.parametrize("mended", ["caption", "mask", "video"])
+def test_what_was_mended_is_made_again_and_nothing_else(small_config, clips, tmp_path, mended, monkeypatch, capfd):
+    folder, masks = tmp_path / "clips", tmp_path / "masks"
+    shutil.copytree(clips, folder)
+    masks.mkdir()
+    for file in clips.glob("*.mp4"):
+        (masks / f"{file.stem}.json").write_text('{"static": [[0, 0, 24, 24]]}')
+    config = small_config(f"data.videos={folder}", f"pairs.mask.files={masks}", "pairs.block_size=2")
+    build_pairs(config, CPU)
+    before, blocks = stored_pairs(config), blocks_of(config)
+    train = [pair for pair in before.values() if pair.id in PairStore(config.output.dir / "pairs" / "train").ids]
+    source = train[0].source
+    match mended:
+        case "caption":
+            captions = folder / "captions.jsonl"
+            rows = [json.loads(line) for line in captions.read_text().splitlines()]
+            rows = [row | {"caption": "another one"} if row["video"] == source else row for row in rows]
+            captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        case "mask":
+            (masks / source).with_suffix(".json").write_text('{"static": [[0, 0, 40, 40]]}')
+        case "video":
+            write_video(folder / source, decode_clip(folder / source, VideoSpec(48, 48, 17)).flip(1), 8)
+    monkeypatch.setattr(folders, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):  # at the worst moment
+        build_pairs(config, CPU)
+    monkeypatch.undo()
+    build_pairs(config, CPU)
+    assert f"video, caption or mask changed of {source}: 1 of" in capfd.readouterr().err
+    after = stored_pairs(config)
+    assert after.keys() == before.keys()
+    changed = {name for name, content in blocks_of(config).items() if content != blocks[name]}
+    assert len(changed) == 1
+    for number, pair in after.items():
+        same = torch.equal(pair.winner, before[number].winner) and torch.equal(pair.loser, before[number].loser)
+        same = same and torch.equal(pair.text, before[number].text) and pair.prompt == before[number].prompt
+        assert same == (pair.source != source), pair.source
+    fresh = small_config(*(f"{key}={value}" for key, value in {
+        "data.videos": folder, "pairs.mask.files": masks, "pairs.block_size": 2, "output.dir": tmp_path / "fresh",
+    }.items()))  # fmt: skip
+    build_pairs(fresh, CPU)
+    assert [*blocks_of(fresh).values()] == [*blocks_of(config).values()], "as if it had always been so"
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_videos_that_came_or_went_are_named(small_config, clips, tmp_path):
     folder = tmp_path / "clips"
     shutil.copytree(clips, folder)
     config = small_config(f"data.videos={folder}")
     build_pairs(config, CPU)
-    captions = folder / "captions.jsonl"
-    captions.write_text(captions.read_text().replace("moves", "glides"))
-    with pytest.raises(DataError, match="was built from other videos, captions or masks"):
+    before = blocks_of(config)
+    (folder / "clip_000003.mp4").unlink()
+    with pytest.raises(DataError, match=r"was built from other videos.*\(.*(more|fewer): .*\); put them back"):
         build_pairs(config, CPU)
+    assert blocks_of(config) == before
+
+
+def test_a_store_that_holds_no_pair_protects_nothing(small_config, clips, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for file in clips.glob("*.mp4"):
+        (masks / f"{file.stem}.json").write_text('{"static": [[0, 0, 1, 1]]}')  # nothing on the latent grid
+    config = small_config(f"pairs.mask.files={masks}")
+    with contextlib.suppress(DataError):
+        build_pairs(config, CPU)
+    for file in masks.iterdir():
+        file.write_text('{"static": [[0, 0, 40, 40]]}')
+    other = config.model_copy(update={"pairs": config.pairs.model_copy(update={"seed": 5})})
+    build_pairs(other, CPU)
+    assert len(stored_pairs(other)) == 10
 
 
 def test_own_masks_are_used_and_clips_without_one_left_out(small_config, clips, tmp_path):
@@ -242,8 +315,8 @@ def test_masks_that_changed_are_not_mixed_with_the_old_ones(small_config, clips,
     next((config.output.dir / "pairs" / "train").glob("block-*.arrow")).unlink()
     for file in masks.iterdir():
         file.write_text('{"static": [[0, 0, 40, 40]]}')
-    with pytest.raises(DataError, match="was built from other videos, captions or masks"):
-        build_pairs(config, CPU)
+    build_pairs(config, CPU)
+    assert len({pair.mask.sum().item() for pair in stored_pairs(config).values()}) == 1
 
 
 def test_latents_are_rounded_before_they_are_corrupted(small_config):
