@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from threading import Timer
 from typing import Annotated, Literal, NoReturn
 
 import typer
@@ -32,6 +33,7 @@ Processes = Annotated[
 ]
 
 EXPERIMENTS = Path("runs/experiment")
+NOTICE_S = 0.4  # until a command that is not over says that it starts
 SHARING = ("rollout", "pairs")  # whose processes share files out and form no group
 
 
@@ -270,14 +272,21 @@ def experiment(
 
 def _settings(command: str, config: Path, overrides: list[str] | None) -> Config:
     """The configuration of a command, its stages and what it is to read checked too, before anything heavy is imported;
-    then a word on what is going on, since that takes seconds."""
+    that takes seconds, so there is a word on what is going on."""
     from alignkit.stages import stage_configs
 
     settings = load_config(config, overrides or [])
     stage_configs(settings)
     check_places(command, settings)
+    if command == "rollout":
+        from alignkit.apo.prompts import read_prompts
+
+        read_prompts(settings.data.prompts)
     if first_of_several():
-        print(f"{command}: starting, in {settings.output.dir}", file=sys.stderr, flush=True)
+        word = f"{command}: starting, in {settings.output.dir}"
+        notice = Timer(NOTICE_S, lambda: print(word, file=sys.stderr, flush=True))
+        notice.daemon = True
+        notice.start()
     return settings
 
 

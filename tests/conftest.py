@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -176,16 +177,79 @@ def made_rollouts(rollout_overrides, tmp_path_factory) -> Path:
     return out
 
 
-def alignkit(*arguments: str, python: tuple[str, ...] = ("-m", "alignkit"), **options) -> subprocess.CompletedProcess:
-    """Run the command line as a user would; returns exit code, output and errors."""
-    return subprocess.run(
-        [sys.executable, *python, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=fresh_environment(),
-        **options,
-    )
+# A process that has imported everything already and forks for each command: imports are most of a command's time.
+FORKING = """
+import atexit, json, os, sys, traceback
+import torch
+from alignkit.cli import _quiet_libraries
+_quiet_libraries()
+import deepspeed, peft
+import diffusers.models, diffusers.pipelines.cogvideo.pipeline_cogvideox, diffusers.pipelines.wan.pipeline_wan
+import transformers.models.t5.modeling_t5, transformers.models.umt5.modeling_umt5
+import alignkit.__main__, alignkit.demo, alignkit.evaluation.summary, alignkit.report, alignkit.stages.chain
+
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+        continue
+    code = 1
+    try:
+        for number, name in enumerate((os.devnull, job["out"], job["err"])):
+            stream = os.open(name, os.O_RDWR | os.O_CREAT)
+            os.dup2(stream, number)
+        os.environ.clear()
+        os.environ.update(job["env"])
+        sys.argv = job["argv"]
+        if job["code"] is None:
+            alignkit.__main__.main()
+        else:
+            exec(compile(job["code"], "<string>", "exec"), {"__name__": "__main__"})
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except BaseException as error:
+        sys.last_value = error
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+"""
+
+
+@pytest.fixture(scope="session")
+def forking(tmp_path_factory):
+    """`forking(argv, code=None)`: the command line, or Python code, with what it imports imported already."""
+    folder = tmp_path_factory.mktemp("forked")
+    started: list[subprocess.Popen] = []
+
+    def run(argv: list[str], code: str | None = None) -> subprocess.CompletedProcess:
+        if not started or started[0].poll() is not None:
+            command = [sys.executable, "-c", FORKING]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            started[:] = [subprocess.Popen(command, text=True, env=fresh_environment(), **pipes)]
+        server = started[0]
+        out, err = folder / "out", folder / "err"
+        for file in (out, err):
+            file.unlink(missing_ok=True)
+        job = {"argv": argv, "code": code, "env": fresh_environment(), "out": str(out), "err": str(err)}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], 300)[0]:
+            server.kill()
+            raise subprocess.TimeoutExpired(argv, 300)
+        answer = server.stdout.readline()
+        return subprocess.CompletedProcess(argv, int(answer), out.read_text(), err.read_text())
+
+    yield run
+    for server in started:
+        server.kill()
+        server.wait()
 
 
 def fresh_environment() -> dict[str, str]:
@@ -203,9 +267,20 @@ def wan():
 
 
 @pytest.fixture(scope="session")
-def command():
-    """`command("train", CONFIG, ...)` runs the alignkit command line in a process of its own."""
-    return alignkit
+def command(forking):
+    """`command("train", CONFIG, ...)` runs the alignkit command line in a process of its own, `python=("-c", CODE)`
+    other code; returns exit code, output and errors. fresh: with nothing imported before."""
+
+    def run(*arguments, python: tuple[str, ...] = ("-m", "alignkit"), fresh: bool = False):
+        words = [str(word) for word in arguments]
+        if not fresh and python == ("-m", "alignkit"):
+            return forking(["alignkit", *words])
+        if not fresh and python[:1] == ("-c",):
+            return forking(["-c", *words], python[1])
+        whole = [sys.executable, *python, *words]
+        return subprocess.run(whole, capture_output=True, text=True, timeout=300, env=fresh_environment(), check=False)
+
+    return run
 
 
 @pytest.fixture(scope="session")

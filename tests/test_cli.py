@@ -132,7 +132,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(command, config_file, ov
 
 def test_without_the_extras_the_command_says_what_to_install(command):
     code = "import sys; sys.modules['typer'] = None\nimport runpy; runpy.run_module('alignkit', run_name='__main__')"
-    result = command(python=("-c", code))
+    result = command(python=("-c", code), fresh=True)
     assert result.returncode == 2
     assert result.stderr.strip() == (
         "alignkit: the command line needs typer, which is not installed: pip install 'alignkit[train]'"

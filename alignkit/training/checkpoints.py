@@ -156,8 +156,8 @@ def _checked(path: Path, terms: dict, steps: int, accept: tuple[str, ...]) -> li
         )
     if manifest["step"] > steps:
         raise CheckpointError(
-            f"{path}: is of step {manifest['step']}, train.steps is {steps}; set it to {manifest['step']} or more, or "
-            "start in another output.dir"
+            f"{path.parent.parent}: this stage was trained for {manifest['step']} steps, more than its train.steps, "
+            f"{steps}; put it back, or start in another output.dir"
         )
     changes = accepted(manifest["terms"], terms, accept)
     changed = difference(manifest["terms"], terms, accept)

@@ -20,7 +20,7 @@ from alignkit.stages import stage_configs
 from alignkit.stores import store
 from alignkit.stores.pairs import Pair, PairStore, write_block, write_texts
 from alignkit.stores.store import block_file
-from alignkit.training import cache, distributed, loop
+from alignkit.training import cache, loop
 from alignkit.training.cache import build_cache, with_cache
 from alignkit.training.distributed import start_process
 from alignkit.training.loop import train, train_folder
@@ -328,7 +328,7 @@ def test_without_errors_it_is_said_what_makes_them(run, settings, process, monke
 def test_the_command_starts_as_many_processes_as_it_is_told(settings, monkeypatch, config_file, tmp_path):
     given = settings(tmp_path / "run")
     started = []
-    monkeypatch.setattr(distributed, "run_processes", lambda *arguments: started.append(arguments) or 0)
+    monkeypatch.setattr(cli, "run_processes", lambda *arguments: started.append(arguments) or 0)
     monkeypatch.setattr("sys.argv", ["alignkit", "cache-reference", str(config_file), *given, "--nproc", "2"])
     with pytest.raises(SystemExit) as ended:
         cli.run()

@@ -119,7 +119,7 @@ def test_no_start_over_in_silence_where_no_checkpoint_is_whole(copied, process, 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["train.steps=4"], r"is of step 6, train\.steps is 4"),
+        (["train.steps=4"], r"was trained for 6 steps, more than its train\.steps, 4"),
         (["train.learning_rate=1e-5"], r"train\.learning_rate = 3e-06, now it is 1e-05"),
         (["train.weight_decay=0.5", "train.accept=[train.learning_rate]"], r"train\.weight_decay = 0\.001"),
         (["objective.beta=10"], r"objective\.beta = 5000\.0, now it is 10\.0"),
