@@ -17,7 +17,6 @@ $(STAMP): pyproject.toml kernels/pyproject.toml constraints.txt .ci/check_machin
 	@$(PYTHON) .ci/check_machine.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e ./kernels -e '.[train,rank,bench,dev]'
-	@echo "building DeepSpeed's CPU communication (once, about half a minute)"
 	@$(BIN)/python -m alignkit.training.distributed
 	@touch $@
 

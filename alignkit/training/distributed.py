@@ -21,6 +21,7 @@ import torch
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.files import made
 from alignkit.launch import WORKER, WORKERS, die_with_launcher, free_port, slurm_group
+from alignkit.training.extension import load_cpu_communication
 
 # Set before DeepSpeed is imported anywhere: its own choice needs a GPU or a hint.
 if not torch.cuda.is_available():
@@ -68,6 +69,9 @@ def start_process() -> Process:
     if cuda:
         torch.cuda.set_device(local_rank)
     if not torch.distributed.is_initialized():
+        if not cuda:
+            with contextlib.redirect_stdout(io.StringIO()):
+                load_cpu_communication()
         with contextlib.redirect_stdout(io.StringIO()):  # it prints where its extension was built
             deepspeed.init_distributed(
                 dist_backend="nccl" if cuda else "gloo",

@@ -2,18 +2,22 @@
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 
 from alignkit.errors import DataError
+from alignkit.launch import PARENT, free_port
 from alignkit.training import distributed
-from alignkit.training.distributed import Process, free_port, lone_worker, on_main, on_main_at_length
+from alignkit.training.distributed import Process, lone_worker, on_main, on_main_at_length, start_process
 
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", PARENT)
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "ALIGNKIT_WORKER")
 
 
@@ -83,3 +87,19 @@ def test_a_worker_knows_its_number(monkeypatch, environment, rank):
         monkeypatch.setenv(name, value)
     worker = lone_worker()
     assert worker.rank == rank and worker.main == (rank == 0)
+
+
+def test_what_a_killed_build_of_the_extension_left_behind_holds_nobody_up(tmp_path):
+    """Torch waits for its file to go away, without a word and without end."""
+    start_process()  # it is built
+    built = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    shutil.copytree(built, tmp_path / "built")
+    left = tmp_path / "built" / "deepspeed_shm_comm" / "lock"
+    left.touch()
+    environment = {name: value for name, value in os.environ.items() if name not in GROUP}
+    environment |= {"TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}
+    command = [sys.executable, "-m", "alignkit.training.distributed"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not left.exists() and "building" not in done.stderr
+    assert os.environ["PATH"].split(os.pathsep)[0] == str(Path(sys.prefix) / "bin"), "one ninja, the environment's own"
