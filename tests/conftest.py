@@ -180,7 +180,10 @@ def made_rollouts(rollout_overrides, tmp_path_factory) -> Path:
 # A process that has imported everything already and forks for each command: imports are most of a command's time.
 FORKING = """
 import atexit, json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what libraries print as they are imported
 import torch
+import alignkit.training.distributed
 from alignkit.cli import _quiet_libraries
 _quiet_libraries()
 import deepspeed, peft
@@ -193,7 +196,7 @@ for line in sys.stdin:
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
         continue
     code = 1
     try:
