@@ -137,3 +137,51 @@ def test_without_the_extras_the_command_says_what_to_install(command):
     assert result.stderr.strip() == (
         "alignkit: the command line needs typer, which is not installed: pip install 'alignkit[train]'"
     )
+
+
+@pytest.fixture(scope="module")
+def finished(command, config_file, made_pairs, overrides, tmp_path_factory):
+    """The folder of a run that went through every stage, its settings, and its folder of videos."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    shutil.copytree(made_pairs, out)
+    settings = overrides(out)
+    for stage in ("train", "sample", "eval", "report"):
+        result = command(stage, config_file, *settings)
+        assert result.returncode == 0, result.stderr
+    return out, settings
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pairs", "pairs.seed=5"),
+        ("pairs", "data.num_frames=10"),
+        ("pairs", "data.videos=/nowhere"),
+        ("pairs", "model.max_sequence_length=60"),
+        ("train", "train.learning_rate=1"),
+        ("train", "train.steps=3"),
+        ("train", "train.global_batch_size=5"),
+        ("train", "objective.beta=7"),
+        ("train", "noise.source=path"),
+        ("train", "model.family=cogvideox"),
+        ("train", "train.accept=[model]"),
+        ("train", "stages=[sft, {name: localdpo, reference: {strategy: cached}}]"),
+        ("cache-reference", "objective={name: sft}"),
+        ("sample", "model.path=/nowhere"),
+        ("eval", "evaluation.positions=[2]"),
+        ("rollout", "data.videos=null"),
+        ("rank", "run", "ranker.by=motion"),
+        ("report", "output.dri=x"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_command_that_is_refused_changes_nothing(finished, command, config_file, words):
+    out, settings = finished
+    name = words[:-1]
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    result = command(*name, config_file, *settings, words[-1])
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    one_line(result)
+    after = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert after.keys() == before.keys(), sorted(map(str, after.keys() ^ before.keys()))
+    assert [str(file) for file, content in after.items() if content != before[file]] == []

@@ -31,6 +31,7 @@ from alignkit.stores.folders import (
     add_skipped_pairs,
     latent_grid,
     pairs_folder,
+    say_skipped,
     stored_dtype,
     video_spec,
     write_skipped,
@@ -77,9 +78,10 @@ def build_rollout_pairs(
     rankings, problems = read_rankings(config.data.pairs, rollouts)
     splits = split_prompts(rankings, config.data.heldout, config.pairs.seed)
     if show:
-        write_skipped(config, problems)
+        say_skipped(problems)
         say(f"{len(splits['train'])} pairs to train on, {len(splits['heldout'])} held out; loading {config.model.path}")
-    build_ranked(config, device, law, rollouts, splits, show=show, preview=preview)
+    accepted = partial(write_skipped, config, problems if show else None)
+    build_ranked(config, device, law, rollouts, splits, show=show, preview=preview, accepted=accepted)
     if show:
         add_skipped_pairs(config)
     return {split: len(rows) for split, rows in splits.items()}
@@ -94,6 +96,7 @@ def build_ranked(
     *,
     show: bool = True,
     preview: Callable[[VideoModel, PairStore], None] | None = None,
+    accepted: Callable[[], None] = lambda: None,
 ) -> None:
     """Every pair of `splits`, by split, that is not stored yet."""
     rankings = [row for rows in splits.values() for row in rows]
@@ -123,7 +126,8 @@ def build_ranked(
         make = partial(_make_rows, config, model, law, rollouts, rows, inverted)
         build_store(
             folder, model, info, members, make, f"making {split} pairs",
-            negative_prompt=config.sampler.negative_prompt, preview=preview, show=show,
+            negative_prompt=config.sampler.negative_prompt, preview=preview,
+            accepted=accepted if split == SPLITS[0] else lambda: None, show=show,
         )  # fmt: skip
 
 

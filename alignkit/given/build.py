@@ -27,9 +27,11 @@ from alignkit.progress import progress, say
 from alignkit.sharing import one_at_a_time
 from alignkit.stores.blocks import Made, build_store
 from alignkit.stores.folders import (
+    SPLITS,
     add_skipped_pairs,
     latent_grid,
     pairs_folder,
+    say_skipped,
     stored_dtype,
     video_spec,
     write_skipped,
@@ -63,7 +65,7 @@ def build_given_pairs(
     """
     splits, problems = find_given(config, show)
     if show:
-        write_skipped(config, problems)
+        say_skipped(problems)
         say(f"{len(splits['train'])} pairs to train on, {len(splits['heldout'])} held out")
         if config.objective.name == "local_dpo" and not any(given.mask for given in splits["train"]):
             say("no pair has a mask, so both terms of local_dpo are the same; objective.name=dpo is for such pairs")
@@ -89,7 +91,8 @@ def build_given_pairs(
         members = [[given.pair_id, given.row.prompt, *given.digests, given.mask] for given in rows]
         make = partial(_make_rows, config, model, law, LATENT_DTYPES[info.dtype], rows)
         title = f"encoding {split} pairs"
-        build_store(folder, model, info, members, make, title, preview=preview, show=show)
+        accepted = partial(write_skipped, config, problems if show and split == SPLITS[0] else None)
+        build_store(folder, model, info, members, make, title, preview=preview, accepted=accepted, show=show)
     if show:
         add_skipped_pairs(config)
     return {split: len(rows) for split, rows in splits.items()}
@@ -124,6 +127,7 @@ def find_given(config: Config, show: bool = True) -> tuple[dict[str, list[Given]
     problems += [Problem(**problem) for problem in found["problems"]]
     if found["error"]:
         if show:
+            say_skipped(problems)
             write_skipped(config, problems)
         raise DataError(found["error"])
     offset = max((row.number for row in train), default=-1) + 1 if heldout is not None else 0

@@ -28,6 +28,7 @@ from alignkit.stores.folders import (
     add_skipped_pairs,
     latent_grid,
     pairs_folder,
+    say_skipped,
     stored_dtype,
     video_spec,
     write_skipped,
@@ -80,7 +81,7 @@ def build_pairs(
     check_settings(config)
     sources, problems = find_usable(config, show)
     if show:
-        write_skipped(config, problems)
+        say_skipped(problems)
         if problems:
             say(f"{len(sources)} videos can be used")
     check_count(config, sources, problems)
@@ -100,7 +101,8 @@ def build_pairs(
         make, title = partial(_make_rows, config, model, law, tasks), f"making {split} pairs"
         build_store(
             folder, model, info, members, make, title,
-            negative_prompt=config.pairs.negative_prompt, preview=preview, show=show,
+            negative_prompt=config.pairs.negative_prompt, preview=preview,
+            accepted=partial(write_skipped, config, problems if show and split == SPLITS[0] else None), show=show,
         )  # fmt: skip
         counts[split] = len(tasks)
     if show:

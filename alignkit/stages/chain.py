@@ -101,7 +101,10 @@ class Taught:
 
 def _supply(name: str, stage: Config, before: Path | None, taught: Taught | None) -> Rounds:
     record = handed_on(before) if before else None
-    return _supply_of(name, stage, record["sha256"] if record else "base", taught)
+    if record is None:
+        base = load_model(stage.model, with_transformer=False, with_encoders=False)
+        return _supply_of(name, stage, base.fingerprint(), taught)
+    return _supply_of(name, stage, record["sha256"], taught)
 
 
 def _supply_of(name: str, stage: Config, start: str, taught: Taught | None) -> Rounds:

@@ -32,6 +32,7 @@ ID_STRIDE = 2**16  # a round's pairs have ids, and so noise, of their own; a key
 RECORD = "round.json"
 REACHED = {"budget", "price_in", "price_out", "timeout_s", "retries", "at_once", "key_env", "max_tokens"}
 FREE = {
+    "model": {"path", "revision", "variant"},  # its weights are told by `start`
     "output": True,
     "stages": True,
     "sample": True,

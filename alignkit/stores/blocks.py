@@ -43,13 +43,15 @@ def build_store(
     *,
     negative_prompt: str = "",
     preview: Callable[[VideoModel, PairStore], None] | None = None,
+    accepted: Callable[[], None] = lambda: None,
     show: bool = True,
 ) -> None:
     """Make what is missing of the pair store in `folder`, on one process or many.
 
     members: what identifies the videos and texts it is made from; another build of the same folder must have the same.
     make: as for `build_blocks`. negative_prompt: which guided training is to use. preview(model, store) is called with
-    the first block when it is there, and with the whole store at the end.
+    the first block when it is there, and with the whole store at the end. accepted() is called once the folder has
+    turned out to be for these pairs, before anything is made.
 
     Raises DataError for a folder that holds pairs made under other terms or of other members, and where another build
     goes on from members that changed meanwhile.
@@ -59,6 +61,7 @@ def build_store(
         check_order(folder, members)  # names them, where the terms know of another number alone
     open_for_building(folder, info)
     follow_members(folder, info, members)
+    accepted()
     look = partial(show_pairs, preview, model, folder)
 
     def make_of_these(rows: range, advance: Callable[[int], None]) -> Made:

@@ -142,13 +142,19 @@ def show_pairs(
     preview(model, store)
 
 
-def write_skipped(config: Config, problems: list[Problem]) -> None:
-    """List what cannot be used and why, on the terminal and in skipped.jsonl, before anything is made."""
+def say_skipped(problems: list[Problem]) -> None:
+    """What cannot be used and why, on the terminal."""
+    for problem in problems:
+        say(f"skipped {problem.video}: {problem.reason}")
+
+
+def write_skipped(config: Config, problems: list[Problem] | None) -> None:
+    """The same in skipped.jsonl, before anything is made, and once it is known that anything may be. None: nothing."""
+    if problems is None:
+        return
     file = config.output.dir / SKIPPED
     file.parent.mkdir(parents=True, exist_ok=True)
     write_lines(file, [asdict(problem) for problem in problems])
-    for problem in problems:
-        say(f"skipped {problem.video}: {problem.reason}")
 
 
 def add_skipped_pairs(config: Config) -> None:
