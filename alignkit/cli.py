@@ -32,6 +32,10 @@ Processes = Annotated[
     int, typer.Option("--nproc", min=1, help="Processes to start on this machine (torchrun and deepspeed work too).")
 ]
 
+Reshape = Annotated[
+    bool, typer.Option("--reshape", help="Resume from a checkpoint of another number of processes: it is converted.")
+]
+
 EXPERIMENTS = Path("runs/experiment")
 NOTICE_S = 0.4  # until a command that is not over says that it starts
 SHARING = ("rollout", "pairs")  # whose processes share files out and form no group
@@ -146,11 +150,13 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     nproc: Processes = 1,
+    reshape: Reshape = False,
 ) -> None:
     """Train on the pairs with DeepSpeed and export a diffusers folder; run again to resume.
 
     With stages: [...] in the file, each stage in its turn, from the weights of the one before.
     """
+    overrides = [*(overrides or []), *(["train.reshape=true"] if reshape else [])]
     settings = _settings("train", config, overrides)
     if _to_be_started("train", nproc):
         from alignkit.commands import check_train

@@ -14,6 +14,7 @@ from alignkit.errors import ConfigError
 
 PARENT = "ALIGNKIT_LAUNCHER_PID"
 WORKER, WORKERS = "ALIGNKIT_WORKER", "ALIGNKIT_WORKERS"  # of processes that share work and form no group
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", PARENT)
 PR_SET_PDEATHSIG = 1
 FIRST_PORT, PORTS = 20_000, 10_000
 

@@ -165,6 +165,7 @@ class TrainSection(Section):
     )
     keep_checkpoints: Positive = 2
     restart: bool = Field(False, description="start over where checkpoints exist and none is whole")
+    reshape: bool = Field(False, description="convert a checkpoint of another number of processes (--reshape)")
     accept: tuple[str, ...] = Field((), description="settings that may differ from the checkpoint's, by name")
     lora: LoraSection | None = Field(None, description="train adapters of this rank; null: every weight")
     max_bad_steps: Positive = Field(5, description="non-finite steps in a row after which the run stops")

@@ -17,16 +17,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from alignkit.config import TrainSection
 from alignkit.errors import CheckpointError
 from alignkit.files import flush, write_json
 from alignkit.progress import say
 from alignkit.training.distributed import gather, on_main_rank
+from alignkit.training.reshaping import load_universal, universal_form
 from alignkit.training.state import load_state, save_local_state, save_state, state_damage
 from alignkit.training.terms import accepted, difference
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-DAMAGED = "damaged-"
+DAMAGED, BEFORE = "damaged-", "before-reshape-"
 SEEN_WITHIN_S = 30.0  # of a write on another node: a network file system may take some seconds to show it
 
 
@@ -77,8 +79,8 @@ def _complete(
     }
     write_json(partial / MANIFEST, manifest | ({"accepted": record} if record else {}))
     flush(partial)
-    if final.exists():
-        _set_aside(final)
+    if final.exists():  # of another number of processes
+        say(f"the checkpoint that was converted is kept as {_set_aside(final, BEFORE).name}")
     os.rename(partial, final)
     flush(final.parent)
     for old in [path for path in _candidates(final.parent) if path.name <= final.name][keep:]:
@@ -95,14 +97,15 @@ def _unseen(folder: Path, names: dict[str, str]) -> list[str]:
 
 
 def load_latest(
-    engine, folder: Path, terms: dict, parts: dict[str, object], steps: int, accept: tuple[str, ...], restart: bool
-) -> tuple[int, list[dict]]:
+    engine, folder: Path, terms: dict, parts: dict[str, object], train: TrainSection
+) -> tuple[int, list[dict], bool]:
     """Load the newest whole checkpoint, the states of `parts` with it; every process must call this.
 
-    Returns its step, 0 if there is none, and what was changed of its terms on purpose, now (`accept`) or earlier.
+    Returns its step, 0 if there is none; what was changed of its terms on purpose, now (`train.accept`) or earlier; and
+    whether it was written by another number of processes and converted (`train.reshape`), which is to be saved.
     Those that are damaged are said and set aside. Raises CheckpointError, and changes nothing, when the newest whole
-    one was written under other terms, by another number of processes or after more than `steps`, and when there are
-    checkpoints of which none is whole, unless `restart`.
+    one was written under other terms, by another number of processes or after more than `train.steps`, and when there
+    are checkpoints of which none is whole, unless `train.restart`.
     """
     passed: list[tuple[Path, str]] = []
     tag: str | None = None
@@ -112,24 +115,31 @@ def load_latest(
             tag = name
             break
         passed.append((folder / name, damage))
-    record: list[dict] = on_main_rank(lambda: _judge(folder, tag, passed, terms, steps, accept, restart))
+    record, ranks = on_main_rank(lambda: _judge(folder, tag, passed, terms, train))
     if tag is None:
-        return 0, record
-    engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
-    load_state(folder / tag, parts)
-    return _step(tag), record
+        return 0, record, False
+    reshaped = ranks != torch.distributed.get_world_size()
+    if reshaped:
+        universal = on_main_rank(lambda: universal_form(folder / tag, terms))
+        load_universal(engine, folder, universal.name)
+        torch.distributed.barrier()
+        on_main_rank(lambda: shutil.rmtree(universal, ignore_errors=True))
+    else:
+        engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+    load_state(folder / tag, parts, ranks if reshaped else None)
+    return _step(tag), record, reshaped
 
 
-def _judge(
-    folder: Path, tag: str | None, passed: list, terms: dict, steps: int, accept: tuple[str, ...], restart: bool
-) -> list[dict]:
-    """Whether the run may go on from checkpoint `tag`; what was changed on purpose until it does."""
+def _judge(folder: Path, tag: str | None, passed: list, terms: dict, train: TrainSection) -> tuple[list[dict], int]:
+    """Whether the run may go on from checkpoint `tag`; what was changed on purpose until it does, and how many
+    processes wrote it."""
     record: list[dict] = []
+    ranks = 0
     if tag is not None:
-        record = _checked(folder / tag, terms, steps, accept)
+        record, ranks = _checked(folder / tag, terms, train)
     else:
         lost = [*(path for path, _ in passed), *sorted(folder.glob(f"{DAMAGED}*"), reverse=True)]
-        if lost and not restart:
+        if lost and not train.restart:
             why = f" ({passed[0][1]})" if passed else ""
             raise CheckpointError(
                 f"{folder}: none of its {len(lost)} checkpoint{'s' * (len(lost) > 1)} is whole, the newest is "
@@ -137,10 +147,10 @@ def _judge(
             )
     for path, damage in passed:
         say(f"passing over checkpoint {path}: {damage}; kept as {_set_aside(path).name}")
-    return record
+    return record, ranks
 
 
-def _checked(path: Path, terms: dict, steps: int, accept: tuple[str, ...]) -> list[dict]:
+def _checked(path: Path, terms: dict, train: TrainSection) -> tuple[list[dict], int]:
     """Raises CheckpointError for a whole checkpoint that is not this run's."""
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest.get("format") != FORMAT:
@@ -149,18 +159,18 @@ def _checked(path: Path, terms: dict, steps: int, accept: tuple[str, ...]) -> li
             f"{path}: checkpoint format {found}, this version reads {FORMAT}; start in another output.dir"
         )
     world_size = torch.distributed.get_world_size()
-    if manifest["world_size"] != world_size:
+    if manifest["world_size"] != world_size and not train.reshape:
         raise CheckpointError(
             f"{path}: written by {manifest['world_size']} processes, this run has {world_size}; "
-            "resume with the same number, or start in another output.dir"
+            "resume with the same number, convert it with --reshape, or start in another output.dir"
         )
-    if manifest["step"] > steps:
+    if manifest["step"] > train.steps:
         raise CheckpointError(
             f"{path.parent.parent}: this stage was trained for {manifest['step']} steps, more than its train.steps, "
-            f"{steps}; put it back, or start in another output.dir"
+            f"{train.steps}; put it back, or start in another output.dir"
         )
-    changes = accepted(manifest["terms"], terms, accept)
-    changed = difference(manifest["terms"], terms, accept)
+    changes = accepted(manifest["terms"], terms, train.accept)
+    changed = difference(manifest["terms"], terms, train.accept)
     if changed:
         raise CheckpointError(
             f"{path}: written with {changed}; put it back to resume, start in another output.dir, or, where it may "
@@ -168,14 +178,15 @@ def _checked(path: Path, terms: dict, steps: int, accept: tuple[str, ...]) -> li
         )
     for change in changes:
         say(f"resuming with {change['term']} = {change['now']!r}, which was {change['was']!r}, as train.accept allows")
-    return manifest.get("accepted", []) + [{"step": manifest["step"], **change} for change in changes]
+    record = manifest.get("accepted", []) + [{"step": manifest["step"], **change} for change in changes]
+    return record, manifest["world_size"]
 
 
-def _set_aside(path: Path) -> Path:
-    number, target = 1, path.with_name(f"{DAMAGED}{path.name}")
+def _set_aside(path: Path, why: str = DAMAGED) -> Path:
+    number, target = 1, path.with_name(f"{why}{path.name}")
     while target.exists():
         number += 1
-        target = path.with_name(f"{DAMAGED}{path.name}-{number}")
+        target = path.with_name(f"{why}{path.name}-{number}")
     path.rename(target)
     return target
 

@@ -187,9 +187,7 @@ def _too_far(folder: Path, done: int, steps: int) -> str:
 def _iterate(run: Run, folder: Path, terms: dict, supply: Supply | None) -> bool:
     """Every step that is left, each logged, some of them saved; False if a signal ended it early."""
     process, policy, train = run.process, run.policy, run.config.train
-    done, changed = checkpoints.load_latest(
-        policy, folder / "checkpoints", terms, run.parts, train.steps, train.accept, train.restart
-    )
+    done, changed, reshaped = checkpoints.load_latest(policy, folder / "checkpoints", terms, run.parts, train)
     run.keep_optimizer_settings()  # of the file, where they may differ from the checkpoint's
     if process.main:  # not before: a run that is refused leaves everything as it was
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +196,7 @@ def _iterate(run: Run, folder: Path, terms: dict, supply: Supply | None) -> bool
         if done:
             say(f"resuming after step {done}")
     log = MetricsLog(folder, done) if process.main else None
-    saved, bad_in_a_row = Saved(done), 0
+    saved, bad_in_a_row = Saved(-1 if reshaped else done), 0
 
     def save(step: int) -> None:
         if step == saved.step:
@@ -209,6 +207,8 @@ def _iterate(run: Run, folder: Path, terms: dict, supply: Supply | None) -> bool
         checkpoints.save(policy, folder / "checkpoints", step, terms, train.keep_checkpoints, run.parts, changed)
         saved.step, saved.at = step, time.monotonic()
 
+    if reshaped:
+        save(done)
     with _stop_signals() as stop, progress("training", train.steps, done=done, show=process.main) as bar:
         run.stop = stop
         for number in range(done, train.steps):

@@ -36,6 +36,9 @@ class SharedOut(Stateful, Protocol):
     def load_local_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what this process's `local_state` returned; every process calls it, after `load_state`."""
 
+    def load_whole_state(self, state: dict[str, Tensor]) -> None:
+        """The same of what another number of processes had: by name, their parts one after the other."""
+
 
 def rank_file(rank: int) -> str:
     return f"state-rank-{rank}.safetensors"
@@ -65,8 +68,11 @@ def save_local_state(folder: Path, step: int, parts: dict[str, object]) -> None:
         save_file(_stored(tensors), file, metadata={"step": str(step)})
 
 
-def load_state(folder: Path, parts: dict[str, object]) -> None:
-    """Give every part of `parts` that has a state the one that was saved for it. Every process calls this."""
+def load_state(folder: Path, parts: dict[str, object], ranks: int | None = None) -> None:
+    """Give every part of `parts` that has a state the one that was saved for it. Every process calls this.
+
+    ranks: how many processes saved it, where that is another number than now.
+    """
     states = json.loads((folder / STATE).read_text())["parts"]
     for name, tensor in load_file(folder / TENSORS).items():
         part, _, key = name.partition("/")
@@ -80,12 +86,16 @@ def load_state(folder: Path, parts: dict[str, object]) -> None:
     for name, part in stateful.items():
         part.load_state(states[name])
     shared_out = {name: part for name, part in parts.items() if isinstance(part, SharedOut)}
-    own: dict[str, dict[str, Tensor]] = {name: {} for name in shared_out}
-    for name, tensor in load_file(folder / rank_file(torch.distributed.get_rank())).items() if shared_out else ():
+    if not shared_out:
+        return
+    wanted = range(ranks) if ranks else [torch.distributed.get_rank()]
+    files = [load_file(folder / rank_file(rank)) for rank in wanted]
+    held: dict[str, dict[str, Tensor]] = {name: {} for name in shared_out}
+    for name in files[0]:
         part, _, key = name.partition("/")
-        own[part][key] = tensor
+        held[part][key] = torch.cat([file[name] for file in files]) if ranks else files[0][name]
     for name, part in shared_out.items():
-        part.load_local_state(own[name])
+        (part.load_whole_state if ranks else part.load_local_state)(held[name])
 
 
 def state_damage(folder: Path, step: int, listed: dict[str, str]) -> str | None:

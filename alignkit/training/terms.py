@@ -7,7 +7,7 @@ from alignkit.stores.pairs import PairStore
 VERSION = 2
 FREE = {
     "steps", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_bad_steps", "restart", "accept",
-    "stuck_seconds",
+    "reshape", "stuck_seconds",
 }  # fmt: skip
 """Of `train`: how long, how often to save, and what to do when something is wrong."""
 

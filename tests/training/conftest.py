@@ -41,9 +41,19 @@ for count, jobs in json.loads(sys.argv[2]):
 """
 
 
+@pytest.fixture(scope="session")
+def together_once(command, config_file):
+    """`together` for fixtures that outlive a test."""
+    return _together(command, config_file)
+
+
 @pytest.fixture
-def together(command, config_file):
+def together(together_once):
     """`together((2, [("train", settings), ...]), ...)`: each list of jobs, in turn, by that many processes at once."""
+    return together_once
+
+
+def _together(command, config_file):
 
     def run(*groups):
         result = command(config_file, json.dumps(groups), python=("-c", FORKED))

@@ -66,6 +66,14 @@ class Moving(Copy):
             self._value(name, trained, followed).copy_(state[name])
         self._show()
 
+    @torch.no_grad()
+    def load_whole_state(self, state: dict[str, Tensor]) -> None:
+        for name, trained, followed in self._both():
+            shape = getattr(trained, "ds_shape", trained.shape)
+            whole = state[name][: shape.numel()].to(trained.device)  # ZeRO-3's last part is padded
+            self._value(name, trained, followed).copy_(_part_of(whole, trained))
+        self._show()
+
     def _both(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Every trained parameter's name, the policy's and the reference's."""
         own = dict(getattr(self.network, "module", self.network).named_parameters())
