@@ -1,5 +1,6 @@
 # make demo   sets everything up, runs the main job on this machine, says where its report is
 # make test   sets everything up, runs the tests
+# make matrix every preset, dtype, kind of weights, reference and number of processes: trained, stopped, resumed, exported
 # make bench  sets everything up, times the kernels (on a machine without a GPU: their reference), draws the plot
 # make setup  the set-up alone: .venv with the tested versions; a second call installs nothing
 
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench bench-step clean
+.PHONY: setup demo test matrix lint bench bench-step clean
 
 setup: $(STAMP)
 
@@ -22,6 +23,9 @@ $(STAMP): pyproject.toml kernels/pyproject.toml constraints.txt .ci/check_machin
 
 demo: setup
 	$(BIN)/alignkit demo
+
+matrix: setup
+	$(BIN)/python tests/training/matrix.py
 
 test: setup
 	$(BIN)/ruff check .
