@@ -1,12 +1,13 @@
 """`alignkit demo` and `alignkit run`: every command in a row, from videos to a report."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 from alignkit.commands import run_command
 from alignkit.config import Config, Family, ModelSection, load_config, shipped_config
 from alignkit.progress import progress, say
-from alignkit.sharing import one_at_a_time
+from alignkit.sharing import one_at_a_time, run_lock
 from alignkit.stages import stage_configs
 from alignkit.tiny.clips import write_clips
 from alignkit.training.distributed import lone_worker
@@ -43,11 +44,12 @@ def run(config: Config) -> None:
     judged = config.data.videos or config.data.pairs
     names = STAGES if judged or not config.stages else ("train",)
     main = lone_worker().main
-    for number, name in enumerate(names, 1):
-        if main or name in ("pairs", "train"):
-            if main:
-                say(f"\n[{number}/{len(names)}] {name}")
-            run_command(name, config)
+    with run_lock(config.output.dir, "run") if main else nullcontext():  # from the first command to the last
+        for number, name in enumerate(names, 1):
+            if main or name in ("pairs", "train"):
+                if main:
+                    say(f"\n[{number}/{len(names)}] {name}")
+                run_command(name, config)
     if main and "eval" in names:
         _conclude(config)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from alignkit import demo
 from alignkit.errors import ConfigError
 from alignkit.sharing import RUN_LOCK, run_lock
 
@@ -79,3 +80,15 @@ def test_folders_made_for_the_lock_alone_are_gone_afterwards(tmp_path):
     with run_lock(tmp_path / "a" / "b", "train"):
         (tmp_path / "a" / "b" / "file").touch()
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["file"]
+
+
+def test_everything_in_a_row_holds_the_run_from_first_to_last(holder, small_config, monkeypatch):
+    config = small_config()
+    seen = []
+    monkeypatch.setattr(demo, "run_command", lambda name, config: seen.append((config.output.dir / RUN_LOCK).exists()))
+    monkeypatch.setattr(demo, "_conclude", lambda config: None)
+    demo.run(config)
+    assert seen == [True] * 5 and not (config.output.dir / RUN_LOCK).exists()
+    holder(config.output.dir, "train", shared=False)
+    with pytest.raises(ConfigError, match="alignkit train, process"):
+        demo.run(config)

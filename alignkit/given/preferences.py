@@ -1,5 +1,6 @@
 """Preference pairs that users bring: a table with the columns prompt, chosen and rejected."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def _preference(number: int, where: str, row: dict[str, Any], folder: Path) -> P
 def _file(folder: Path, written: str) -> Path:
     """The file of that very name, else of the name between its blanks."""
     exact = folder / written
-    return exact if exact.exists() else located(folder / written.strip())
+    return exact if os.path.exists(exact) else located(folder / written.strip())
 
 
 def _text(row: dict[str, Any], column: str) -> str:

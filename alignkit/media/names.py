@@ -15,7 +15,7 @@ def located(path: Path) -> Path:
     found = Path(path.anchor)
     for part in path.parts[1:] if path.anchor else path.parts:
         step = found / part
-        if not step.exists():
+        if not os.path.exists(step):  # which says no, too, to a name that no file system takes
             try:
                 same = [name for name in os.listdir(found) if composed(name) == composed(part)]
             except OSError:

@@ -160,3 +160,10 @@ def test_file_that_cannot_be_used_is_one_line(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as error:
         read_preferences(tmp_path / name)
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_name_that_no_file_system_takes_is_one_rows_problem(tmp_path):
+    strange = {"prompt": "a", "chosen": "x" * 5000 + ".mp4", "rejected": "b\0.mp4"}
+    table = jsonl(tmp_path / "pairs.jsonl", strange, {"prompt": "b", "chosen": "1.mp4", "rejected": "2.mp4"})
+    preferences, _ = read_preferences(table)
+    assert [row.prompt for row in preferences] == ["a", "b"]
