@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from alignkit.errors import ModelError
+from alignkit.errors import DataError, ModelError
 from alignkit.files import write_atomically
 from alignkit.sharing import one_at_a_time
 
@@ -44,7 +44,7 @@ def fingerprint_of(folder: Path, variant: str | None = None) -> str:
     try:
         with one_at_a_time(memory.with_suffix(".lock")):
             return _remembered(memory, known) or _remember(memory, known, _compute(files, read))
-    except OSError:  # no home to remember it in
+    except (OSError, DataError):  # no home to remember it in, or one without locks
         return _compute(files, read)
 
 

@@ -23,6 +23,7 @@ from alignkit.training.distributed import Process, on_main
 PERIOD_S = 5.0
 STEPS = 10  # of the slowest step so far, that a step may last
 LONG = 12  # times `stuck_seconds`, for loading, saving, making pairs, exporting and the first step
+GRACE_S = 10.0
 ENDED = "ended"
 EXIT_CODE = 1
 
@@ -72,10 +73,8 @@ def heartbeat(process: Process, stuck_seconds: float) -> Iterator[Pulse]:
         yield pulse
     finally:
         stop.set()
-        if process.main:
-            thread.join()
-        else:
-            thread.join(period + 1)
+    thread.join()
+    torch.distributed.barrier()  # the store goes with the first one, and nobody asks it any more
 
 
 def _beat(store, pulse: Pulse, process: Process, stuck_seconds: float, period: float, stop: threading.Event) -> None:
@@ -94,7 +93,7 @@ def _beat(store, pulse: Pulse, process: Process, stuck_seconds: float, period: f
             elif store.check([ENDED]):
                 _end(None)
         except RuntimeError as error:  # torch's errors of a store that does not answer
-            if stop.is_set():
+            if stop.wait(GRACE_S):  # an error that all have raised: the first one was quicker to leave
                 return
             _end(f"the first process, on {os.environ['MASTER_ADDR']}, is not heard of ({_first_line(error)})")
 
