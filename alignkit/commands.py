@@ -18,6 +18,7 @@ from alignkit.evaluation.readiness import CLIPS, cannot_draw, explained_share, t
 from alignkit.evaluation.samples import PLAYBACK_FPS
 from alignkit.files import write_atomically, write_json
 from alignkit.given.build import build_given_pairs, find_given
+from alignkit.launch import first_of_several
 from alignkit.localdpo.build import build_pairs, check_settings
 from alignkit.localdpo.sources import Source, check_count, check_masks, find_usable
 from alignkit.media.captions import Problem
@@ -49,7 +50,7 @@ def run_command(name: str, config: Config) -> None:
     """
     if name in TOGETHER:
         _timed(name, config)
-    elif lone_worker().main:
+    elif first_of_several():  # each task of an array, too
         with run_lock(config.output.dir, name, shared=name in SHARING):
             _timed(name, config)
     else:
