@@ -1,5 +1,6 @@
 """The `alignkit` command: reads arguments, runs a stage, turns errors a user can mend into one line and exit code 2."""
 
+import logging
 import os
 import sys
 import time
@@ -336,12 +337,15 @@ def run() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Loading bars and notices of the libraries would drown our own; their warnings and errors stay."""
+    """Loading bars and notices of the libraries would drown our own; their warnings stay, which may be of the user's
+    model or text."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, "1" if name.startswith("HF_HUB") else "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import diffusers
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    notice = "Attention backends are an experimental feature"
+    for name in ("diffusers.models.modeling_utils", "diffusers.models.attention_dispatch"):
+        logging.getLogger(name).addFilter(lambda record: notice not in record.getMessage())

@@ -23,6 +23,7 @@ from alignkit.models.folder import (
     first_order_sample,
     frozen,
     grid_of,
+    load_transformer,
     loading,
     settings_of,
     to_frames,
@@ -318,9 +319,7 @@ def load(
         vae_config = settings_of(AutoencoderKLCogVideoX, path, "vae", revision)
         transformer = None
         if with_transformer:
-            transformer = CogVideoXTransformer3DModel.from_pretrained(
-                path, subfolder="transformer", revision=revision, variant=variant, torch_dtype=dtype
-            )
+            transformer = load_transformer(CogVideoXTransformer3DModel, path, revision, variant, dtype)
             transformer.set_attn_processor(AttentionProcessor())
             frozen(transformer)
         pipeline = None

@@ -183,6 +183,20 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
+def load_transformer(
+    kind: type[nn.Module], path: str, revision: str | None, variant: str | None, dtype: torch.dtype
+) -> nn.Module:
+    """A folder's transformer, frozen. Raises ModelError where it lacks a weight, which diffusers would draw anew."""
+    network, report = kind.from_pretrained(
+        path, subfolder="transformer", revision=revision, variant=variant, torch_dtype=dtype, output_loading_info=True
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""
+        raise ModelError(f"model.path: {path}/transformer: holds no {missing[0]}{more}")
+    return frozen(network)
+
+
 def settings_of(part: type[nn.Module], path: str, subfolder: str, revision: str | None) -> dict:
     """A part's settings, the class's defaults for those that its config.json leaves out, without its weights."""
     with torch.device("meta"):

@@ -15,6 +15,7 @@ from alignkit.models.folder import (
     first_order_sample,
     frozen,
     grid_of,
+    load_transformer,
     loading,
     settings_of,
     to_frames,
@@ -206,10 +207,7 @@ def load(
         vae_config = settings_of(AutoencoderKLWan, path, "vae", revision)
         transformer = None
         if with_transformer:
-            transformer = WanTransformer3DModel.from_pretrained(
-                path, subfolder="transformer", revision=revision, variant=variant, torch_dtype=dtype
-            )
-            frozen(transformer)
+            transformer = load_transformer(WanTransformer3DModel, path, revision, variant, dtype)
         pipeline = None
         if with_encoders:
             pipeline = WanPipeline.from_pretrained(path, revision=revision, variant=variant, transformer=None)

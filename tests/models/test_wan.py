@@ -196,3 +196,28 @@ def test_a_prompt_that_is_cut_is_said(wan, capfd):
     assert "tokens is cut to 64 (model.max_sequence_length): a cat a cat" in capfd.readouterr().err
     wan.encode_text(["a short cat"])
     assert "cut" not in capfd.readouterr().err
+
+
+def test_a_transformer_that_lacks_a_weight_is_refused(tmp_path):
+    """diffusers draws it anew and says so in a warning."""
+    shutil.copytree(shipped_model("wan"), tmp_path / "m")
+    (file,) = (tmp_path / "m/transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["blocks.1.attn1.to_q.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=r"m/transformer: holds no blocks\.1\.attn1\.to_q\.weight"):
+        load(tmp_path / "m")
+
+
+def test_warnings_of_libraries_about_a_users_model_are_seen(command, tmp_path):
+    shutil.copytree(shipped_model("wan"), tmp_path / "m")
+    (file,) = (tmp_path / "m/transformer").glob("*.safetensors")
+    save_file(load_file(file) | {"blocks.0.what_is_this": torch.zeros(2)}, file)
+    code = (
+        "import sys\nfrom alignkit.cli import _quiet_libraries\n_quiet_libraries()\n"
+        "from alignkit.config import ModelSection\nfrom alignkit.models import load_model\n"
+        "load_model(ModelSection(path=sys.argv[1]), with_encoders=False)\n"
+    )
+    result = command(tmp_path / "m", python=("-c", code), fresh=True)
+    assert result.returncode == 0 and "what_is_this" in result.stderr, result.stderr
+    assert "experimental feature" not in result.stderr
