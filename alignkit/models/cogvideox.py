@@ -308,7 +308,7 @@ def load(
 
     Raises ModelError naming what is missing or wrong, ConfigError for a text length that the model cannot take.
     """
-    with loading(path, CogVideoXPipeline, revision, variant):
+    with loading(path, CogVideoXPipeline, revision):
         scheduler, stochastic = _load_scheduler(path, revision)
         config = CogVideoXTransformer3DModel.load_config(path, subfolder="transformer", revision=revision)
         if config.get("patch_size_t") is not None:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError, ConfigError, ModelError
-from alignkit.models.weights import file_digest, fingerprint_of, weight_files
+from alignkit.models.weights import check_weight_files, file_digest, fingerprint_of
 from alignkit.progress import say
 from alignkit.schedules import Schedule, one_step
 
@@ -187,6 +187,8 @@ def load_transformer(
     kind: type[nn.Module], path: str, revision: str | None, variant: str | None, dtype: torch.dtype
 ) -> nn.Module:
     """A folder's transformer, frozen. Raises ModelError where it lacks a weight, which diffusers would draw anew."""
+    if Path(path).is_dir():
+        check_weight_files(Path(path) / "transformer", variant)
     network, report = kind.from_pretrained(
         path, subfolder="transformer", revision=revision, variant=variant, torch_dtype=dtype, output_loading_info=True
     )
@@ -204,13 +206,11 @@ def settings_of(part: type[nn.Module], path: str, subfolder: str, revision: str 
 
 
 @contextmanager
-def loading(path: str, pipeline: type[DiffusionPipeline], revision: str | None, variant: str | None) -> Iterator[None]:
-    """Turn whatever loading raises into a ModelError that names `path`; refuse a folder of another pipeline first, one
-    without weights of this `variant`, and a hub model that cannot be had."""
+def loading(path: str, pipeline: type[DiffusionPipeline], revision: str | None) -> Iterator[None]:
+    """Turn whatever loading raises into a ModelError that names `path`; refuse a folder of another pipeline first, and
+    a hub model that cannot be had."""
     try:
-        if Path(path).is_dir():
-            _check_weights(Path(path) / "transformer", variant)
-        else:
+        if not Path(path).is_dir():
             _check_hub(path, pipeline.config_name, revision)
         index = pipeline.load_config(path, revision=revision)
         if index.get("_class_name") != pipeline.__name__:
@@ -220,18 +220,6 @@ def loading(path: str, pipeline: type[DiffusionPipeline], revision: str | None, 
         raise
     except Exception as error:  # diffusers, safetensors and json each raise their own kinds for damaged files
         raise ModelError(f"model.path: {path}: cannot load: {_line(error)}") from error
-
-
-def _check_weights(folder: Path, variant: str | None) -> None:
-    if weight_files(folder, variant):
-        return
-    found = sorted(file.name for file in folder.glob("*.safetensors*"))
-    others = {name.split(".")[1] for name in found if name.count(".") == 2 and name.endswith(".safetensors")}
-    hint = f"set model.variant={min(others)}" if others else "safetensors files are needed"
-    of = f" of variant {variant}" if variant else ""
-    raise ModelError(
-        f"model.path: {folder}: cannot load: holds no weights{of}; {hint} (there is {', '.join(found[:4]) or 'none'})"
-    )
 
 
 def _check_hub(name: str, file: str, revision: str | None) -> None:

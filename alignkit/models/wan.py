@@ -198,7 +198,7 @@ def load(
 
     Raises ModelError naming what is missing or wrong.
     """
-    with loading(path, WanPipeline, revision, variant):
+    with loading(path, WanPipeline, revision):
         scheduler = UniPCMultistepScheduler.from_pretrained(path, subfolder="scheduler", revision=revision)
         if scheduler.config.use_dynamic_shifting:
             raise ModelError(f"model.path: {path}/scheduler: use_dynamic_shifting is on: Wan's shift is one number")

@@ -30,6 +30,20 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     return []
 
 
+def check_weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """`weight_files`; raises ModelError, naming the file that should be there, and what is, where there are none."""
+    files = weight_files(folder, variant)
+    if files:
+        return files
+    there = sorted(file.name for file in folder.glob("*.safetensors*"))
+    others = {name.split(".")[1] for name in there if name.count(".") == 2 and name.endswith(".safetensors")}
+    hint = f"set model.variant={min(others)}" if others else "safetensors files are needed"
+    wanted = folder / f"{NAMES[0]}{f'.{variant}' if variant else ''}.safetensors"
+    raise ModelError(
+        f"model.path: {wanted}: cannot load: no such file; {hint} (there is {', '.join(there[:4]) or 'none'})"
+    )
+
+
 def fingerprint_of(folder: Path, variant: str | None = None) -> str:
     """SHA-256 of a part's tensors, by name, dtype, shape and bytes, and of its settings: the same for the same weights
     in one file or in shards. Where there are no safetensors files, of the bytes of all its files.

@@ -36,9 +36,6 @@ class SharedOut(Stateful, Protocol):
     def load_local_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what this process's `local_state` returned; every process calls it, after `load_state`."""
 
-    def load_whole_state(self, state: dict[str, Tensor]) -> None:
-        """The same of what another number of processes had: by name, their parts one after the other."""
-
 
 def rank_file(rank: int) -> str:
     return f"state-rank-{rank}.safetensors"
@@ -95,7 +92,14 @@ def load_state(folder: Path, parts: dict[str, object], ranks: int | None = None)
         part, _, key = name.partition("/")
         held[part][key] = torch.cat([file[name] for file in files]) if ranks else files[0][name]
     for name, part in shared_out.items():
-        (part.load_whole_state if ranks else part.load_local_state)(held[name])
+        if not ranks:
+            part.load_local_state(held[name])
+        elif hasattr(part, "load_whole_state"):  # of what all had: by name, their parts one after the other
+            part.load_whole_state(held[name])
+        else:
+            raise CheckpointError(
+                f"{folder}: the state of {name} cannot be shared out among another number of processes"
+            )
 
 
 def state_damage(folder: Path, step: int, listed: dict[str, str]) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from alignkit.config import Config, ModelSection
 from alignkit.errors import AlignkitError, ModelError
 from alignkit.models import family_module, load_model
-from alignkit.models.weights import weight_files
+from alignkit.models.weights import check_weight_files
 
 Read = Callable[[str], Tensor]
 
@@ -201,7 +201,7 @@ def _agree(action, share: bool = True):
 def _places(folder: Path, variant: str | None, names: list[str]) -> dict[str, Path]:
     """The file of each parameter."""
     places: dict[str, Path] = {}
-    for file in weight_files(folder, variant):
+    for file in check_weight_files(folder, variant):
         try:
             with safe_open(file, "pt") as opened:
                 places |= dict.fromkeys(opened.keys(), file)
