@@ -51,6 +51,7 @@ def save(engine, folder: Path, step: int, terms: dict, keep: int, parts: dict[st
     save_local_state(partial, step, parts)
     if rank == 0:
         save_state(partial, step, parts)
+    torch.distributed.barrier()  # none lists what another is still writing under a name of its own for the time
     own = [file for file in sorted(partial.rglob("*")) if file.is_file() and _writer(file) == rank]
     for file in own:
         flush(file)
