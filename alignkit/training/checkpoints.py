@@ -165,17 +165,17 @@ def _checked(path: Path, terms: dict, train: TrainSection) -> tuple[list[dict], 
             f"{path}: written by {manifest['world_size']} processes, this run has {world_size}; "
             "resume with the same number, convert it with --reshape, or start in another output.dir"
         )
-    if manifest["step"] > train.steps:
-        raise CheckpointError(
-            f"{path.parent.parent}: this stage was trained for {manifest['step']} steps, more than its train.steps, "
-            f"{train.steps}; put it back, or start in another output.dir"
-        )
     changes = accepted(manifest["terms"], terms, train.accept)
     changed = difference(manifest["terms"], terms, train.accept)
     if changed:
         raise CheckpointError(
             f"{path}: written with {changed}; put it back to resume, start in another output.dir, or, where it may "
             "change, name it in train.accept"
+        )
+    if manifest["step"] > train.steps:
+        raise CheckpointError(
+            f"{path.parent.parent}: this stage was trained for {manifest['step']} steps, more than its train.steps, "
+            f"{train.steps}; put it back, or start in another output.dir"
         )
     for change in changes:
         say(f"resuming with {change['term']} = {change['now']!r}, which was {change['was']!r}, as train.accept allows")
