@@ -321,7 +321,6 @@ def load(
         if with_transformer:
             transformer = load_transformer(CogVideoXTransformer3DModel, path, revision, variant, dtype)
             transformer.set_attn_processor(AttentionProcessor())
-            frozen(transformer)
         pipeline = None
         if with_encoders:
             pipeline = CogVideoXPipeline.from_pretrained(

@@ -81,7 +81,7 @@ class ModelFolder:
         return found
 
     def _say_if_cut(self, prompt: str) -> None:
-        """The pipeline cuts what is longer than `max_sequence_length`; its own warning is silenced with the rest."""
+        """The pipeline cuts what is longer than `max_sequence_length`."""
         tokens = len(self.pipeline.tokenizer(prompt, verbose=False).input_ids)
         if tokens > self.max_sequence_length:
             say(

@@ -255,10 +255,8 @@ def test_a_process_that_is_stopped_is_named_and_the_run_ends(run_with_pairs, con
         file = train_folder(config) / "metrics.jsonl"
         while all(rank.poll() is None for rank in ranks) and (not file.exists() or file.read_bytes().count(b"\n") < 3):
             time.sleep(0.05)
-        begun = time.monotonic()
         ranks[1].send_signal(signal.SIGSTOP)
         said = ranks[0].communicate(timeout=60)[1]
-        assert time.monotonic() - begun < 50, "not by the process group's own limit of half an hour"
         assert ranks[0].returncode == 1
         assert re.search(r"alignkit: process 1 on \S+, last at .*step \d+.*, is not heard of for", said)
     finally:
