@@ -16,7 +16,7 @@ from alignkit.config import Config, dump_config
 from alignkit.errors import ConfigError, DataError
 from alignkit.evaluation.readiness import CLIPS, cannot_draw, explained_share, too_few
 from alignkit.evaluation.samples import PLAYBACK_FPS
-from alignkit.files import write_atomically, write_json
+from alignkit.files import no_room, write_atomically, write_json
 from alignkit.given.build import build_given_pairs, find_given
 from alignkit.launch import first_of_several
 from alignkit.localdpo.build import build_pairs, check_settings
@@ -46,15 +46,21 @@ TOGETHER = ("train", "cache-reference")  # of one process group, which learns to
 def run_command(name: str, config: Config) -> None:
     """Run one of COMMANDS and record how long it took and how much memory the process has used at most.
 
-    Raises ConfigError while another command writes to the same output.dir.
+    Raises ConfigError while another command writes to the same output.dir, DataError where its disk is full.
     """
-    if name in TOGETHER:
-        _timed(name, config)
-    elif first_of_several():  # each task of an array, too
-        with run_lock(config.output.dir, name, shared=name in SHARING):
+    try:
+        if name in TOGETHER:
             _timed(name, config)
-    else:
-        COMMANDS[name](config)
+        elif first_of_several():  # each task of an array, too
+            with run_lock(config.output.dir, name, shared=name in SHARING):
+                _timed(name, config)
+        else:
+            COMMANDS[name](config)
+    except Exception as error:
+        full = no_room(error, config.output.dir)
+        if full is None:
+            raise
+        raise DataError(full) from error
 
 
 def _timed(name: str, config: Config) -> None:

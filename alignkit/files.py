@@ -1,7 +1,9 @@
 """Writing files so that they appear whole or not at all."""
 
+import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -51,3 +53,25 @@ def made(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # no longer empty
             for path in new:
                 path.rmdir()
+
+
+NO_ROOM = errno.ENOSPC, errno.EDQUOT
+# What libraries that write by themselves say: safetensors, pyarrow, SQLite; and torch, whose writer does not say why.
+NO_ROOM_SAID = ("No space left on device", "os error 28", "disk is full", "Disk quota exceeded")
+UNWRITTEN = ("inline_container", "PytorchStreamWriter")
+
+
+def no_room(error: BaseException | None, folder: Path) -> str | None:
+    """A line that says so where `error`, or what led to it, is a disk that is full; `folder`: where it was written."""
+    while error is not None:
+        text = str(error)
+        full = isinstance(error, OSError) and error.errno in NO_ROOM
+        if full or any(said in text for said in (*NO_ROOM_SAID, *UNWRITTEN)):
+            free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 1e6
+            sure = "" if full or not any(said in text for said in UNWRITTEN) else ", it seems,"
+            return (
+                f"{folder}: no space is left on its disk{sure} ({free:.3g} MB free): make room, and the same command "
+                "goes on from what is saved"
+            )
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,11 +1,13 @@
 """What the whole suite shares: the shipped model, a folder of drawn clips, and a configuration of a few seconds."""
 
+import itertools
 import json
 import os
-import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,82 +179,68 @@ def made_rollouts(rollout_overrides, tmp_path_factory) -> Path:
     return out
 
 
-# A process that has imported everything already and forks for each command: imports are most of a command's time.
-FORKING = """
-import atexit, json, os, sys, traceback
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what libraries print as they are imported
-import torch
-import alignkit.training.distributed
-from alignkit.cli import _quiet_libraries
-_quiet_libraries()
-import deepspeed, peft
-import diffusers.models, diffusers.pipelines.cogvideo.pipeline_cogvideox, diffusers.pipelines.wan.pipeline_wan
-import transformers.models.t5.modeling_t5, transformers.models.umt5.modeling_umt5
-import alignkit.__main__, alignkit.demo, alignkit.evaluation.summary, alignkit.report, alignkit.stages.chain
+class Command:
+    """A command that was forked from a process that has imported everything; as `subprocess.Popen` has it."""
 
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
-        continue
-    code = 1
-    try:
-        for number, name in enumerate((os.devnull, job["out"], job["err"])):
-            stream = os.open(name, os.O_RDWR | os.O_CREAT)
-            os.dup2(stream, number)
-        os.environ.clear()
-        os.environ.update(job["env"])
-        sys.argv = job["argv"]
-        if job["code"] is None:
-            alignkit.__main__.main()
-        else:
-            exec(compile(job["code"], "<string>", "exec"), {"__name__": "__main__"})
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-    except BaseException as error:
-        sys.last_value = error
-        traceback.print_exc()
-    finally:
-        atexit._run_exitfuncs()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-"""
+    def __init__(self, server: "Server", argv: list[str], code: str | None, environment: dict[str, str]):
+        self._server, self.returncode = server, None
+        self._out, self._err = (server.folder / f"{name}-{next(server.numbers)}" for name in ("out", "err"))
+        job = {"argv": argv, "code": code, "env": environment, "out": str(self._out), "err": str(self._err)}
+        self.pid = int(server.ask(job))
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            answer = self._server.ask({"poll": self.pid})
+            self.returncode = int(answer) if answer else None
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                os.killpg(self.pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired("a command", timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        self.wait(timeout)
+        return tuple(file.read_text() if file.exists() else "" for file in (self._out, self._err))
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Server:
+    """The process that commands are forked from (tests/starting.py), started when the first one is."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.numbers, self._process = folder, itertools.count(), None
+
+    def ask(self, job: dict) -> str:
+        if self._process is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            command = [sys.executable, str(Path(__file__).with_name("starting.py"))]
+            self._process = subprocess.Popen(command, text=True, env=fresh_environment(), **pipes)
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
 
 @pytest.fixture(scope="session")
-def forking(tmp_path_factory):
-    """`forking(argv, code=None)`: the command line, or Python code, with what it imports imported already."""
-    folder = tmp_path_factory.mktemp("forked")
-    started: list[subprocess.Popen] = []
-
-    def run(argv: list[str], code: str | None = None) -> subprocess.CompletedProcess:
-        if not started or started[0].poll() is not None:
-            command = [sys.executable, "-c", FORKING]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            started[:] = [subprocess.Popen(command, text=True, env=fresh_environment(), **pipes)]
-        server = started[0]
-        out, err = folder / "out", folder / "err"
-        for file in (out, err):
-            file.unlink(missing_ok=True)
-        job = {"argv": argv, "code": code, "env": fresh_environment(), "out": str(out), "err": str(err)}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        if not select.select([server.stdout], [], [], 300)[0]:
-            server.kill()
-            raise subprocess.TimeoutExpired(argv, 300)
-        answer = server.stdout.readline()
-        return subprocess.CompletedProcess(argv, int(answer), out.read_text(), err.read_text())
-
-    yield run
-    for server in started:
-        server.kill()
-        server.wait()
+def server(tmp_path_factory):
+    found = Server(tmp_path_factory.mktemp("forked"))
+    yield found
+    found.stop()
 
 
 def fresh_environment() -> dict[str, str]:
@@ -270,31 +258,38 @@ def wan():
 
 
 @pytest.fixture(scope="session")
-def command(forking):
+def command(start_command):
     """`command("train", CONFIG, ...)` runs the alignkit command line in a process of its own, `python=("-c", CODE)`
     other code; returns exit code, output and errors. fresh: with nothing imported before."""
 
     def run(*arguments, python: tuple[str, ...] = ("-m", "alignkit"), fresh: bool = False):
         words = [str(word) for word in arguments]
-        if not fresh and python == ("-m", "alignkit"):
-            return forking(["alignkit", *words])
-        if not fresh and python[:1] == ("-c",):
-            return forking(["-c", *words], python[1])
-        whole = [sys.executable, *python, *words]
-        return subprocess.run(whole, capture_output=True, text=True, timeout=300, env=fresh_environment(), check=False)
+        if fresh or python[0] not in ("-c", "-m"):
+            whole = [sys.executable, *python, *words]
+            return subprocess.run(
+                whole, capture_output=True, text=True, timeout=300, env=fresh_environment(), check=False
+            )
+        child = start_command(*words, code=python[1] if python[0] == "-c" else None)
+        out, err = child.communicate()
+        return subprocess.CompletedProcess(words, child.returncode, out, err)
 
     return run
 
 
 @pytest.fixture(scope="session")
-def start_command():
-    """`start_command("train", CONFIG, ...)` starts the command line and returns its Popen."""
-    return lambda *arguments: subprocess.Popen(
-        [sys.executable, "-m", "alignkit", *map(str, arguments)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=fresh_environment(),
-    )
+def start_command(server):
+    """`start_command("train", CONFIG, ...)` starts the command line, or other `code`, and returns it as Popen would.
+
+    env: variables to be set. fresh: with nothing imported before."""
+
+    def start(*arguments, code: str | None = None, env: dict[str, str] | None = None, fresh: bool = False):
+        words, environment = [str(word) for word in arguments], fresh_environment() | (env or {})
+        if fresh:
+            whole = [sys.executable, "-m", "alignkit", *words]
+            return subprocess.Popen(whole, stderr=subprocess.PIPE, text=True, env=environment)
+        return Command(server, ["alignkit" if code is None else "-c", *words], code, environment)
+
+    return start
 
 
 @pytest.fixture(scope="session")

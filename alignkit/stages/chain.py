@@ -31,9 +31,10 @@ def run_chain(config: Config, process: Process) -> bool:
     calls this. False if a signal ended it early, or a stage waits for somebody; the same call goes on where it was."""
     stages = stage_configs(config)
     check_chain(stages)  # the last one's faults too, before the first one trains
-    if process.main:
-        config.output.dir.mkdir(parents=True, exist_ok=True)
+
+    def keep_settings() -> None:
         write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
+
     before: Path | None = None
     taught: Taught | None = None
     for number, (name, stage) in enumerate(stages, 1):
@@ -46,7 +47,7 @@ def run_chain(config: Config, process: Process) -> bool:
         elif makes_pairs(stage):
             build_own_pairs(stage, process)
         last, few = number == len(stages), config.few_step_sampler
-        link = Link(before, export_folder(config) if last else None, few and few.num_steps)
+        link = Link(before, export_folder(config) if last else None, keep_settings, few and few.num_steps)
         if not train(stage, process, link, supply):
             return False
         if process.main:

@@ -30,6 +30,7 @@ from alignkit.training.run import Run
 
 ID_STRIDE = 2**16  # a round's pairs have ids, and so noise, of their own; a key's ids end at 2³²
 RECORD = "round.json"
+TERMS = "terms.json"  # of all rounds, from the first one's beginning
 REACHED = {"budget", "price_in", "price_out", "timeout_s", "retries", "at_once", "key_env", "max_tokens"}
 FREE = {
     "model": {"path", "revision", "variant"},  # its weights are told by `start`
@@ -158,12 +159,21 @@ class Rounds:
             return None
         except (OSError, ValueError) as error:
             raise DataError(f"{folder / RECORD}: cannot be read ({error}); delete that folder") from None
-        if record["terms"] != self._terms:
+        self._check_terms(folder.parent, record["terms"])
+        return record
+
+    def check_made(self) -> None:
+        """As in `Supply`: of rounds that were begun, too."""
+        folder = self._folder(0).parent
+        if (folder / TERMS).exists():
+            self._check_terms(folder, json.loads((folder / TERMS).read_text()))
+
+    def _check_terms(self, folder: Path, made: str) -> None:
+        if made != self._terms:
             raise DataError(
                 f"{folder}: its pairs were made with other settings, prompts or weights than there are now; put them "
-                "back, choose another output.dir, or delete the folder above it"
+                "back, choose another output.dir, or delete that folder"
             )
-        return record
 
     def _round_config(self, number: int) -> Config:
         """Everything of the round in its own folder."""
@@ -186,6 +196,8 @@ class Rounds:
         count = min(self.config.online.prompts or len(self.prompts), len(self.prompts))
         prompts = [self.prompts[(number * count + i) % len(self.prompts)] for i in range(count)]
         if process.main:
+            self._folder(number).mkdir(parents=True, exist_ok=True)
+            write_json(self._folder(0).parent / TERMS, self._terms)
             say(f"round {number}: {config.rollout.per_prompt} rollouts of {count} prompts")
         rollouts = self.sample(config, run, prompts, number)
         on_main_at_length(process, lambda: self._record_pairs(config, run, rollouts, number))

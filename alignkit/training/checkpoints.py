@@ -26,7 +26,7 @@ from alignkit.training.reshaping import load_universal, universal_form
 from alignkit.training.state import load_state, save_local_state, save_state, state_damage
 from alignkit.training.terms import accepted, difference
 
-MANIFEST = "manifest.json"
+MANIFEST, DIGEST = "manifest.json", "digest"
 FORMAT = 2
 DAMAGED, BEFORE = "damaged-", "before-reshape-"
 SEEN_WITHIN_S = 30.0  # of a write on another node: a network file system may take some seconds to show it
@@ -78,7 +78,8 @@ def _complete(
         "terms": terms,
         "files": dict(sorted(hashes.items())),
     }
-    write_json(partial / MANIFEST, manifest | ({"accepted": record} if record else {}))
+    manifest |= {"accepted": record} if record else {}
+    write_json(partial / MANIFEST, manifest | {DIGEST: _digest(manifest)})
     flush(partial)
     if final.exists():  # of another number of processes
         say(f"the checkpoint that was converted is kept as {_set_aside(final, BEFORE).name}")
@@ -221,6 +222,8 @@ def _damage_seen_here(path: Path) -> str | None:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        if manifest.get(DIGEST, digest := _digest(manifest)) != digest:
+            return "its manifest is not as it was written"
         if path.name != f"step-{manifest['step']:08d}":
             return f"its manifest is of step {manifest['step']}"
         for name in sorted(manifest["files"])[rank::world_size]:
@@ -237,6 +240,12 @@ def _damage_seen_here(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
+
+
+def _digest(manifest: dict) -> str:
+    """Of all of a manifest but this; those of before have none."""
+    content = {name: value for name, value in manifest.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _hash(file: Path) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignkit.config import Config, LoraSection, ModelSection
 from alignkit.errors import DataError
-from alignkit.files import write_json
+from alignkit.files import flush, write_json
 from alignkit.models.folder import LORA_FILE
 from alignkit.progress import say
 from alignkit.training.lora import peft_weights
@@ -79,10 +79,13 @@ def _appearing_whole(target: Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
+    for path in (*partial.rglob("*"), partial):
+        flush(path)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
     os.rename(partial, target)
+    flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
     say(f"exported to {target}")

@@ -64,20 +64,55 @@ def heartbeat(process: Process, stuck_seconds: float) -> Iterator[Pulse]:
     port = on_main(process, lambda: kept.port)
     store = kept or torch.distributed.TCPStore(host, port, None, False, wait, False)
     store.set_timeout(wait)
-    args = (store, pulse, process, stuck_seconds, period, stop)
+    first, left = _First(host), threading.Event()
+    args = (store, pulse, process, stuck_seconds, period, stop, first)
     thread = threading.Thread(target=_beat, args=args, daemon=True, name="heartbeat")
     store.set(_key(process.rank), _beat_of(pulse))
     torch.distributed.barrier()  # all have a first beat
     thread.start()
+    if not process.main:
+        args = (first, stuck_seconds, period, left)
+        threading.Thread(target=_listen, args=args, daemon=True, name="heartbeat of the first").start()
     try:
         yield pulse
+    except BaseException:
+        left.set()
+        raise
     finally:
         stop.set()
     thread.join()
+    left.set()
     torch.distributed.barrier()  # the store goes with the first one, and nobody asks it any more
 
 
-def _beat(store, pulse: Pulse, process: Process, stuck_seconds: float, period: float, stop: threading.Event) -> None:
+class _First:
+    """What another process last heard of the first one, which keeps the store."""
+
+    def __init__(self, host: str):
+        self.told, self.heard = f"process 0 on {host}", time.monotonic()
+
+    def says(self, beat: str) -> None:
+        told = json.loads(beat)
+        self.told, self.heard = f"process 0 on {told['host']}, last at {told['phase']}", time.monotonic()
+
+
+def _listen(first: _First, stuck_seconds: float, period: float, left: threading.Event) -> None:
+    """A store whose process is stopped answers nothing and refuses nothing: who asks it waits without a limit."""
+    while not left.wait(period):
+        silence = time.monotonic() - first.heard
+        if silence > stuck_seconds + period:
+            _end(f"{first.told}, is not heard of for {silence:.0f} s")
+
+
+def _beat(
+    store,
+    pulse: Pulse,
+    process: Process,
+    stuck_seconds: float,
+    period: float,
+    stop: threading.Event,
+    first: _First,
+) -> None:
     seen: dict[int, tuple[str, int, float, float]] = {}
     number = 0
     while not stop.wait(period):
@@ -92,6 +127,8 @@ def _beat(store, pulse: Pulse, process: Process, stuck_seconds: float, period: f
                     _end(fault)
             elif store.check([ENDED]):
                 _end(None)
+            else:
+                first.says(store.get(_key(0)).decode())
         except RuntimeError as error:  # torch's errors of a store that does not answer
             if stop.wait(GRACE_S):  # an error that all have raised: the first one was quicker to leave
                 return

@@ -5,6 +5,7 @@ import math
 import resource
 import signal
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,11 +48,14 @@ def train_folder(config: Config) -> Path:
 @dataclass(frozen=True)
 class Link:
     """A run's place in a chain of stages. start: the training folder of the stage before, None for the first.
-    export: where the last one's model goes, None for the others. few_steps: in which that model samples, of a student.
+    export: where the last one's model goes, None for the others. accepted() is called, by the first process, when the
+    stage may go on from what is in its folder, before anything is written there. few_steps: in which the last one's
+    model samples, of a student.
     """
 
     start: Path | None
     export: Path | None
+    accepted: Callable[[], None] = lambda: None
     few_steps: int | None = None
 
 
@@ -99,7 +103,7 @@ def _train(config: Config, process: Process, link: Link | None, supply: Supply |
     del start  # the first process may hold a copy
     run.pulse = pulse
     try:
-        if not _iterate(run, folder, terms, supply):
+        if not _iterate(run, folder, terms, link, supply):
             return False
         pulse.at("exporting")
         weights = full_precision_weights(run.policy)
@@ -184,10 +188,12 @@ def _too_far(folder: Path, done: int, steps: int) -> str:
     return f"{folder}: this stage was trained for {done} steps, more than its train.steps, {steps}; put it back"
 
 
-def _iterate(run: Run, folder: Path, terms: dict, supply: Supply | None) -> bool:
+def _iterate(run: Run, folder: Path, terms: dict, link: Link | None, supply: Supply | None) -> bool:
     """Every step that is left, each logged, some of them saved; False if a signal ended it early."""
     process, policy, train = run.process, run.policy, run.config.train
     done, changed, reshaped = checkpoints.load_latest(policy, folder / "checkpoints", terms, run.parts, train)
+    if supply:
+        on_main(process, supply.check_made)
     run.keep_optimizer_settings()  # of the file, where they may differ from the checkpoint's
     if process.main:  # not before: a run that is refused leaves everything as it was
         folder.mkdir(parents=True, exist_ok=True)
@@ -195,6 +201,8 @@ def _iterate(run: Run, folder: Path, terms: dict, supply: Supply | None) -> bool
         write_json(folder / "run.json", terms | {"processes": process.world_size, "accepted": changed})
         if done:
             say(f"resuming after step {done}")
+        if link:
+            link.accepted()
     log = MetricsLog(folder, done) if process.main else None
     saved, bad_in_a_row = Saved(-1 if reshaped else done), 0
 

@@ -15,6 +15,10 @@ class Supply(Protocol):
 
     terms: dict[str, Any]
 
+    def check_made(self) -> None:
+        """Raises DataError for pairs that were made under other terms. The first process calls this, before anything is
+        written."""
+
     def refresh(self, run: Run, number: int) -> dict[str, float]:
         """Put the pairs of step `number` into `run.store`, and into `run.since` since when; returns numbers for the
         step's metrics. Every process calls this before every step, with the weights that the step starts from.

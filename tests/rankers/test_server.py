@@ -64,7 +64,11 @@ class Page:
                 connection.putheader(name, value)
         connection.endheaders(body)
         answer = connection.getresponse()
-        found = answer.status, dict(answer.getheaders()), answer.read()
+        try:
+            content = answer.read()
+        except ConnectionResetError:  # refused before the body was read: what is left of the answer may be gone
+            content = b""
+        found = answer.status, dict(answer.getheaders()), content
         connection.close()
         return found
 

@@ -53,7 +53,7 @@ def stage_of(config, number=0):
 
 
 def rounds_of(config, number=0):
-    return sorted((stage_of(config, number).output.dir / "rounds").iterdir())
+    return sorted((stage_of(config, number).output.dir / "rounds").glob("0*"))
 
 
 def masters(config, number=0):
