@@ -1,6 +1,7 @@
 # make demo   sets everything up, runs the main job on this machine, says where its report is
 # make test   sets everything up, runs the tests
 # make matrix every preset, dtype, kind of weights, reference and number of processes: trained, stopped, resumed, exported
+# make faults commands broken in every way known to us, and what came of each
 # make bench  sets everything up, times the kernels (on a machine without a GPU: their reference), draws the plot
 # make setup  the set-up alone: .venv with the tested versions; a second call installs nothing
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test matrix lint bench bench-step clean
+.PHONY: setup demo test matrix faults lint bench bench-step clean
 
 setup: $(STAMP)
 
@@ -26,6 +27,9 @@ demo: setup
 
 matrix: setup
 	$(BIN)/python tests/training/matrix.py
+
+faults: setup
+	$(BIN)/python tests/faults/campaign.py
 
 test: setup
 	$(BIN)/ruff check .

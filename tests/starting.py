@@ -4,6 +4,7 @@ Imports are most of what a small command takes. `python tests/starting.py` serve
 `argv` is started and answered by its process's number, one with `poll` by the exit code of that process, or nothing.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -55,25 +56,15 @@ class Started:
 
 
 def import_everything() -> None:
-    import torch  # noqa: F401, I001
-
-    import alignkit.training.distributed  # noqa: F401, before DeepSpeed
-    from alignkit.cli import _quiet_libraries
-
-    _quiet_libraries()
-    import deepspeed  # noqa: F401
-    import diffusers.models
-    import diffusers.pipelines.cogvideo.pipeline_cogvideox
-    import diffusers.pipelines.wan.pipeline_wan
-    import peft  # noqa: F401
-    import transformers.models.t5.modeling_t5
-    import transformers.models.umt5.modeling_umt5  # noqa: F401
-
-    import alignkit.__main__
-    import alignkit.demo
-    import alignkit.evaluation.summary
-    import alignkit.report
-    import alignkit.stages.chain  # noqa: F401
+    """What the commands need, in the order in which they import it: our own settings come before DeepSpeed."""
+    for name in (
+        "torch", "alignkit.training.distributed", "deepspeed", "diffusers.models",
+        "diffusers.pipelines.cogvideo.pipeline_cogvideox", "diffusers.pipelines.wan.pipeline_wan", "peft",
+        "transformers.models.t5.modeling_t5", "transformers.models.umt5.modeling_umt5", "alignkit.__main__",
+        "alignkit.demo", "alignkit.evaluation.summary", "alignkit.report", "alignkit.stages.chain",
+    ):  # fmt: skip
+        importlib.import_module(name)
+    importlib.import_module("alignkit.cli")._quiet_libraries()
 
 
 def start(

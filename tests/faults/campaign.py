@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -27,12 +28,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # see tests/conftest.py
 
-import mounts
-from harm import GUARDS
-from kinds import KINDS
-from world import Lost, World
-
-
+import mounts  # noqa: E402
+from harm import GUARDS  # noqa: E402
+from jobs import prepare  # noqa: E402
+from kinds import KINDS, Kind  # noqa: E402
+from world import Lost, World  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,32 +55,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import_everything()
     print(f"seed {given.seed}{''.join(f', without {guard}' for guard in given.without)}", flush=True)
     table: dict[str, list[bool]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        from jobs import prepare
-
-        healthy = World(Path(folder))
+    healthy = World(Path(tempfile.mkdtemp()))  # a TemporaryDirectory's end would come in every process that is forked
+    try:
         prepare(healthy.folder)
         for name, (count, fault) in kinds.items():
             numbers = range(given.each or count) if given.number is None else [given.number]
             for number in numbers:
                 begun = time.monotonic()
-                world = World(healthy.folder, tuple(given.without), healthy.results, healthy.seconds, healthy.count)
-                try:
-                    fault(Random(f"{given.seed} {name} {number}"), world)
-                    reason = ""
-                except Lost as lost:
-                    reason = f" LOST: {lost}"
-                except Exception:
-                    reason = f" LOST: {traceback.format_exc()}"
+                world = replace(healthy, without=tuple(given.without), started=[])
+                reason = _lost(fault, Random(f"{given.seed} {name} {number}"), world)
                 healthy.count = world.count
                 table.setdefault(name, []).append(bool(reason))
                 print(f"{name} {number}: {world.told}{reason}  ({time.monotonic() - begun:.0f} s)", flush=True)
-                for started in world.started:
-                    started.kill()
-                for left in ("runs", "disk"):
-                    shutil.rmtree(Path(folder, left), ignore_errors=True)
+    finally:
+        shutil.rmtree(healthy.folder, ignore_errors=True)
     print(_as_text(table))
     return int(any(map(any, table.values())))
+
+
+def _lost(fault: Kind, draw: Random, world: World) -> str:
+    """Why a fault was not survived, empty where it was."""
+    try:
+        fault(draw, world)
+        return ""
+    except Lost as reason:
+        return f" LOST: {reason}"
+    except Exception:
+        return f" LOST: {traceback.format_exc()}"
+    finally:
+        for started in world.started:
+            started.kill()
+        shutil.rmtree(world.folder / "runs", ignore_errors=True)
 
 
 def _as_text(table: dict[str, list[bool]]) -> str:

@@ -1,4 +1,4 @@
-"""What is done to a process from within: ended at a drawn moment, its power cut, its numbers spoilt, its guards taken away.
+"""What is done to a process from within: ended at a drawn moment, its power cut, its numbers spoilt, its guards gone.
 
 A moment is a file operation under the run's folder (opened to be written, renamed, deleted, flushed, written by torch
 or safetensors), counted from 0, or a number of seconds; `delay` seconds after it the process gets the signal.
@@ -291,4 +291,5 @@ def described(harm: Harm) -> str:
     told = {name: value for name, value in asdict(harm).items() if value != getattr(Harm, name)}
     if "signal" in told:
         told["signal"] = signal.Signals(told["signal"]).name
-    return ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in told.items())
+    shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in told.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())

@@ -14,7 +14,7 @@ SIZES = (
     "data.height=32", "data.width=32", "data.num_frames=9", "pairs.num_inference_steps=4", "pairs.strengths=[3]",
     "pairs.block_size=2", "pairs.batch_size=2", "pairs.previews=0", "pairs.mask={}", "objective={beta: 50}",
     "train.steps=6", "train.global_batch_size=4", "train.micro_batch_size=2", "train.checkpoint_every=2",
-    f"train.keep_checkpoints={KEPT}", "train.learning_rate=1e-4", "deepspeed.preset=zero2", "data.heldout=0.4",
+    f"train.keep_checkpoints={KEPT}", "train.learning_rate=1e-4", "data.heldout=0.4",
 )  # fmt: skip
 PROMPTS = (
     "a red circle moves left on a plain background",

@@ -356,6 +356,7 @@ def nothing_but_not_a_number(draw: Random, world: World) -> None:
 
 
 SAVES, EXPORTS = r"checkpoints/", r"export"
+BLOCKS = r"(open|rename) .*(pairs\.json|block-\d+\.arrow)"
 HANDS_ON = r"masters|stages/02\S*/train$|export"
 KINDS: dict[str, tuple[int, Kind]] = {
     "kill -9 in training": (8, killed_twice),
@@ -366,6 +367,7 @@ KINDS: dict[str, tuple[int, Kind]] = {
     "kill -9 while a reference's errors are cached": (6, killed("cache")),
     "kill -9 in a ranking": (6, killed("ranking")),
     "kill -9 in a round of rollouts": (6, killed("rounds", r"rounds/")),
+    "kill -9 while a block is put in its place": (6, killed("pairs", BLOCKS)),
     "kill -9 between two stages": (6, killed("hand-over", HANDS_ON)),
     "kill -9 in a distillation": (6, killed("student")),
     "kill -9 in an export": (5, killed("train", EXPORTS)),

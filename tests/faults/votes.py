@@ -53,7 +53,9 @@ def a_server_of_votes_is_killed(draw: Random, world: World) -> None:
     kept = {(vote.rater, vote.comparison): vote.answer for vote in read_votes(folder)}
     changed = [name for name, answer in acknowledged.items() if kept.get(name) != answer]
     if changed or len(kept) != TOTAL or any(kept[name] not in sent[name] for name in kept):
-        raise Lost(f"{len(kept)} votes of {TOTAL}, of {len(acknowledged)} acknowledged ones {len(changed)} are not there")
+        raise Lost(
+            f"{len(kept)} votes of {TOTAL}; of {len(acknowledged)} that were acknowledged {len(changed)} are gone"
+        )
 
 
 def _fill(folder: Path) -> None:

@@ -100,7 +100,7 @@ def forbid_weights(monkeypatch):
 @pytest.mark.parametrize(
     "keys",
     [
-        (),
+        ("deepspeed.preset=zero3",),
         ("deepspeed.preset=zero2", "model.dtype=bf16", "train.lora={rank: 4, alpha: 8}"),
     ],
     ids=["zero3", "zero2 bf16 lora"],
@@ -227,7 +227,7 @@ def test_a_damaged_block_is_refused_by_name(built, process, monkeypatch, tmp_pat
 CHANGED = {
     "dtype": (("model.dtype=bf16",), "'fp32'", "'bf16'"),
     "attention": (("model.attention=native_flash",), "'native'", "'native_flash'"),
-    "deepspeed.preset": (("deepspeed.preset=zero2",), "'zero3'", "'zero2'"),
+    "deepspeed.preset": (("deepspeed.preset=zero3",), "'zero2'", "'zero3'"),
     "deepspeed.config": (("deepspeed.config={zero_optimization: {stage: 2}}",), "{}", "{'stage': 2}"),
     "train.micro_batch_size": (("train.micro_batch_size=1",), "2", "1"),
     "train.global_batch_size": (("train.global_batch_size=2",), "4", "2"),

@@ -85,7 +85,7 @@ def test_after_a_stage_that_trains_nothing_comes_the_plain_run(run_with_pairs, p
     assert all(torch.equal(value, exports[1][name]) for name, value in exports[0].items())
 
 
-@pytest.mark.parametrize("keys", [(), (LORA,)], ids=["full", "lora"])
+@pytest.mark.parametrize("keys", [("deepspeed.preset=zero3",), (LORA,)], ids=["full zero3", "lora"])
 def test_a_chain_that_is_broken_anywhere_ends_like_a_whole_one(run_with_pairs, process, monkeypatch, keys):
     whole, _ = run_with_pairs("whole", *CHAIN, *keys)
     assert run_chain(whole, process)
