@@ -150,7 +150,11 @@ class TrainSection(Section):
     seed: Count = 0
     steps: Positive = 500
     learning_rate: NonNegative = 1e-6
-    warmup_steps: Count = 0
+    warmup_steps: Count = Field(0, description="steps over which the learning rate rises from 0")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of the learning rate after that; cosine: down to min_learning_rate at the last step"
+    )
+    min_learning_rate: NonNegative = Field(0.0, description="at the end of schedule cosine")
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: NonNegative = 1e-3
     max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
@@ -172,6 +176,14 @@ class TrainSection(Section):
     stuck_seconds: Annotated[Number, Field(gt=0)] = Field(
         300.0, description="silence of a process, beyond ten times the slowest step so far, that ends the run"
     )
+
+    @model_validator(mode="after")
+    def _rates_fit(self) -> "TrainSection":
+        if self.min_learning_rate and self.schedule == "constant":
+            raise ValueError("min_learning_rate: is where schedule cosine ends; set schedule: cosine, or leave it out")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate: {self.min_learning_rate:g} is above learning_rate")
+        return self
 
 
 class DeepSpeedSection(Section):

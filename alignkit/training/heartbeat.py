@@ -132,7 +132,7 @@ def _beat(
         except RuntimeError as error:  # torch's errors of a store that does not answer
             if stop.wait(GRACE_S):  # an error that all have raised: the first one was quicker to leave
                 return
-            _end(f"the first process, on {os.environ['MASTER_ADDR']}, is not heard of ({_first_line(error)})")
+            _end(f"{first.told}, is not heard of ({_first_line(error)})")
 
 
 def _fault(store, world_size: int, seen: dict, stuck_seconds: float) -> str | None:

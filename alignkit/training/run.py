@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from alignkit.config import Config
+from alignkit.config import Config, TrainSection
 from alignkit.errors import AlignkitError
 from alignkit.models import VideoModel
 from alignkit.objectives.beta import AutoBeta
@@ -202,10 +202,21 @@ class Run:
         return global_batch(len(self.store), seed, number - self.since, size, epoch)
 
     def _set_learning_rate(self, number: int) -> None:
-        warmup = self.config.train.warmup_steps
-        rate = self.config.train.learning_rate * min(1.0, (number + 1) / warmup if warmup else 1.0)
+        rate = learning_rate(self.config.train, number)
         for group in self.policy.optimizer.param_groups:
             group["lr"] = rate
+
+
+def learning_rate(train: TrainSection, number: int) -> float:
+    """Of step `number`, counted from 0: linear warm-up, then constant, or half a cosine to the last step (arXiv
+    1608.03983, Eq. 5, without restarts). A function of the step alone: a run that is resumed has the same."""
+    if number < train.warmup_steps:
+        return train.learning_rate * (number + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return train.learning_rate
+    through = (number + 1 - train.warmup_steps) / max(train.steps - train.warmup_steps, 1)
+    low = train.min_learning_rate
+    return low + (train.learning_rate - low) * (1 + math.cos(math.pi * min(through, 1.0))) / 2
 
 
 def start_run(config: Config, process: Process, model: VideoModel, store: PairStore, start: Start) -> Run:

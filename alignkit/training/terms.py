@@ -13,7 +13,7 @@ FREE = {
 
 
 def run_terms(config: Config, store: PairStore | None, model) -> dict:
-    """By name; how long to train and how often to save are free. store: None where pairs are made along the way.
+    """By name; how long to train, unless the learning rate depends on it, and how often to save are free. store: None where pairs are made along the way.
 
     Raises DataError for pairs of another model.
     """
@@ -25,6 +25,7 @@ def run_terms(config: Config, store: PairStore | None, model) -> dict:
         "model": model.fingerprint(),
         **({"pairs": store.fingerprint} if store is not None else {}),
         **{f"train.{key}": value for key, value in train.items()},
+        **({"train.steps": config.train.steps} if config.train.schedule == "cosine" else {}),
         **{f"objective.{key}": value for key, value in config.objective.model_dump(mode="json").items()},
         **_changed_from_default("noise", config.noise, "source", "timesteps"),
         **({"noise.guidance": config.sampler.guidance} if config.noise.guided else {}),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from alignkit.config import TrainSection
 from alignkit.errors import AlignkitError, CheckpointError, ConfigError, DataError
 from alignkit.models import shipped_model
 from alignkit.stores.pairs import Pair, PairStore, write_block
@@ -17,6 +18,7 @@ from alignkit.training.distributed import start_process
 from alignkit.training.export import export_folder
 from alignkit.training.loop import TrainingDiverged, train, train_folder
 from alignkit.training.metrics import read_metrics
+from alignkit.training.run import learning_rate
 
 
 def metrics_of(config):
@@ -81,7 +83,7 @@ def test_batch_sizes_that_do_not_divide_are_refused_before_anything_loads(run_wi
 
 
 def test_a_reference_that_is_not_the_policy_is_noticed_at_step_0(run_with_pairs, process, monkeypatch):
-    config, _ = run_with_pairs()
+    config, _ = run_with_pairs("run", "deepspeed.preset=zero3")
     load = engine.load_partitioned
     loaded = []
 
@@ -186,3 +188,35 @@ def test_a_small_update_survives_a_bf16_run_in_the_export(run_with_pairs, proces
         total += value.numel()
     assert moved > 0.9 * total
     assert rounded_away > 0.9 * total
+
+
+def test_the_learning_rate_rises_and_stays_or_falls_by_half_a_cosine():
+    warm = TrainSection(steps=10, learning_rate=2.0, warmup_steps=4)
+    assert [learning_rate(warm, step) for step in range(10)] == [0.5, 1.0, 1.5, *[2.0] * 7]
+    falling = TrainSection(steps=8, learning_rate=3.0, warmup_steps=2, schedule="cosine", min_learning_rate=1.0)
+    wanted = torch.optim.lr_scheduler.CosineAnnealingLR(
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3.0), T_max=6, eta_min=1.0
+    )
+    rates = []
+    for _ in range(6):
+        wanted.optimizer.step(), wanted.step()
+        rates.append(wanted.get_last_lr()[0])
+    found = [learning_rate(falling, step) for step in range(8)]
+    assert found[:2] == [1.5, 3.0] and found[2:] == pytest.approx(rates, rel=1e-12) and found[-1] == 1.0
+    assert learning_rate(TrainSection(steps=1, schedule="cosine", learning_rate=1.0), 0) == pytest.approx(0.0)
+
+
+def test_a_falling_rate_is_the_same_when_resumed_and_holds_the_steps(run_with_pairs, process):
+    keys = "train.schedule=cosine", "train.steps=3", "train.checkpoint_every=1"
+    whole, _ = run_with_pairs("whole", *keys)
+    train(whole, process)
+    broken, settings = run_with_pairs("broken", *keys)
+    shutil.copytree(whole.output.dir / "train", broken.output.dir / "train")
+    for step in (2, 3):
+        shutil.rmtree(train_folder(broken) / f"checkpoints/step-{step:08d}", ignore_errors=True)
+    train(broken, process)
+    assert metrics_of(broken) == metrics_of(whole)
+    assert [row["lr"] for row in metrics_of(whole)] == pytest.approx([2.25e-6, 0.75e-6, 0.0], abs=1e-20)
+    longer = broken.model_copy(update={"train": broken.train.model_copy(update={"steps": 5})})
+    with pytest.raises(CheckpointError, match=r"train\.steps = 3, now it is 5"):
+        train(longer, process)

@@ -109,7 +109,7 @@ def test_a_node_holds_about_one_copy(large_folder):
 
 def test_weights_are_those_of_a_plain_load(small_config):
     process = start_process()
-    config = small_config()
+    config = small_config("deepspeed.preset=zero3")
     model = load_model(config.model, with_transformer=False, with_encoders=False)
     partitioned, _ = engine.load_network(config, process, model, open_start(config, model))
     plain = load_model(config.model, with_encoders=False).transformer
@@ -124,7 +124,7 @@ def test_buffers_go_where_the_network_runs(monkeypatch, small_config):
     """Once parameters are partitioned DeepSpeed moves nothing more, and Wan's rotary tables would stay on the CPU."""
     moved = []
     monkeypatch.setattr(weights, "_move_buffers", lambda network, device: moved.append((network, device)))
-    config, process = small_config(), start_process()
+    config, process = small_config("deepspeed.preset=zero3"), start_process()
     model = load_model(config.model, with_transformer=False, with_encoders=False)
     network, _ = engine.load_network(config, process, model, open_start(config, model))
     assert moved == [(network, process.device)]
