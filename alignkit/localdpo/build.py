@@ -16,8 +16,9 @@ from alignkit.localdpo.corruption import Predict, regenerate
 from alignkit.localdpo.masks import region_mask
 from alignkit.localdpo.sources import Source, check_count, find_usable, split_clips
 from alignkit.media.captions import Problem
+from alignkit.media.finding import Clip
 from alignkit.media.masks import mask_digest, mask_on_grid, read_mask
-from alignkit.media.videos import Clip, VideoFacts, decode_with_facts
+from alignkit.media.videos import VideoFacts, decode_with_facts
 from alignkit.models import VideoModel, family_module, load_model, working_dtype
 from alignkit.objectives.laws import Law
 from alignkit.objectives.states.checks import check_noise

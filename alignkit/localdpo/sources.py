@@ -11,9 +11,9 @@ import numpy as np
 from alignkit.config import Config
 from alignkit.errors import DataError
 from alignkit.media.captions import Problem
+from alignkit.media.finding import Clip, find_clips
 from alignkit.media.masks import find_mask, mask_on_grid, read_mask
 from alignkit.media.usable import usable_clips
-from alignkit.media.videos import Clip, find_clips
 from alignkit.sharing import one_at_a_time
 from alignkit.stores.folders import latent_grid, video_spec
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from alignkit.errors import DataError
 from alignkit.media.captions import Problem
-from alignkit.media.videos import Clip, VideoSpec, decode_clip, picture_digest
+from alignkit.media.finding import Clip
+from alignkit.media.videos import VideoSpec, decode_clip, picture_digest
 from alignkit.progress import progress
 
 PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)

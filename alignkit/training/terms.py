@@ -13,7 +13,8 @@ FREE = {
 
 
 def run_terms(config: Config, store: PairStore | None, model) -> dict:
-    """By name; how long to train, unless the learning rate depends on it, and how often to save are free. store: None where pairs are made along the way.
+    """By name; how long to train, unless the learning rate depends on it, and how often to save are free. store: None
+    where pairs are made along the way.
 
     Raises DataError for pairs of another model.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import DataError
-from alignkit.media.videos import find_clips
+from alignkit.media.finding import find_clips
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -7,8 +7,9 @@ import torch
 
 from alignkit.errors import DataError
 from alignkit.media import usable
+from alignkit.media.finding import Clip
 from alignkit.media.usable import usable_clips
-from alignkit.media.videos import Clip, VideoSpec, write_video
+from alignkit.media.videos import VideoSpec, write_video
 
 SPEC = VideoSpec(48, 48, 5)
 

@@ -11,15 +11,9 @@ import torch
 from PIL import Image
 
 from alignkit.errors import DataError
+from alignkit.media.finding import Clip, find_clips
 from alignkit.media.usable import usable_clips
-from alignkit.media.videos import (
-    Clip,
-    VideoSpec,
-    decode_clip,
-    find_clips,
-    read_video,
-    write_video,
-)
+from alignkit.media.videos import VideoSpec, decode_clip, read_video, write_video
 
 SPEC = VideoSpec(height=48, width=48, num_frames=17)
 

@@ -210,7 +210,7 @@ def test_a_falling_rate_is_the_same_when_resumed_and_holds_the_steps(run_with_pa
     keys = "train.schedule=cosine", "train.steps=3", "train.checkpoint_every=1"
     whole, _ = run_with_pairs("whole", *keys)
     train(whole, process)
-    broken, settings = run_with_pairs("broken", *keys)
+    broken, _ = run_with_pairs("broken", *keys)
     shutil.copytree(whole.output.dir / "train", broken.output.dir / "train")
     for step in (2, 3):
         shutil.rmtree(train_folder(broken) / f"checkpoints/step-{step:08d}", ignore_errors=True)
