@@ -264,7 +264,7 @@ def command(start_command):
 
     def run(*arguments, python: tuple[str, ...] = ("-m", "alignkit"), fresh: bool = False):
         words = [str(word) for word in arguments]
-        if fresh or not (python[0] == "-c" or python == ("-m", "alignkit")):
+        if fresh or not (python[:1] == ("-c",) or python == ("-m", "alignkit")):
             whole = [sys.executable, *python, *words]
             return subprocess.run(
                 whole, capture_output=True, text=True, timeout=300, env=fresh_environment(), check=False

@@ -211,7 +211,7 @@ def test_a_training_engine_samples_with_its_own_weights(store, rollout_overrides
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ("rollout.num_inference_steps=5", "schedule"),
+        ("rollout.num_inference_steps=5", "steps"),
         ("rollout.solver=model", "solver"),
         ("rollout.guidance_scale=1.0", "guidance"),
         ("rollout.negative_prompt=grey", "negative_prompt"),

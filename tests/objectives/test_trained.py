@@ -47,7 +47,8 @@ def test_sft_spends_nothing_on_a_reference_and_resumes(run_with_pairs, process, 
     loads, seen = [], []
     load = engine.load_partitioned
     monkeypatch.setattr(engine, "load_partitioned", lambda *given: loads.append(1) or load(*given))
-    whole, _ = run_with_pairs("whole", "objective.name=sft", "train.steps=3", "train.checkpoint_every=2")
+    keys = "objective.name=sft", "deepspeed.preset=zero3", "train.checkpoint_every=2"
+    whole, _ = run_with_pairs("whole", *keys, "train.steps=3")
     start = engine.start_policy
 
     def counted(*given):
@@ -64,7 +65,7 @@ def test_sft_spends_nothing_on_a_reference_and_resumes(run_with_pairs, process, 
     assert all(row["loss"] == row["error_w"] > 0 for row in metrics)
     assert not any(name.startswith(("rewards/", "region", "global/")) or name == "error_l" for name in metrics[0])
 
-    parts, _ = run_with_pairs("parts", "objective.name=sft", "train.steps=2", "train.checkpoint_every=2")
+    parts, _ = run_with_pairs("parts", *keys, "train.steps=2")
     train(parts, process)
     train(parts.model_copy(update={"train": parts.train.model_copy(update={"steps": 3})}), process)
     assert metrics_of(parts) == metrics
