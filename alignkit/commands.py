@@ -3,8 +3,6 @@
 import json
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -33,7 +31,7 @@ from alignkit.stores.folders import pairs_folder, video_spec
 from alignkit.stores.pairs import Pair, PairStore
 from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.cache import build_cache, with_cache
-from alignkit.training.distributed import Process, lone_worker, on_main, set_threads, start_process
+from alignkit.training.distributed import group_lock, lone_worker, set_threads, start_process
 from alignkit.training.engine import accumulation_steps
 from alignkit.training.references import check_reference
 from alignkit.training.supply import Waiting
@@ -228,7 +226,7 @@ def _decoded(model, pair: Pair) -> StoredPair:
 
 def _cache_reference(config: Config) -> None:
     process = start_process()
-    with _group_lock(process, config, "cache-reference"):
+    with group_lock(process, config.output.dir, "cache-reference"):
         config.output.dir.mkdir(parents=True, exist_ok=True)
         build_cache(_run_to_cache(config), process)
     if config.reference.strategy != "cached" and process.main:
@@ -240,18 +238,10 @@ def _train(config: Config) -> None:
     from alignkit.training.loop import train
 
     process = start_process()
-    with _group_lock(process, config, "train"):
+    with group_lock(process, config.output.dir, "train"):
         done = run_chain(config, process) if config.stages else train(config, process)
     if not done:
         raise SystemExit(0)
-
-
-@contextmanager
-def _group_lock(process: Process, config: Config, name: str) -> Iterator[None]:
-    """`run_lock`, had by the first process for all of them."""
-    with ExitStack() as held:
-        on_main(process, lambda: held.enter_context(run_lock(config.output.dir, name)))
-        yield
 
 
 def _sample(config: Config) -> None:

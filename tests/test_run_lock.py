@@ -10,6 +10,8 @@ import pytest
 from alignkit import demo
 from alignkit.errors import ConfigError
 from alignkit.sharing import RUN_LOCK, run_lock
+from alignkit.training.distributed import start_process
+from alignkit.training.loop import train
 
 
 def hold(folder: Path, command: str, shared: bool, ready, leave) -> None:
@@ -92,3 +94,11 @@ def test_everything_in_a_row_holds_the_run_from_first_to_last(holder, small_conf
     holder(config.output.dir, "train", shared=False)
     with pytest.raises(ConfigError, match="alignkit train, process"):
         demo.run(config)
+
+
+def test_training_from_python_takes_the_lock_too(run_with_pairs, holder):
+    config, _ = run_with_pairs()
+    holder(config.output.dir, "train", shared=False)
+    with pytest.raises(ConfigError, match="alignkit train, process .* writes it since"):
+        train(config, start_process())
+    assert not (config.output.dir / "train").exists()

@@ -12,17 +12,28 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from alignkit.errors import DataError
+from alignkit.errors import AlignkitError, DataError
 from alignkit.progress import progress
 from alignkit.rankers.protocol import Comparison, Ranker, checked_answer
 
 
-def ask(ranker: Ranker, comparisons: Sequence[Comparison], file: Path, *, show: bool = True) -> dict[str, float]:
+class Stopped(AlignkitError):
+    """The process was told to end before all was answered."""
+
+
+def ask(
+    ranker: Ranker,
+    comparisons: Sequence[Comparison],
+    file: Path,
+    *,
+    show: bool = True,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
     """P(video_a is better) by comparison id, from `file` (JSON Lines) or from the ranker, at most `ranker.at_once`
     comparisons at a time.
 
-    Raises DataError for an answer that is no probability, for a damaged file, and as the ranker does; what was answered
-    by then is kept.
+    stop: looked at before each comparison. Raises Stopped where it says so, DataError for an answer that is no
+    probability, for a damaged file, and as the ranker does; what was answered by then is kept.
     """
     known = read_answers(file)
     digests = digests_of(comparisons)
@@ -44,17 +55,21 @@ def ask(ranker: Ranker, comparisons: Sequence[Comparison], file: Path, *, show: 
                 found[comparison.id] = answer
                 bar.advance()
 
-            asyncio.run(_ask_all(ranker, left, keep))
+            asyncio.run(_ask_all(ranker, left, keep, stop))
+    if len(found) < len(comparisons):
+        raise Stopped(f"stopped in a ranking, with {len(found)} of {len(comparisons)} answers")
     return {c.id: found[c.id] for c in comparisons}  # not as they came in: pairs get their numbers by it
 
 
-async def _ask_all(ranker: Ranker, left: list[Comparison], keep: Callable[[Comparison, float], None]) -> None:
+async def _ask_all(
+    ranker: Ranker, left: list[Comparison], keep: Callable[[Comparison, float], None], stop: Callable[[], bool]
+) -> None:
     await ranker.prepare(left)
     waiting, failed = iter(left), []
 
     async def work() -> None:
         for comparison in waiting:
-            if failed:
+            if failed or stop():
                 return
             try:
                 answer = await ranker.compare(comparison.prompt, comparison.video_a, comparison.video_b)

@@ -3,7 +3,7 @@ rows that `alignkit pairs` reads."""
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +19,7 @@ from alignkit.media.videos import write_video
 from alignkit.models import load_model
 from alignkit.progress import progress, say
 from alignkit.rankers import PEOPLE, open_ranker, people
-from alignkit.rankers.asking import ask
+from alignkit.rankers.asking import Stopped, ask
 from alignkit.rankers.protocol import Comparison
 from alignkit.rankers.tournament import pick
 from alignkit.stores.rollouts import RolloutStore
@@ -58,17 +58,21 @@ def rank_rollouts(config: Config, device: torch.device, show: bool = True) -> Ra
     return Ranked(ranking_file(config), len(rows), ties, len({c.prompt for c in comparisons}))
 
 
-def answers_about(config: Config, comparisons: list[Comparison], show: bool = True) -> Answers:
+def answers_about(
+    config: Config, comparisons: list[Comparison], show: bool = True, stop: Callable[[], bool] = lambda: False
+) -> Answers:
     """P(video_a is better) by a comparison's id, of all of them, by `config.ranker`.
 
-    Raises Waiting until people have given `ranker.votes` answers to each.
+    Raises Waiting until people have given `ranker.votes` answers to each, or where `stop` says to end before.
     """
     folder = rankings_folder(config)
     if config.ranker.by == PEOPLE:
         return _votes_about(folder, comparisons, config.ranker.votes)
     ranker = open_ranker(config.ranker, folder / "scores")
     try:
-        return ask(ranker, comparisons, folder / "answers.jsonl", show=show)
+        return ask(ranker, comparisons, folder / "answers.jsonl", show=show, stop=stop)
+    except Stopped as reason:
+        raise Waiting(str(reason)) from None
     finally:
         if hasattr(ranker, "cost"):
             say(f"{ranker.who}: {ranker.cost}")

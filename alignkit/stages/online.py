@@ -63,7 +63,7 @@ class AmongThemselves(Rounds):
     def rank(self, config: Config, run: Run, rollouts: RolloutStore, number: int) -> Made:
         decode_rollouts(config, rollouts, run.process.device, show=False)
         comparisons = comparisons_of(rollouts, rankings_folder(config))
-        rows, dropped = choose(config, rollouts, answers_about(config, comparisons, show=False))
+        rows, dropped = choose(config, rollouts, answers_about(config, comparisons, show=False, stop=run.stop))
         build_rows(config, run, rollouts, rows, number)
         compared = len(comparisons) if config.ranker.keep == "all" else len({c.prompt for c in comparisons})
         return Made(len(rows), dropped, compared)
@@ -92,7 +92,7 @@ class BesideAnchors(Rounds):
                 clip = decode_clip(self._anchors[prompt], video_spec(config))
                 write_video(anchors[prompt], clip, config.data.fps or PLAYBACK_FPS)
             comparisons.append(Comparison(str(rollout), prompt, video_file(folder, rollout), anchors[prompt]))
-        for name, answer in answers_about(config, comparisons, show=False).items():
+        for name, answer in answers_about(config, comparisons, show=False, stop=run.stop).items():
             if answer < 0.5:
                 found.setdefault(rollouts.prompt_of(int(name)), []).append((answer, int(name)))
         rows = []

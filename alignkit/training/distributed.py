@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +21,7 @@ import torch
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.files import made
 from alignkit.launch import WORKER, WORKERS, die_with_launcher, free_port, slurm_group
+from alignkit.sharing import run_lock
 from alignkit.training.extension import load_cpu_communication
 
 # Set before DeepSpeed is imported anywhere: its own choice needs a GPU or a hint.
@@ -150,6 +151,14 @@ def check_shared(process: Process, folder: Path) -> None:
             f"output.dir: {folder}: is not one folder for all processes: {', '.join(blind)} cannot see what the first "
             f"one, on {found[0][0]}, wrote there; put it on a file system that all nodes share"
         )
+
+
+@contextlib.contextmanager
+def group_lock(process: Process, folder: Path, command: str) -> Iterator[None]:
+    """`run_lock` of a run's folder, had by the first process for all of them; every process calls this."""
+    with contextlib.ExitStack() as held:
+        on_main(process, lambda: held.enter_context(run_lock(folder, command)))
+        yield
 
 
 def on_main_at_length(process: Process, make: Callable[[], Result]) -> Result:

@@ -21,7 +21,7 @@ from alignkit.progress import progress, say
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.training import checkpoints
-from alignkit.training.distributed import Process, any_process, check_shared, on_main
+from alignkit.training.distributed import Process, any_process, check_shared, group_lock, on_main
 from alignkit.training.engine import accumulation_steps, full_precision_weights, load_network, process_put_back
 from alignkit.training.export import export, export_folder, export_lora, export_record
 from alignkit.training.heartbeat import Pulse, heartbeat
@@ -72,7 +72,7 @@ def train(config: Config, process: Process, link: Link | None = None, supply: Su
     if link is None:
         check_reference(config)
     check_shared(process, config.output.dir)
-    with heartbeat(process, config.train.stuck_seconds) as pulse:
+    with group_lock(process, config.output.dir, "train"), heartbeat(process, config.train.stuck_seconds) as pulse:
         return _train(config, process, link, supply, pulse)
 
 

@@ -1,7 +1,9 @@
 """Stages that make their pairs while they train: what is sampled, compared, kept and dropped, broken and resumed."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 import types
 
@@ -232,6 +234,27 @@ def test_a_round_without_a_pair_goes_on_with_those_before_it_also_when_resumed(h
     assert run_chain(broken, process)
     assert run_chain(half_online("broken", better, STEPS.format(1, 3), "train.checkpoint_every=1"), process)
     assert metrics_of(broken) == metrics_of(whole)
+
+
+def test_a_signal_ends_a_long_ranking_and_the_answers_are_kept(half_online, process, capfd):
+    """An endpoint's answers may take hours, and a job's grace period is half a minute."""
+    asked = []
+
+    def better(prompt, video_a, video_b):
+        asked.append(prompt)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 0.2
+
+    config = half_online("run", better)
+    assert not run_chain(config, process)
+    assert len(asked) == 2 and "stopped in a ranking, with 2 of 6 answers" in capfd.readouterr().err
+    assert run_chain(config, process)
+    assert len(asked) == 6, "nothing is asked twice"
+    asked[:] = [None] * 2  # no signal
+    whole = half_online("whole", better)
+    assert run_chain(whole, process)
+    assert metrics_of(config) == metrics_of(whole)
 
 
 def test_a_later_stages_faults_are_said_before_the_first_one_trains(chain, process, monkeypatch):
