@@ -13,10 +13,14 @@ from pathlib import Path
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path`, flush to disk, then rename over it."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process numbers repeat between containers
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+    partial.write_bytes(content)
+    put_in_place(partial, path)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a finished file over `path`, once its content is on disk: a name that is there first, after a power cut,
+    is that of an empty file."""
+    flush(partial)
     os.replace(partial, path)
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from alignkit.errors import DataError
+from alignkit.files import put_in_place
 
 # A file is decoded beyond the frames that are used, because a damaged one often shows its damage late; a
 # minute at 30 frames a second bounds what that costs on very long videos.
@@ -321,7 +322,7 @@ def write_video(path: str | Path, frames: Tensor, fps: float) -> None:
     try:
         _encode(temporary, pictures, fps)
         os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner can read
-        os.replace(temporary, path)
+        put_in_place(Path(temporary), path)
     except BaseException:
         os.unlink(temporary)
         raise

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from alignkit.errors import DataError
+from alignkit.files import write_atomically
 from alignkit.media.videos import read_video
 
 GAP = 2  # transparent pixels between panels
@@ -76,7 +77,9 @@ def write_preview(file: Path, pair: StoredPair, columns: int = 6) -> None:
     chosen = np.linspace(0, len(winner) - 1, min(columns, len(winner))).round().astype(int)
     rows = [video[chosen] for video in (winner, with_mask(winner, pair.mask), loser)]
     framed = [np.concatenate([np.pad(frame, ((1, 1), (1, 1), (0, 0))) for frame in row], axis=1) for row in rows]
-    Image.fromarray(np.concatenate(framed)).save(file)
+    content = io.BytesIO()
+    Image.fromarray(np.concatenate(framed)).save(content, "PNG")
+    write_atomically(file, content.getvalue())
 
 
 def pair_picture(pair: StoredPair, fps: float) -> Picture:

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from alignkit.errors import DataError
-from alignkit.files import write_atomically
+from alignkit.files import put_in_place, write_atomically
 from alignkit.stores.pairs import EMPTY_TEXT, NEGATIVE_TEXT, PairStore
 from alignkit.stores.store import block_file, open_for_building, read_info, terms_file
 
@@ -59,5 +59,5 @@ def pull_from_hub(repo_id: str, split: str, folder: Path, *, revision: str | Non
             for row in rows.select(chosen):
                 writer.write(row)
             writer.finalize()
-        partial.rename(block_file(folder, block))
+        put_in_place(partial, block_file(folder, block))
     return PairStore(folder)

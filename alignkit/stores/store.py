@@ -7,7 +7,6 @@ digest of what it was written as, which is compared whenever it is read.
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 import datasets
 
 from alignkit.errors import DataError
-from alignkit.files import write_atomically, write_lines
+from alignkit.files import put_in_place, write_atomically, write_lines
 from alignkit.media.captions import Problem
 
 FORMAT = 3
@@ -163,9 +162,7 @@ def write_rows(
         for row in rows:
             writer.write(row)
         writer.finalize()
-    with partial.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(partial, target)
+    put_in_place(partial, target)
 
 
 def with_digest(row: dict[str, Any]) -> dict[str, Any]:

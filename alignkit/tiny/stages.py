@@ -2,13 +2,14 @@
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from alignkit.files import put_in_place
 
 log = logging.getLogger("alignkit.tiny")
 CHECKPOINT_SECONDS = 60.0
@@ -76,7 +77,7 @@ def train_steps(
                 "step": step + 1,
             }
             torch.save(state, path.with_suffix(".part"))
-            os.replace(path.with_suffix(".part"), path)
+            put_in_place(path.with_suffix(".part"), path)
             saved = time.monotonic()
 
 

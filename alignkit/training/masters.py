@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from alignkit.errors import CheckpointError
-from alignkit.files import flush, write_json
+from alignkit.files import put_in_place, write_json
 
 MASTERS, RECORD = "masters.safetensors", "masters.json"
 
@@ -19,9 +18,8 @@ def hand_on(folder: Path, weights: dict[str, Tensor], terms: dict, steps: int) -
     alone."""
     partial = folder / f".partial-{MASTERS}"
     save_file({name: value.contiguous() for name, value in weights.items()}, partial)
-    flush(partial)
     (folder / RECORD).unlink(missing_ok=True)
-    os.replace(partial, folder / MASTERS)
+    put_in_place(partial, folder / MASTERS)
     digest = _digest(folder / MASTERS)
     write_json(folder / RECORD, {"terms": terms, "steps": steps, "sha256": digest})
     return digest

@@ -12,7 +12,7 @@ CONFIG = ROOT / "configs" / "wan-tiny-localdpo.yaml"
 KEPT = 2
 SIZES = (
     "data.height=32", "data.width=32", "data.num_frames=9", "pairs.num_inference_steps=4", "pairs.strengths=[3]",
-    "pairs.block_size=2", "pairs.batch_size=2", "pairs.previews=0", "pairs.mask={}", "objective={beta: 50}",
+    "pairs.block_size=2", "pairs.batch_size=2", "pairs.previews=2", "pairs.mask={}", "objective={beta: 50}",
     "train.steps=6", "train.global_batch_size=4", "train.micro_batch_size=2", "train.checkpoint_every=2",
     f"train.keep_checkpoints={KEPT}", "train.learning_rate=1e-4", "data.heldout=0.4",
 )  # fmt: skip
@@ -95,7 +95,8 @@ def _rows(folder: Path) -> dict[str, object]:
 
 
 def _pairs(run: Path) -> dict[str, object]:
-    return _rows(run / "pairs")
+    previews = sorted((run / "pairs").glob("*/previews/*.png"))
+    return _rows(run / "pairs") | {str(file.relative_to(run)): _digest(file.read_bytes()) for file in previews}
 
 
 def _rollouts(run: Path) -> dict[str, object]:

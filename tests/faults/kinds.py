@@ -271,7 +271,7 @@ CHANGED = {
 }  # fmt: skip
 
 
-NAMED = {"ranker.keep": "rounds", "rollout.num_inference_steps": "steps"}
+NAMED = {"rollout.num_inference_steps": "steps"}
 """By key, what is named instead."""
 
 
@@ -284,7 +284,7 @@ def changed_terms(draw: Random, world: World) -> None:
     case = world.fresh(name)
     case.struck(Harm(KILL, event=draw.choice(world.events(name, saved)[1:]), delay=0.05))
     step = harms.saved_step(case.diary)
-    case.refused(key, words=NAMED.get(key.partition("=")[0], key.partition("=")[0].rpartition(".")[2]))
+    case.refused(key, words="rounds" if name == "rounds" else NAMED.get(key.partition("=")[0], key.partition("=")[0].rpartition(".")[2]))
     case.goes_on(at_least=step)
 
 
