@@ -99,6 +99,6 @@ def test_everything_in_a_row_holds_the_run_from_first_to_last(holder, small_conf
 def test_training_from_python_takes_the_lock_too(run_with_pairs, holder):
     config, _ = run_with_pairs()
     holder(config.output.dir, "train", shared=False)
-    with pytest.raises(ConfigError, match="alignkit train, process .* writes it since"):
+    with pytest.raises(ConfigError, match=r"alignkit train, process .* writes it since"):
         train(config, start_process())
     assert not (config.output.dir / "train").exists()

@@ -284,7 +284,9 @@ def changed_terms(draw: Random, world: World) -> None:
     case = world.fresh(name)
     case.struck(Harm(KILL, event=draw.choice(world.events(name, saved)[1:]), delay=0.05))
     step = harms.saved_step(case.diary)
-    case.refused(key, words="rounds" if name == "rounds" else NAMED.get(key.partition("=")[0], key.partition("=")[0].rpartition(".")[2]))
+    changed = key.partition("=")[0]
+    named = "rounds" if name == "rounds" else NAMED.get(changed, changed.rpartition(".")[2])
+    case.refused(key, words=named)
     case.goes_on(at_least=step)
 
 
