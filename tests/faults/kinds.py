@@ -19,7 +19,7 @@ from harm import Harm
 from jobs import JOBS
 from starting import Started
 from votes import a_server_of_votes_is_killed
-from world import Lost, World
+from world import Lost, World, resumed_after
 
 KILL = signal.SIGKILL
 FULL = "no space is left on its disk"
@@ -339,7 +339,7 @@ def not_a_number(draw: Random, world: World) -> None:
     saved = harms.saved_step(broken.diary)
     again = broken.start(Harm(nan_steps=steps))
     broken.ended(again, 0)
-    if saved and f"resuming after step {saved}" not in again.said:
+    if resumed_after(again.said) < saved:
         raise Lost(f"step {saved} was saved:\n{again.said}")
     if broken.job.result(broken.run) != whole.job.result(whole.run):
         raise Lost("broken and gone on, it ends otherwise")

@@ -19,6 +19,11 @@ class Lost(Exception):
     """A fault that was not survived, and why."""
 
 
+def resumed_after(said: str) -> int:
+    """The step after which a run says that it goes on, 0 where it begins."""
+    return int((re.findall(r"resuming after step (\d+)", said) or [0])[-1])
+
+
 @dataclass
 class World:
     """without: the guards that are taken away (`harm.GUARDS`). told: what the fault under way has drawn."""
@@ -113,7 +118,7 @@ class Case:
         started = self.start(harm, *changed)
         self.ended(started, 0)
         if self.job.name.startswith(("train", "cached")):
-            resumed = int((re.findall(r"resuming after step (\d+)", started.said) or [0])[-1])
+            resumed = resumed_after(started.said)
             if resumed < saved:
                 raise Lost(f"step {saved} was saved, it went on after step {resumed}:\n{started.said}")
         self.same()
