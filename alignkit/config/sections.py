@@ -159,6 +159,9 @@ class TrainSection(Section):
     checkpointing: Literal["full", "selective", "none"] = Field(
         "full", description="what the backward pass computes again: every layer; all of it but attention; nothing"
     )
+    branches: Literal["together", "apart"] = Field(
+        "together", description="winners and losers in one forward; or in turn: half the activations, a forward more"
+    )
     compile: bool = Field(False, description="torch.compile of the repeated block; ZeRO-3's hooks break its graph")
     caption_dropout: Fraction = Field(0.0, description="share of pairs shown with the empty prompt, on both sides")
     checkpoint_every: Positive = Field(100, description="steps")
