@@ -283,7 +283,7 @@ def measure(name: str, methods: list[str], preset: str, rounds: int, folder: Pat
     config = load_config(file, [path, f"output.dir={folder / name}-run", f"pairs.folder={folder / name}-pairs",
                                 "train.global_batch_size=1", "train.micro_batch_size=1", f"train.steps={PAIRS}",
                                 f"deepspeed.preset={preset}",
-                                "train.gradient_checkpointing=true", *(BUCKET if name in TINY else ())])  # fmt: skip
+                                "train.checkpointing=full", *(BUCKET if name in TINY else ())])  # fmt: skip
     model = load_model(config.model, with_transformer=False, with_encoders=False)
     local = model.local_folder()
     network_config = json.loads((local / "transformer/config.json").read_text())

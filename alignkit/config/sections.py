@@ -160,7 +160,12 @@ class TrainSection(Section):
     max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
     global_batch_size: Positive = Field(128, description="pairs per step, over all processes")
     micro_batch_size: Positive = Field(1, description="pairs per forward on one process")
-    gradient_checkpointing: bool = True
+    checkpointing: Literal["full", "selective", "none"] = Field(
+        "full", description="what the backward pass computes again: every layer; all of it but attention; nothing"
+    )
+    branches: Literal["together", "apart"] = Field(
+        "together", description="winners and losers in one forward; or in turn: half the activations, a forward more"
+    )
     compile: bool = Field(False, description="torch.compile of the repeated block; ZeRO-3's hooks break its graph")
     caption_dropout: Fraction = Field(0.0, description="share of pairs shown with the empty prompt, on both sides")
     checkpoint_every: Positive = Field(100, description="steps")
@@ -183,6 +188,19 @@ class TrainSection(Section):
             raise ValueError("min_learning_rate: is where schedule cosine ends; set schedule: cosine, or leave it out")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate: {self.min_learning_rate:g} is above learning_rate")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "gradient_checkpointing" in given:
+            raise ValueError("gradient_checkpointing is train.checkpointing now: full for true, none for false")
+        return given
+
+    @model_validator(mode="after")
+    def _compiled_or_selective(self) -> "TrainSection":
+        if self.compile and self.checkpointing == "selective":
+            raise ValueError("checkpointing: torch compiles nothing under 'selective'; with train.compile use another")
         return self
 
 

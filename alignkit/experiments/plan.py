@@ -108,7 +108,7 @@ def run_config(plan: Plan, out: Path, folder: Path, *settings: str) -> Config:
         "pairs.previews=0",
         "pairs.block_size=32",
         # what saves no memory that is short here costs a third of the time
-        "train.gradient_checkpointing=false",
+        "train.checkpointing=none",
         "train.micro_batch_size=16",
         "deepspeed.preset=zero2",
     )

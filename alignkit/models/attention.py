@@ -30,7 +30,7 @@ def set_attention(transformer: nn.Module, wanted: str, device: torch.device, dty
         ours, advice = BACKENDS[name]
         try:
             transformer.set_attention_backend(ours)
-            _try(ours, transformer.config.attention_head_dim, device, dtype)
+            try_backend(ours, transformer.config.attention_head_dim, device, dtype)
             return name
         except Exception as error:  # each backend raises its own kinds
             problem = " ".join(str(error).split())[:200]
@@ -38,7 +38,8 @@ def set_attention(transformer: nn.Module, wanted: str, device: torch.device, dty
     raise ConfigError(f"model.attention: {wanted!r} cannot run on {device.type} in {dtype}: {problem}; {advice}")
 
 
-def _try(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+def try_backend(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Attention forward and backward by `backend`, diffusers' name; raises what it raises where it cannot."""
     inputs = torch.arange(3 * 128 * 2 * head_dim, device=device, dtype=torch.float32).sin().to(dtype)
     inputs = inputs.view(3, 1, 128, 2, head_dim).requires_grad_()
     dispatch_attention_fn(*inputs.unbind(), backend=backend).sum().backward()

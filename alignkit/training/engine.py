@@ -13,9 +13,10 @@ from alignkit.errors import ConfigError
 from alignkit.models import working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.models.blocks import compile_blocks
+from alignkit.models.checkpointing import check_selective, set_checkpointing
 from alignkit.training.distributed import Process
 from alignkit.training.lora import add_lora
-from alignkit.training.weights import Start, load_partitioned, load_whole, set_masters
+from alignkit.training.weights import Start, empty_network, load_partitioned, load_whole, set_masters
 
 PRESETS: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2},
@@ -75,6 +76,14 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     return settings
 
 
+def check_checkpointing(config: Config, process: Process, model) -> None:
+    """Raises ConfigError, before any weight is read, where `train.checkpointing` cannot keep what it is to."""
+    if config.train.checkpointing == "selective":
+        network, dtype = empty_network(model), working_dtype(config.model, process.device)
+        backend = set_attention(network, config.model.attention, process.device, dtype)
+        check_selective(backend, network.config.attention_head_dim, process.device, dtype)
+
+
 def load_network(config: Config, process: Process, model, start: Start) -> tuple[nn.Module, str]:
     """`model`'s transformer, frozen, and the attention backend it will run on; under ZeRO-3 already partitioned.
 
@@ -116,8 +125,7 @@ def start_policy(config: Config, process: Process, transformer: nn.Module, start
     train = config.train
     transformer.requires_grad_(True).train()
     adapters = put_adapters(transformer, config, start) if train.lora else None
-    if train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    set_checkpointing(transformer, train.checkpointing)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,

@@ -22,7 +22,13 @@ from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.training import checkpoints
 from alignkit.training.distributed import Process, any_process, check_shared, group_lock, on_main
-from alignkit.training.engine import accumulation_steps, full_precision_weights, load_network, process_put_back
+from alignkit.training.engine import (
+    accumulation_steps,
+    check_checkpointing,
+    full_precision_weights,
+    load_network,
+    process_put_back,
+)
 from alignkit.training.export import export, export_folder, export_lora, export_record
 from alignkit.training.heartbeat import Pulse, heartbeat
 from alignkit.training.masters import MASTERS, hand_on, handed_on
@@ -80,6 +86,7 @@ def _train(config: Config, process: Process, link: Link | None, supply: Supply |
     folder = train_folder(config)
     store = None if supply else PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)
+    check_checkpointing(config, process, model)
     law = check_noise(config, model)
     if store is not None:
         check_origins(config, model, law, store)

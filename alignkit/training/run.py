@@ -17,6 +17,7 @@ from alignkit.objectives.laws import SIGNAL, Law, start_law
 from alignkit.objectives.preference import TrainingLoss, preference_loss, supervised_loss
 from alignkit.objectives.states import States, predictions, training_states
 from alignkit.stores.pairs import PairBatch, PairStore, collate
+from alignkit.training.branches import Sides, backward_apart, predict_sides
 from alignkit.training.distributed import Process, any_process, gather
 from alignkit.training.engine import accumulation_steps, release, start_policy
 from alignkit.training.heartbeat import Pulse
@@ -99,6 +100,7 @@ class Run:
             self.pulse.at(f"step {number + 1}, micro-batch {i} of {len(micro_batches)}", in_step=True)
             if numbers:
                 self.leave_if_stopped(f"step {number + 1}")
+            self.policy.set_gradient_accumulation_boundary(i == len(micro_batches))
             numbers.append(self._forward_backward(micro, number))
         # DeepSpeed skips the step, on every process, when a gradient is not finite
         applied = bool(self.policy.was_step_applied())
@@ -135,13 +137,15 @@ class Run:
         dtype = next(self.policy.module.parameters()).dtype
         return visited_states(self.config, self.model, self.law, self.store, batch, epochs, dtype)
 
-    def loss(self, batch: PairBatch, states: States) -> TrainingLoss:
-        """The loss of a micro-batch: one forward of each network over both sides, or of the policy over the winners."""
+    def loss(self, batch: PairBatch, states: States, sides: Sides | None = None) -> TrainingLoss:
+        """The loss of a micro-batch: one forward of each network over both sides, or of the policy over the winners.
+
+        sides: the policy's predictions, where they are there already."""
         if self.reference is None:
-            return supervised_loss(predictions(self.model, self.policy, states, len(batch)), batch, states)
+            return supervised_loss(predictions(self.model, self.policy, states, slice(len(batch))), batch, states)
         references = self.reference.answer(batch, states)
         beta = None if self.beta is None else self.beta.value
-        predicted = predictions(self.model, self.policy, states).chunk(2)
+        predicted = sides or predictions(self.model, self.policy, states).chunk(2)
         loss = preference_loss(self.config.objective, predicted, references, batch, states, beta)
         if self.teacher is None:
             return loss
@@ -156,16 +160,22 @@ class Run:
     def _forward_backward(self, micro: list[tuple[int, int]], number: int) -> dict[str, Tensor]:
         batch = load_rows(self.store, [row for row, _ in micro], self.process.device)
         epochs = torch.tensor([epoch for _, epoch in micro])
+        sides = None
         if self.distils:
             result, states = self.distillation(batch, epochs)
         else:
             states = self.states(batch, epochs)
             if self.few_step:
                 batch = with_next_steps(self.law, batch, epochs)
-            result = self.loss(batch, states)
+            if self.config.train.branches == "apart" and self.reference is not None:
+                sides = predict_sides(self.model, self.policy, states)
+            result = self.loss(batch, states, sides)
         if number == 0 and not self.starts_apart:
             check_first_logits(result.logits)
-        self.policy.backward(result.loss)
+        if sides is None:
+            self.policy.backward(result.loss)
+        else:
+            backward_apart(self.model, self.policy, states, sides, result.loss)
         self.policy.step()
         numbers = diagnostics(self.config.objective, result, states)
         if self.store.inverted:

@@ -67,6 +67,8 @@ def accepted(stored: dict, now: dict, accept: tuple[str, ...]) -> list[dict]:
 
 
 def _changes(stored: dict, now: dict) -> list[dict]:
+    if "train.gradient_checkpointing" in stored:  # as it was called, and was either
+        stored = stored | {"train.checkpointing": "full" if stored["train.gradient_checkpointing"] else "none"}
     # what is now at its default
     left_out = [key for key in stored if key not in now and key.startswith(("noise.", "reference."))]
     changes = []

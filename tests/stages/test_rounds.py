@@ -29,7 +29,7 @@ from alignkit.training.run import Run
 
 ONLINE = "{name: online, online: {every: 2, staleness: 4, prompts: 2}, train: {steps: 5}}"
 STEPS = "stages=[{{name: half_online, online: {{every: {}}}, train: {{steps: {}}}}}]"
-FAST = ("train.learning_rate=1e-3", "train.gradient_checkpointing=false", "deepspeed.preset=zero2")
+FAST = ("train.learning_rate=1e-3", "train.checkpointing=none", "deepspeed.preset=zero2")
 SHORT = ("rollout.num_inference_steps=2", "rollout.per_prompt=2", "noise={}", "rollout.block_size=2")
 
 

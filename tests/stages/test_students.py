@@ -33,7 +33,7 @@ from alignkit_kernels import NoiseKey, Stream, keyed_randn, region_errors
 
 DISTILL = "{name: distill, train: {steps: 4}}"
 CORRECT = "{name: drift_correction, student: {ratio: 2}, online: {every: 4}, train: {steps: 6}}"
-FAST = ("train.learning_rate=1e-3", "train.gradient_checkpointing=false", "deepspeed.preset=zero2")
+FAST = ("train.learning_rate=1e-3", "train.checkpointing=none", "deepspeed.preset=zero2")
 SMALL = (
     "data.rollouts=null", "data.pairs=null", "noise={}", "rollout={per_prompt: 1, block_size: 2}",
     "student.num_inference_steps=2", "sample.num_inference_steps=4", "sample.guidance_scale=2.0",

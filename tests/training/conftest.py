@@ -1,8 +1,10 @@
-"""Runs on several processes, whose imports are paid for once: they are forked."""
+"""Runs on several processes, whose imports are paid for once: they are forked. Runs of each family, and one step."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
+import torch
 
 FORKED = """
 import json, os, sys, traceback
@@ -60,3 +62,69 @@ def _together(command, config_file):
         assert result.returncode == 0, result.stderr
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pairs_of(overrides, config_file, cogvideox_folders, tmp_path_factory):
+    """`pairs_of("wan")`, "2b" or "5b": (settings, folder) of a run that holds pairs of the family."""
+    from alignkit.config import load_config
+    from alignkit.localdpo.build import build_pairs
+
+    made = {}
+
+    def pairs(family: str):
+        if family not in made:
+            folder, settings = tmp_path_factory.mktemp(family), []
+            if family != "wan":
+                settings = [
+                    "model.family=cogvideox", f"model.path={cogvideox_folders[family]}", "model.max_sequence_length=24",
+                    "data.height=16", "data.width=16",
+                ]  # fmt: skip
+            settings = overrides(folder, *settings)
+            build_pairs(load_config(config_file, settings), torch.device("cpu"))
+            made[family] = settings, folder
+        return made[family]
+
+    return pairs
+
+
+@pytest.fixture
+def first_step(pairs_of, config_file):
+    """`first_step("wan", "train.checkpointing=full")`: metrics, and gradients by name, fp64, of a run's first step,
+    which is taken inside `watch`. change(run) is called before it."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from alignkit.config import load_config
+    from alignkit.models import load_model
+    from alignkit.stores.folders import pairs_folder
+    from alignkit.stores.pairs import PairStore
+    from alignkit.training.distributed import start_process
+    from alignkit.training.engine import load_network, process_put_back
+    from alignkit.training.run import start_run
+    from alignkit.training.weights import open_start
+
+    @process_put_back()
+    def step(family: str, *settings: str, watch=None, change=lambda run: None):
+        config = load_config(config_file, [*pairs_of(family)[0], *settings])
+        process = start_process()
+        torch.set_num_threads(1)
+        model = load_model(config.model, with_transformer=False, with_encoders=False)
+        start = open_start(config, model)
+        model.transformer, _ = load_network(config, process, model, start)
+        run = start_run(config, process, model, PairStore(pairs_folder(config, "train")), start)
+        gradients, update = {}, run.policy.step
+
+        def note_and_update():
+            if run.policy.is_gradient_accumulation_boundary():
+                named = run.policy.module.named_parameters()
+                gradients.update({name: safe_get_full_grad(p).double() for name, p in named if p.requires_grad})
+            update()
+
+        run.policy.step = note_and_update
+        change(run)
+        with watch or nullcontext():
+            metrics = run.step(0).metrics
+        run.release()
+        return metrics, gradients
+
+    return step

@@ -45,7 +45,7 @@ SIZES = (
     "data.height=32", "data.width=32", "data.num_frames=9", "pairs.num_inference_steps=4", "pairs.strengths=[3]",
     "pairs.block_size=4", "pairs.batch_size=4", "objective={beta: 50}", "pairs.mask={}", "train.learning_rate=1e-4",
     "train.global_batch_size=4", "train.micro_batch_size=2", "train.checkpoint_every=2", "train.keep_checkpoints=1",
-    "train.gradient_checkpointing=true",
+    "train.checkpointing=full",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from alignkit.training.loop import train, train_folder
 from alignkit.training.metrics import read_metrics
 from alignkit.training.references.cached import cache_folder
 
-KEYS = ("train.learning_rate=1e-4", "train.steps=3", "train.gradient_checkpointing=false")
+KEYS = ("train.learning_rate=1e-4", "train.steps=3", "train.checkpointing=none")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from alignkit.config import load_config
-from alignkit.localdpo.build import build_pairs
 from alignkit.models import load_model
 from alignkit.training.distributed import start_process
 from alignkit.training.export import aligned_section, export_folder
@@ -33,19 +32,11 @@ torch.save(frames, result)
 """
 
 
-@pytest.fixture(scope="module", params=["wan", "2b", "5b"])
-def family_pairs(request, overrides, config_file, cogvideox_folders, tmp_path_factory):
+@pytest.fixture(params=["wan", "2b", "5b"])
+def family_pairs(request, pairs_of):
     """(settings, folder) of a run that holds pairs of the family."""
-    folder = tmp_path_factory.mktemp(request.param)
-    settings = []
-    if request.param != "wan":
-        settings = [
-            "model.family=cogvideox", f"model.path={cogvideox_folders[request.param]}", "model.max_sequence_length=24",
-            "data.height=16", "data.width=16",
-        ]  # fmt: skip
-    settings = overrides(folder, *settings, "train.steps=2", "train.learning_rate=1e-3")
-    build_pairs(load_config(config_file, settings), torch.device("cpu"))
-    return settings, folder
+    settings, folder = pairs_of(request.param)
+    return [*settings, "train.steps=2", "train.learning_rate=1e-3"], folder
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -18,7 +18,7 @@ from alignkit.training.metrics import read_metrics
 from alignkit.training.references.moving import Moving
 from alignkit.training.state import load_state, rank_file, save_local_state, save_state, state_damage
 
-BATCH = ("train.global_batch_size=2", "train.gradient_checkpointing=false")
+BATCH = ("train.global_batch_size=2", "train.checkpointing=none")
 RATE = "train.learning_rate=1e-4"
 LORA = "train.lora={rank: 4, alpha: 8}"
 EMA = ("reference={strategy: ema, every: 2, decay: 0.5}", RATE, *BATCH)

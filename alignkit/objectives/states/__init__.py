@@ -47,17 +47,17 @@ class States:
     guidance: float = 1.0
 
 
-def predictions(model: VideoModel, network: nn.Module, states: States, count: int | None = None) -> Tensor:
-    """What `network`, which may be an engine, answers to `states`, or to the first `count` of its inputs: [2B, ...].
+def predictions(model: VideoModel, network: nn.Module, states: States, part: slice = slice(None)) -> Tensor:
+    """What `network`, which may be an engine, answers to `states`, or to a `part` of its inputs: [2B, ...].
 
     Guided states take both branches in one forward, uncond + g·(cond − uncond); the sampler takes them one after the
     other, which differs by rounding.
     """
     predict = family_module(model.family).predict
-    inputs, timesteps, text = (x[:count] for x in (states.inputs, states.timesteps, states.text))
+    inputs, timesteps, text = (x[part] for x in (states.inputs, states.timesteps, states.text))
     if states.negative is None:
         return predict(network, inputs, timesteps, text)
-    both = torch.cat([inputs] * 2), torch.cat([timesteps] * 2), torch.cat([states.negative[:count], text])
+    both = torch.cat([inputs] * 2), torch.cat([timesteps] * 2), torch.cat([states.negative[part], text])
     unconditional, conditional = predict(network, *both).float().chunk(2)
     return unconditional + states.guidance * (conditional - unconditional)
 
