@@ -3,6 +3,7 @@
 # make matrix every preset, dtype, kind of weights, reference and number of processes: trained, stopped, resumed, exported
 # make faults commands broken in every way known to us, and what came of each
 # make bench  sets everything up, times the kernels (on a machine without a GPU: their reference), draws the plot
+# make reference  writes docs/reference/ anew from the code
 # make setup  the set-up alone: .venv with the tested versions; a second call installs nothing
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test matrix faults lint bench bench-step clean
+.PHONY: setup demo test matrix faults lint reference bench bench-step clean
 
 setup: $(STAMP)
 
@@ -44,6 +45,9 @@ bench-step: setup
 
 lint: setup
 	$(BIN)/ruff check --fix .
+
+reference: setup
+	$(BIN)/python -m alignkit.reference
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache

@@ -255,7 +255,9 @@ def experiment(
         Path | None,
         typer.Option(help="localdpo: compare the methods on this configuration's model and videos."),
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="With --config: keys of it, as key=value.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="with --config: override any key of it")
+    ] = None,
     nproc: Processes = 1,
 ) -> None:
     """Compare losses, with several seeds: on small models, or on points.

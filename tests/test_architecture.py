@@ -24,7 +24,7 @@ LAYERS = [
     {"commands", "experiments"},
     {"demo"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "reference"},
 ]
 
 

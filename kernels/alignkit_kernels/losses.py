@@ -19,6 +19,12 @@ from torch.nn.functional import logsigmoid
 
 from .checks import InputError
 
+__all__ = [
+    "LocalDPOLoss", "PairMeans", "auto_beta", "dpo", "hinge", "ipo", "local_dpo", "logits_of", "loser_safeguard",
+    "pair_means", "poly_dpo", "region_dpo", "region_means", "robust_dpo", "scale_gradient", "segment_dpo", "sft",
+    "strength_eta", "winner_guarded",
+]  # fmt: skip
+
 
 def logits_of(gap_w: Tensor, gap_l: Tensor, beta: float) -> Tensor:
     """Diffusion-DPO's logit (arXiv:2311.12908) from mean gaps of any shape; beta is finite and above 0."""
