@@ -220,9 +220,9 @@ def pair_means(error_w: Tensor, error_l: Tensor, gap_w: Tensor, gap_l: Tensor, c
     elements = count.sum(1).clamp(min=1)
     inside = slice(1, 2)  # empty without a mask, and then the sums below are 0
     held = count[:, inside].sum(1)
-    whole = (x.sum(1) / elements for x in (error_w, error_l, gap_w, gap_l))
-    region = (x[:, inside].sum(1) / held.clamp(min=1) for x in (error_w, gap_w, gap_l))
-    return PairMeans(*whole, *region, held == 0)
+    mean_w, mean_l, mean_gap_w, mean_gap_l = (x.sum(1) / elements for x in (error_w, error_l, gap_w, gap_l))
+    region_w, region_gap_w, region_gap_l = (x[:, inside].sum(1) / held.clamp(min=1) for x in (error_w, gap_w, gap_l))
+    return PairMeans(mean_w, mean_l, mean_gap_w, mean_gap_l, region_w, region_gap_w, region_gap_l, held == 0)
 
 
 class LocalDPOLoss(NamedTuple):
