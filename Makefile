@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-TYPES = $(BIN)/mypy --config-file kernels/pyproject.toml kernels/alignkit_kernels
+TYPES = $(BIN)/mypy --config-file kernels/pyproject.toml kernels/alignkit_kernels && $(BIN)/mypy
 
 .PHONY: setup demo test matrix faults lint reference bench bench-step clean
 

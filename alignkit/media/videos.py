@@ -186,22 +186,22 @@ def _match(listed: dict[str, Caption], videos: dict[str, Path]) -> tuple[dict[st
     problems: list[Problem] = []
     for video, caption in listed.items():
         ways = (video, video.strip())
-        name = next((absolute.get(way, way) for way in ways if way in videos or way in absolute), None)
-        if name is None:
+        found = next((absolute.get(way, way) for way in ways if way in videos or way in absolute), None)
+        if found is None:
             wanted = composed(video.strip())
             candidates = spelt.get(wanted) or ([] if "/" in wanted else bare.get(wanted, []))
             if len(candidates) > 1:
                 problems.append(Problem(video, f"{caption.where} could mean any of {', '.join(candidates)}"))
                 continue
-            name = candidates[0] if candidates else None
-        if name is None:
+            found = candidates[0] if candidates else None
+        if found is None:
             reason = f"{caption.where} has a caption for it, but there is no such video"
             problems.append(Problem(video, reason))
-        elif name in matched:
-            reason = f"second caption at {caption.where}; {matched[name].where} is kept"
-            problems.append(Problem(name, reason))
+        elif found in matched:
+            reason = f"second caption at {caption.where}; {matched[found].where} is kept"
+            problems.append(Problem(found, reason))
         else:
-            matched[name] = caption
+            matched[found] = caption
     return matched, problems
 
 
@@ -367,10 +367,12 @@ def _pick(frames: Iterator[TimedFrame], stream: VideoStream, spec: VideoSpec, pa
             choose(count - 1, frame)
             continue
         while len(chosen) < spec.num_frames and (wanted := first + len(chosen) / rate) <= start:
-            earlier = before is not None and wanted - before[0] <= start - wanted
-            choose(*((count - 2, before[2]) if earlier else (count - 1, frame)))
+            if before is not None and wanted - before[0] <= start - wanted:
+                choose(count - 2, before[2])
+            else:
+                choose(count - 1, frame)
         before, end = (start, duration, frame), start + duration
-    while rate is not None and len(chosen) < spec.num_frames and first + len(chosen) / rate < end:
+    while rate and before and len(chosen) < spec.num_frames and first + len(chosen) / rate < end:
         choose(count - 1, before[2])  # the last frame is shown until its duration ends
     if count == 0:
         raise DataError(f"{path}: holds no frame that can be decoded")

@@ -50,7 +50,8 @@ def ask(ranker: Ranker, comparisons: Sequence[Comparison], file: Path, *, show: 
 
 async def _ask_all(ranker: Ranker, left: list[Comparison], keep: Callable[[Comparison, float], None]) -> None:
     await ranker.prepare(left)
-    waiting, failed = iter(left), []
+    waiting = iter(left)
+    failed: list[Exception] = []
 
     async def work() -> None:
         for comparison in waiting:
