@@ -2,15 +2,18 @@
 # make test   sets everything up, runs the tests
 # make matrix every preset, dtype, kind of weights, reference and number of processes: trained, stopped, resumed, exported
 # make faults commands broken in every way known to us, and what came of each
+# make lint   ruff, which mends what it can, and mypy
 # make bench  sets everything up, times the kernels (on a machine without a GPU: their reference), draws the plot
+# make reference  writes docs/reference/ anew from the code
 # make setup  the set-up alone: .venv with the tested versions; a second call installs nothing
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TYPES = $(BIN)/mypy --config-file kernels/pyproject.toml kernels/alignkit_kernels && $(BIN)/mypy
 
-.PHONY: setup demo test matrix faults lint bench bench-step clean
+.PHONY: setup demo test matrix faults lint reference bench bench-step clean
 
 setup: $(STAMP)
 
@@ -33,6 +36,7 @@ faults: setup
 
 test: setup
 	$(BIN)/ruff check .
+	$(TYPES)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: setup
@@ -44,6 +48,10 @@ bench-step: setup
 
 lint: setup
 	$(BIN)/ruff check --fix .
+	$(TYPES)
+
+reference: setup
+	$(BIN)/python -m alignkit.reference
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

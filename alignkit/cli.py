@@ -11,7 +11,15 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from alignkit import __version__
-from alignkit.config import Config, Family, check_places, load_config
+from alignkit.config import (
+    Config,
+    Family,
+    check_places,
+    full_name,
+    load_config,
+    shipped_config,
+    shipped_configs,
+)
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.launch import first_of_several, launched, run_processes, slurm_group
 
@@ -24,7 +32,9 @@ app = typer.Typer(
     epilog="Each stage reads one YAML file; any key can be overridden: alignkit train run.yaml train.steps=200",
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/")]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="a YAML file, a run's folder, or a name that `alignkit configs` lists")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override any key, e.g. train.learning_rate=1e-6")
 ]
@@ -74,6 +84,23 @@ def demo(
     from alignkit.demo import run_demo
 
     run_demo(family, videos, out, overrides or [])
+
+
+@app.command()
+def configs() -> None:
+    """List the configurations that come with alignkit. A name stands for its file wherever a CONFIG is wanted."""
+    known = shipped_configs()
+    for name, about in known.items():
+        print(f"{name:{max(map(len, known))}}  {about}")
+
+
+@app.command()
+def init(name: Annotated[str, typer.Argument(help="wan2.1-14b, wan2.1-14b-apo, …: see alignkit configs")]) -> None:
+    """Print a configuration that comes with alignkit, to begin with: alignkit init wan2.1-14b > run.yaml"""
+    full = full_name(name)
+    print(shipped_config(f"{full}.yaml").read_text(), end="")
+    if full != name:
+        print(f"init: {full}", file=sys.stderr)
 
 
 @app.command()
@@ -228,7 +255,9 @@ def experiment(
         Path | None,
         typer.Option(help="localdpo: compare the methods on this configuration's model and videos."),
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="With --config: keys of it, as key=value.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="with --config: override any key of it")
+    ] = None,
     nproc: Processes = 1,
 ) -> None:
     """Compare losses, with several seeds: on small models, or on points.

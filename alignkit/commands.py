@@ -80,7 +80,7 @@ def validate(config: Config) -> None:
     if config.data.prompts:
         say(f"{len(read_prompts(config.data.prompts))} prompts")
         check_noise(config, load_model(config.model, with_transformer=False, with_encoders=False))
-    if config.data.rollouts:
+    if config.data.rollouts and config.data.pairs:
         rankings, problems = read_rankings(config.data.pairs, check_rollouts(config)[1])
         problems += broken_anchors(config, rankings)
     elif config.data.pairs:

@@ -102,7 +102,11 @@ def run_processes(arguments: list[str], count: int, *, together: bool = True) ->
         for number in range(count)
     ]
 
-    signal.signal(signal.SIGTERM, lambda number, _frame: [child.send_signal(number) for child in children])
+    def pass_on(number: int, _frame: object) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, lambda number, _frame: None)
     running, code = set(children), 0
     while running:

@@ -12,7 +12,7 @@ from alignkit import demo
 from alignkit.media.videos import VideoSpec, decode_clip, write_video
 from alignkit.stores.pairs import PairStore
 
-COMMANDS = ("demo", "rollout", "pairs", "train", "cache-reference", "sample", "eval", "report")
+COMMANDS = ("demo", "configs", "init", "rollout", "pairs", "train", "cache-reference", "sample", "eval", "report")
 
 
 def test_help_lists_every_command_and_each_explains_itself(command):
@@ -21,7 +21,7 @@ def test_help_lists_every_command_and_each_explains_itself(command):
         assert name in text
         own = command(name, "--help")
         assert own.returncode == 0
-        assert "CONFIG" in own.stdout or name == "demo"
+        assert "CONFIG" in own.stdout or name in ("demo", "init")
 
 
 def one_line(result) -> str:
@@ -100,8 +100,8 @@ def test_bad_videos_are_listed_and_skipped_and_the_rest_is_used(command, config_
 
 def test_every_stage_in_turn_leaves_a_report(command, config_file, run_with_pairs):
     config, settings = run_with_pairs()
-    for stage in ("train", "sample", "eval", "report"):
-        result = command(stage, config_file, *settings)
+    for stage in ("train", "sample", "eval", "report"):  # after the first, the run's folder says it all
+        result = command(stage, *([config_file, *settings] if stage == "train" else [config.output.dir]))
         assert result.returncode == 0, result.stderr
     summary = json.loads((config.output.dir / "summary.json").read_text())
     assert summary["accuracy"]["region"]["before"] == summary["accuracy"]["global"]["before"] == 0.5

@@ -66,6 +66,8 @@ finally:
         ("pairs", "CONFIG", "data={pairs: /nowhere.jsonl}", "--nproc", "2"),
         ("train", "CONFIG", "model.path=/nowhere"),
         ("report", "nowhere.yaml"),
+        ("train", "wan-tiny", "train.stepz=3"),
+        ("train", "wan-tinny"),
     ],
     ids=" ".join,
 )
@@ -78,14 +80,14 @@ def test_a_command_that_is_refused_for_its_configuration_imports_nothing_heavy(w
     assert not list(tmp_path.iterdir())
 
 
-def test_processes_that_srun_starts_train_as_one_run(run_with_pairs, config_file, start_command, monkeypatch):
+def test_processes_that_srun_starts_train_as_one_run(run_with_pairs, start_command, monkeypatch):
     """`srun -n 2 alignkit train`, with a stand-in for srun: the variables it sets for its tasks."""
     config, settings = run_with_pairs("run", "train.steps=2")
     tasks = []
     for number in range(2):
         for name, value in {"JOB_ID": 99, "STEP_ID": os.getpid() % 9000, "NTASKS": 2, "PROCID": number}.items():
             monkeypatch.setenv(f"SLURM_{name}", str(value))
-        tasks.append(start_command("train", config_file, *settings))
+        tasks.append(start_command("train", "wan-tiny-localdpo", *settings))
     errors = [task.communicate(timeout=200)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], errors
     assert "training on 2 process(es)" in errors[0] and "training on" not in errors[1]

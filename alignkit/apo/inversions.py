@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def _with_inversions(config: Config, model: VideoModel, law: Law, pair: Pair) ->
     wanted = [
         side
         for side, other in (("w", "l"), ("l", "w"))
-        if config.noise.inverts(kinds[side], kinds[other]) and (paths[side] is None or paths[side].error is None)
+        if config.noise.inverts(kinds[side], kinds[other]) and getattr(paths[side], "error", None) is None
     ]
     if not wanted:
         return pair
@@ -63,7 +64,7 @@ def _with_inversions(config: Config, model: VideoModel, law: Law, pair: Pair) ->
     if not rows:
         rows = stored_rows(law, config.noise.path_steps, config.pairs.seed, pair.id, 0)
     videos = {"w": pair.winner, "l": pair.loser}
-    found = {f"path_{side}": _inverted(config, model, law, pair, videos[side], rows) for side in wanted}
+    found: dict[str, Any] = {f"path_{side}": _inverted(config, model, law, pair, videos[side], rows) for side in wanted}
     return replace(pair, path_rows=rows, **found)
 
 

@@ -141,7 +141,7 @@ def check_rollouts(config: Config) -> tuple[Law, RolloutStore]:
     model, data = load_model(config.model, with_transformer=False, with_encoders=False), config.data
     law, rollouts = check_noise(config, model), RolloutStore(config.data.rollouts)
     stored = rollouts.info
-    wanted = {"family": model.family, "vae": model.fingerprint("vae"), "model": model.fingerprint()}
+    wanted: dict[str, Any] = {"family": model.family, "vae": model.fingerprint("vae"), "model": model.fingerprint()}
     wanted |= {"text_encoder": model.fingerprint("text_encoder")} | sampler_terms(config, model)
     wanted |= {
         "regime.latents": list(model.latent_shape(data.num_frames, data.height, data.width)),
@@ -310,7 +310,8 @@ def _inverted(
         for side, video in (("w", row.chosen), ("l", row.rejected))
         if isinstance(video, Path) and pair.path_rows
     }
-    pair = replace(pair, **{path: anchors[key] for path, key in keys.items() if key in anchors})
+    held: dict[str, Any] = {path: anchors[key] for path, key in keys.items() if key in anchors}
+    pair = replace(pair, **held)
     (pair,) = add_inversions(config, model, law, [pair])
     anchors |= {key: getattr(pair, path) for path, key in keys.items()}
     return pair

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignkit.apo.inversions import versions
 from alignkit.apo.prompts import read_prompts
@@ -99,7 +100,7 @@ def roll_out(
     config: Config,
     process,
     model: VideoModel,
-    engine: nn.Module,
+    engine: Any,
     prompts: list[str],
     folder: Path,
     *,

@@ -146,5 +146,6 @@ def taught_path(rollout: Rollout, rows: tuple[int, ...]) -> Trajectory:
 
 
 def _unusable(pair: Pair) -> str | None:
+    assert pair.path_w is not None
     finite = all(x.isfinite().all() for x in (pair.winner, pair.path_w.states))
     return None if finite else "a state of its path is not finite; try model.dtype=fp32"

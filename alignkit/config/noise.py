@@ -34,10 +34,14 @@ class NoiseSection(Section):
         "that its sampler visited; inversion: states that lead to it",
     )
     timesteps: Literal["logit_normal", "uniform", "schedule", "adaptive"] = Field(
-        "logit_normal", description="schedule: the sampler's own steps; adaptive: those that teach most, among them"
+        "logit_normal",
+        description="logit_normal: the sigmoid of a normal on the model's path; uniform: evenly on it; schedule: the "
+        "sampler's own steps; adaptive: among them, more often those that teach more",
     )
     interval: Annotated[tuple[float, float] | Literal["high_noise"] | None, BeforeValidator(_interval)] = Field(
-        None, description="of the network's timesteps as shares of its range, 1 is noise; high_noise: [0.75, 0.95]"
+        None,
+        description="[low, high] of the network's timesteps as shares of its range, 1 is "
+        "noise; high_noise: [0.75, 0.95]; null: all",
     )
     path_steps: Positive = Field(4, description="states stored of each video, at steps drawn for its prompt")
     path_between: bool = Field(False, description="store the states after them too, and train in between")
@@ -45,9 +49,12 @@ class NoiseSection(Section):
         "inversion", description="for a real video beside a sampled one: its inversion, or the pair's fresh noise"
     )
     guided: bool = Field(False, description="train the guided prediction instead of the conditional one")
-    inversion_guidance: NonNegative = Field(1.0, description="above 1 inversion drifts: what it undoes is amplified")
+    inversion_guidance: NonNegative = Field(
+        1.0, description="of inversions; above 1 they drift: what is undone is amplified"
+    )
     max_inversion_error: Annotated[Number, Field(gt=0)] | None = Field(
-        None, description="relative round-trip error from which a pair is flagged and counted"
+        None,
+        description="relative round-trip error of an inversion above which its pair is flagged and counted; null: none",
     )
 
     @model_validator(mode="after")
@@ -90,17 +97,19 @@ class RolloutSection(Section):
 
     folder: Place | None = Field(None, description="where they are, to be shared by runs; null: output.dir/rollouts")
     per_prompt: Positive = Field(4, description="videos sampled for each prompt, from different noise")
-    seed: Seed = 0
+    seed: Seed = Field(0, description="of the noise that videos start from")
     round: Annotated[int, Field(ge=0, lt=2**31 - 1, strict=True)] = Field(
-        0, description="which rollouts of these prompts: another round starts from other noise"
+        0, description="which rollouts of these prompts: another number starts from other noise"
     )
     solver: Literal["model", "first_order"] = Field(
         "model", description="the model's own; or Euler (flow) and DDIM (v) on the same steps"
     )
-    num_inference_steps: Positive | None = None
-    guidance_scale: NonNegative | None = None
-    dynamic_guidance: bool | None = Field(None, description="CogVideoX's use_dynamic_cfg")
-    negative_prompt: str | None = None
+    num_inference_steps: Positive | None = Field(None, description="steps of the sampler; null: as in sample")
+    guidance_scale: NonNegative | None = Field(
+        None, description="classifier-free guidance, 1 and below: none; null: as in sample"
+    )
+    dynamic_guidance: bool | None = Field(None, description="CogVideoX's use_dynamic_cfg; null: as in sample")
+    negative_prompt: str | None = Field(None, description="what guidance leads away from; null: as in sample")
     block_size: Positive = Field(8, description="videos in one file: the unit that is made and resumed whole")
     batch_size: Positive = Field(1, description="videos sampled at once; a smaller last batch is filled up")
     previews: Count = Field(4, description="videos written for people to look at")

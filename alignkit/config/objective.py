@@ -40,25 +40,34 @@ def _beta(value: Any) -> float | str:
 class ObjectiveSection(Section):
     """The loss; see docs/losses.md for the objectives, what each key does and how betas convert.
 
-    A default that differs between objectives is that of OBJECTIVES.
+    OBJECTIVES says which objective reads which key, and the default that the key has there.
     """
 
-    name: Literal[*OBJECTIVES] = "local_dpo"  # type: ignore[valid-type]
-    beta: Annotated[float | Literal["auto"], BeforeValidator(_beta)] = Field(5000.0, description="a number, or auto")
+    name: Literal[*OBJECTIVES] = Field(  # type: ignore[valid-type]
+        "local_dpo", description="which loss; the table below has the keys that each reads"
+    )
+    beta: Annotated[float | Literal["auto"], BeforeValidator(_beta)] = Field(
+        5000.0, description="above 0: gaps that differ by 2/β make one logit; auto: from the gaps so far"
+    )
     beta_min: Annotated[Number, Field(gt=0)] = Field(50.0, description="with beta: auto, the lowest it may get")
     beta_max: Annotated[Number, Field(gt=0)] = Field(5000.0, description="the highest, and what it starts from")
-    label_smoothing: Annotated[Number, Field(ge=0.0, lt=0.5)] = Field(0.0, description="share of swapped labels")
+    label_smoothing: Annotated[Number, Field(ge=0.0, lt=0.5)] = Field(0.0, description="ε, the share of swapped labels")
     loser_safeguard: Fraction | None = Field(
         None, description="μ: holds the loser's gradient back where it would raise the winner's error; null: off"
     )
     poly_alpha: Annotated[Number, Field(ge=-1)] = Field(1.0, description="α of Poly-DPO; 0 is plain dpo")
     guard_weight: NonNegative = Field(1.0, description="of the winner's error in the guard, times a power of a")
     guard_exponent: NonNegative = Field(2.0, description="that power; 0: the same guard at every noise level")
-    strength_range: tuple[float, float] = (0.75, 0.90)
-    weight_region: NonNegative = 1.0
-    weight_global: NonNegative = 1.0
+    strength_range: tuple[float, float] = Field(
+        (0.75, 0.90),
+        description="shares of redone steps [low, high] that become a factor of 1 to 2 on the region's logit",
+    )
+    weight_region: NonNegative = Field(1.0, description="of the term inside the mask")
+    weight_global: NonNegative = Field(1.0, description="of the term over the whole video")
     weight_sft: NonNegative = Field(0.0, description="of the winner's own error; 0.1 for local_dpo, else 0")
-    weight_region_sft: NonNegative = 0.0
+    weight_region_sft: NonNegative = Field(
+        0.0, description="of the winner's own error inside the mask, the published code's fourth term"
+    )
 
     @model_validator(mode="before")
     @classmethod

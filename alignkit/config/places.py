@@ -1,6 +1,7 @@
 """Whether what a command is to read is there, looked at before anything heavy is imported."""
 
 from pathlib import Path
+from typing import Any
 
 from alignkit.config.sections import ModelSection
 from alignkit.config.whole import Config
@@ -20,7 +21,7 @@ READ = {
 def check_places(command: str, config: Config) -> None:
     """Raises DataError for a file or folder that the command reads and that is missing, ModelError for a model's."""
     for key in READ.get(command, ()):
-        place: Path | None = config
+        place: Any = config
         for name in key.split("."):
             place = getattr(place, name)
         if place is None:

@@ -14,13 +14,15 @@ class RankerSection(Section):
     by: str | None = Field(
         None,
         description="people, endpoint, small_world, motion, flicker, VideoAlign, VBench, HPSv2, or your own function, "
-        "package.module:function",
+        "package.module:function; null: nobody yet",
     )
-    min_margin: Fraction = Field(0.1, description="where |P(a) - P(b)| is less, neither is better")
+    min_margin: Fraction = Field(0.1, description="where |P(a is better) - P(b is better)| is less, neither is")
     keep: Literal["best_worst", "all"] = Field(
         "best_worst", description="of each prompt: the best against the worst, or every pair that is no tie"
     )
-    endpoint: EndpointSection | None = Field(None, description="the vision-language model, with ranker.by: endpoint")
+    endpoint: EndpointSection | None = Field(
+        None, description="the vision-language model, with ranker.by: endpoint; else null"
+    )
     votes: Positive = Field(1, description="people: answers wanted for each pair of videos")
 
     @model_validator(mode="after")

@@ -9,14 +9,21 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from alignkit.config.finding import RUN_FILE, find_config
 from alignkit.config.noise import READERS
 from alignkit.config.whole import Config
 from alignkit.config.yaml_text import read_yaml
 from alignkit.errors import ConfigError
 
+ONCE = ("restart", "reshape", "accept")
+"""Keys of `train` that answer a refusal: kept with a run, they would answer the next one too."""
+
 
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read `path` (YAML) and apply `overrides` ("train.steps=20"; values are YAML).
+
+    `path` may also be the name of a shipped configuration, or a run's folder: then it goes on in that folder with the
+    settings kept there, but for what was said for one start alone (ONCE).
 
     An override that names another objective than the file's begins with that one's own defaults; one that gives a β
     comes without the file's limits for an automatic one, and one that brings masks (pairs.mask.files) without the
@@ -25,7 +32,8 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     Raises ConfigError for a missing or malformed file, an unknown key (with the nearest known one),
     a value of the wrong type or range.
     """
-    path = Path(path)
+    given = Path(path)
+    path = find_config(given)
     try:
         tree = read_yaml(path.read_text())
     except ConfigError as error:
@@ -38,6 +46,8 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'train:', got {type(tree).__name__}")
+    if path == given / RUN_FILE:
+        _go_on_in(given, tree)
     _forget_what_is_replaced(tree, overrides)
     for override in overrides:
         _apply(tree, override)
@@ -45,6 +55,13 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_describe(error)}") from None
+
+
+def _go_on_in(folder: Path, tree: dict) -> None:
+    """What a run's settings are in its folder, which may have been moved since."""
+    tree["output"] = {"dir": str(folder)}
+    if isinstance(tree.get("train"), dict):
+        tree["train"] = {key: value for key, value in tree["train"].items() if key not in ONCE}
 
 
 def _forget_what_is_replaced(tree: dict, overrides: list[str] | tuple[str, ...]) -> None:
@@ -81,14 +98,6 @@ def changed(config: Config, changes: dict[str, dict], where: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_describe(error)}") from None
-
-
-def shipped_config(name: str) -> Path:
-    """Path of a configuration that comes with alignkit: `configs/`, which a link makes part of the package."""
-    path = Path(__file__).parent.parent / "configs" / name
-    if not path.is_file():
-        raise ConfigError(f"{path}: this configuration should come with alignkit but is missing; reinstall it")
-    return path
 
 
 def dump_config(config: Config) -> str:

@@ -40,13 +40,19 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which base model is aligned."""
 
-    family: Family = "wan"
+    family: Family = Field("wan", description="wan: Wan2.1; cogvideox: CogVideoX, 2B and 5B")
     path: str = Field("tiny", description="a diffusers folder, a hub id, or 'tiny' for the shipped small model")
-    revision: str | None = None
-    variant: str | None = Field(None, description="of weight files: fp16 for diffusion_pytorch_model.fp16.safetensors")
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is good at it")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: the hub's main branch")
+    variant: str | None = Field(
+        None, description="of weight files: fp16 for diffusion_pytorch_model.fp16.safetensors; null: the plain ones"
+    )
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the network; auto: bf16 on a GPU that multiplies it, else fp32"
+    )
     attention: Literal["auto", "flash_3", "flash", "cudnn", "native_flash", "xformers", "native"] = Field(
-        "auto", description="auto: the best that runs here; a named one that does not is an error"
+        "auto",
+        description="kernel of the network's attention; auto: the first of these that runs here, on a CPU native; a "
+        "named one that does not run is an error",
     )
     lora: tuple[Place, ...] = Field((), description="LoRA folders to merge into the weights, in this order")
     max_sequence_length: Positive = Field(512, description="text tokens that the network attends to, padding included")
@@ -55,17 +61,35 @@ class ModelSection(Section):
 class DataSection(Section):
     """Real videos, which become the winners; or pairs of videos that are ranked already."""
 
-    videos: Place | None = Field(None, description="folder of videos with captions")
-    pairs: Place | None = Field(None, description="instead: JSONL, CSV or parquet with prompt, chosen, rejected")
-    prompts: Place | None = Field(None, description="of alignkit rollout: .txt, a prompt a line, or a captions file")
-    rollouts: Place | None = Field(None, description="folder of rollouts that data.pairs names by their numbers")
-    heldout_pairs: Place | None = Field(None, description="the same to evaluate on; null: a share of data.pairs")
-    captions: Place | None = Field(None, description="captions file, if it does not lie in the folder")
-    height: Positive = 480
-    width: Positive = 832
-    num_frames: Positive = 81
-    fps: Annotated[Number, Field(gt=0)] | None = Field(None, description="resample to this rate; null: as filmed")
-    heldout: Annotated[Number, Field(gt=0.0, lt=1.0)] = Field(0.1, description="share of the clips kept for evaluation")
+    videos: Place | None = Field(None, description="folder of videos with captions; null: none, or data.pairs")
+    pairs: Place | None = Field(
+        None, description="instead: JSONL, CSV or parquet with prompt, chosen, rejected; null: none"
+    )
+    prompts: Place | None = Field(
+        None, description="of alignkit rollout: .txt, a prompt a line, or a captions file; null: none"
+    )
+    rollouts: Place | None = Field(
+        None, description="folder of rollouts that data.pairs names by their numbers; null: none"
+    )
+    heldout_pairs: Place | None = Field(
+        None, description="as data.pairs, to evaluate on; null: a share data.heldout of data.pairs"
+    )
+    captions: Place | None = Field(
+        None, description="captions file, .jsonl or .csv; null: it, or a .txt a video, lies in data.videos"
+    )
+    height: Positive = Field(
+        480, description="pixels: videos are scaled to cover it and cropped; what the model takes is checked"
+    )
+    width: Positive = Field(832, description="pixels, as height")
+    num_frames: Positive = Field(
+        81, description="frames of a video; shorter videos are passed over; 4n + 1 for both families"
+    )
+    fps: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="resample to this many frames a second; null: as filmed"
+    )
+    heldout: Annotated[Number, Field(gt=0.0, lt=1.0)] = Field(
+        0.1, description="share of the clips, or of the prompts of rollouts, kept for evaluation"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSection":
@@ -83,9 +107,11 @@ class DataSection(Section):
 class MaskSection(Section):
     """Random closed regions (arXiv 2601.04068): see alignkit.localdpo.masks."""
 
-    files: Place | None = Field(None, description="folder of your own masks by video name, instead of random ones")
-    shape: Literal["bezier", "rectangle"] = "bezier"
-    blobs: tuple[Positive, Positive] = (1, 5)
+    files: Place | None = Field(None, description="folder of your own masks by video name; null: random ones")
+    shape: Literal["bezier", "rectangle"] = Field(
+        "bezier", description="of a blob; a rectangle is as large as a closed Bézier curve is on average"
+    )
+    blobs: tuple[Positive, Positive] = Field((1, 5), description="the least and the most blobs of a mask")
     moving: Fraction = Field(0.5, description="probability that a blob moves; 0: the first frame's mask for all")
     window: Fraction = Field(0.0, description="probability that the mask holds for a random run of frames only")
     area: tuple[Fraction, Fraction] = Field((0.0, 1.0), description="masks of another share of the volume are redrawn")
@@ -111,14 +137,22 @@ class PairsSection(Section):
     """How losers are made from winners."""
 
     folder: Place | None = Field(None, description="where the pairs are, to be shared by runs; null: output.dir/pairs")
-    seed: Count = 0
+    seed: Count = Field(0, description="of masks, strengths and noise, and of which clips are held out")
     per_clip: Positive = Field(1, description="pairs made from each clip, with different masks and noise")
-    num_inference_steps: Positive = 50
-    strengths: tuple[Positive, ...] = Field((38, 40, 42, 45), description="how many of the last steps are redone")
-    guidance_scale: NonNegative = 6.0
+    num_inference_steps: Positive = Field(50, description="steps of the schedule on which regions are redone")
+    strengths: tuple[Positive, ...] = Field(
+        (38, 40, 42, 45), description="how many of the last steps are redone; each pair draws one"
+    )
+    guidance_scale: NonNegative = Field(
+        6.0, description="of the base model that redoes regions; 1 and below: no guidance"
+    )
     dynamic_guidance: bool = Field(False, description="CogVideoX's use_dynamic_cfg")
-    prompt_prefix: str = ""
-    negative_prompt: str = ""
+    prompt_prefix: str = Field(
+        "", description="put before each caption where regions are redone; training sees the plain one"
+    )
+    negative_prompt: str = Field(
+        "", description="what guidance leads away from where regions are redone, and in training with noise.guided"
+    )
     block_size: Positive = Field(32, description="pairs in one file: the unit that is made, stored and resumed whole")
     batch_size: Positive = Field(1, description="videos corrupted at once")
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(
@@ -127,7 +161,7 @@ class PairsSection(Section):
         "solves for noise",
     )
     previews: Count = Field(4, description="pairs of each split shown as pictures")
-    mask: MaskSection = MaskSection()
+    mask: MaskSection = Field(MaskSection(), description="which regions are redone")
 
     @model_validator(mode="after")
     def _strengths_fit(self) -> "PairsSection":
@@ -139,27 +173,33 @@ class PairsSection(Section):
 class LoraSection(Section):
     """Low-rank adapters instead of all weights; the published recipe's values (arXiv 2601.04068)."""
 
-    rank: Positive = 64
-    alpha: Positive = 128
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    rank: Positive = Field(64, description="of each adapter")
+    alpha: Positive = Field(128, description="an adapter adds alpha / rank times its product")
+    targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"), description="ends of the names of the linear layers that get one"
+    )
 
 
 class TrainSection(Section):
     """Optimisation. Pair order, noise and timesteps are functions of (seed, epoch, pair id) alone."""
 
-    seed: Count = 0
-    steps: Positive = 500
-    learning_rate: NonNegative = 1e-6
-    warmup_steps: Count = Field(0, description="steps over which the learning rate rises from 0")
+    seed: Count = Field(0, description="of pair order, noise, timesteps, caption dropout and new adapters")
+    steps: Positive = Field(500, description="optimizer steps in all; of a chain, in each stage")
+    learning_rate: NonNegative = Field(1e-6, description="of AdamW, after the warm-up")
+    warmup_steps: Count = Field(0, description="steps over which the learning rate rises evenly; 0: none")
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="of the learning rate after that; cosine: down to min_learning_rate at the last step"
     )
     min_learning_rate: NonNegative = Field(0.0, description="at the end of schedule cosine")
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    weight_decay: NonNegative = 1e-3
-    max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's decay of its first and second moments")
+    weight_decay: NonNegative = Field(1e-3, description="AdamW's, of everything that is trained")
+    max_grad_norm: Annotated[Number, Field(gt=0)] = Field(
+        1.0, description="norm, over all weights, to which a larger gradient is scaled"
+    )
     global_batch_size: Positive = Field(128, description="pairs per step, over all processes")
-    micro_batch_size: Positive = Field(1, description="pairs per forward on one process")
+    micro_batch_size: Positive = Field(
+        1, description="pairs per forward on one process; times the processes it must divide global_batch_size"
+    )
     checkpointing: Literal["full", "selective", "none"] = Field(
         "full", description="what the backward pass computes again: every layer; all of it but attention; nothing"
     )
@@ -168,18 +208,22 @@ class TrainSection(Section):
     )
     compile: bool = Field(False, description="torch.compile of the repeated block; ZeRO-3's hooks break its graph")
     caption_dropout: Fraction = Field(0.0, description="share of pairs shown with the empty prompt, on both sides")
-    checkpoint_every: Positive = Field(100, description="steps")
-    checkpoint_minutes: Annotated[Number, Field(gt=0)] | None = Field(
-        None, description="save too when the last save is so long ago; null: by steps alone"
+    checkpoint_every: Positive = Field(
+        100, description="steps from one checkpoint to the next; the last step is saved too"
     )
-    keep_checkpoints: Positive = 2
+    checkpoint_minutes: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="save too when the last save is so many minutes ago; null: by steps alone"
+    )
+    keep_checkpoints: Positive = Field(2, description="the newest so many stay, older ones are removed")
     restart: bool = Field(False, description="start over where checkpoints exist and none is whole")
     reshape: bool = Field(False, description="convert a checkpoint of another number of processes (--reshape)")
     accept: tuple[str, ...] = Field((), description="settings that may differ from the checkpoint's, by name")
-    lora: LoraSection | None = Field(None, description="train adapters of this rank; null: every weight")
+    lora: LoraSection | None = Field(None, description="train adapters, {} for the defaults; null: every weight")
     max_bad_steps: Positive = Field(5, description="non-finite steps in a row after which the run stops")
     stuck_seconds: Annotated[Number, Field(gt=0)] = Field(
-        300.0, description="silence of a process, beyond ten times the slowest step so far, that ends the run"
+        300.0,
+        description="of silence, or in one part of a step and beyond ten times the slowest one, that end the run; "
+        "loading, saving and exporting have twelve times as long",
     )
 
     @model_validator(mode="after")
@@ -207,28 +251,46 @@ class TrainSection(Section):
 class DeepSpeedSection(Section):
     """ZeRO stage and anything else of DeepSpeed's own JSON, passed through untouched."""
 
-    preset: Literal["zero2", "zero3", "zero3-offload"] = "zero3"
-    config: dict[str, Any] = Field(default_factory=dict)
+    preset: Literal["zero2", "zero3", "zero3-offload"] = Field(
+        "zero3",
+        description="zero2: optimizer and gradients are shared out; zero3: weights too; zero3-offload: and kept "
+        "in main memory",
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="any keys of DeepSpeed's JSON, over what the preset and train say"
+    )
 
 
 class SampleSection(Section):
-    num_inference_steps: Positive = 50
-    guidance_scale: NonNegative = 5.0
+    """How `alignkit sample` samples held-out prompts, and rollouts where `rollout` does not say otherwise."""
+
+    num_inference_steps: Positive = Field(
+        50, description="steps of the model's sampler; also of the schedule that evaluation.positions are on"
+    )
+    guidance_scale: NonNegative = Field(5.0, description="classifier-free guidance; 1 and below: none")
     dynamic_guidance: bool = Field(False, description="CogVideoX's use_dynamic_cfg")
-    negative_prompt: str = ""
+    negative_prompt: str = Field("", description="what guidance leads away from")
     count: Positive = Field(64, description="videos sampled per seed and model, from held-out prompts")
-    seeds: tuple[Count, ...] = Field((0,), min_length=1)
-    batch_size: Positive = 1
+    seeds: tuple[Count, ...] = Field(
+        (0,), min_length=1, description="of starting noise; every prompt is sampled once with each, by both models"
+    )
+    batch_size: Positive = Field(1, description="videos sampled at once")
 
 
 class EvaluationSection(Section):
-    """Held-out pairs are scored with fixed keys at these points of the inference schedule (0: pure noise)."""
+    """How `alignkit eval` scores held-out pairs: with fixed noise, at fixed points of the inference schedule."""
 
-    seed: Count = 0
-    positions: tuple[Annotated[Number, Field(ge=0.0, lt=1.0)], ...] = Field((0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
+    seed: Count = Field(0, description="of the noise that pairs are scored with")
+    positions: tuple[Annotated[Number, Field(ge=0.0, lt=1.0)], ...] = Field(
+        (0.1, 0.3, 0.5, 0.7, 0.9),
+        min_length=1,
+        description="points of the schedule as shares of its steps; 0: pure noise",
+    )
     draws: Positive = Field(1, description="noises per pair and position")
-    batch_size: Positive = 16
+    batch_size: Positive = Field(16, description="pairs scored, and clips sent through the VAE, at once")
 
 
 class OutputSection(Section):
-    dir: Place
+    """Where a run lives."""
+
+    dir: Place = Field(description="the run's folder: all that is made goes there; the same for every command of a run")

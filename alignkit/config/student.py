@@ -15,7 +15,9 @@ class StudentSection(Section):
     teacher_steps: Positive | None = Field(None, description="the teacher's own; null: as in sample")
     ratio: Positive = Field(5, description="steps that compare pairs to each step that distils")
     weight: NonNegative = Field(
-        0.0, description="λ, instead of steps that distil: of the distance to the teacher on the student's own states"
+        0.0,
+        description="λ: above 0 a term, instead of steps that distil, of the distance to the teacher on the "
+        "student's own states",
     )
     high_noise_first: Fraction = Field(
         0.5, description="share of the steps, from the first on, that compare pairs at the noisier half of them alone"

@@ -1,6 +1,6 @@
 """All sections together, and what must hold between them."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,21 +24,26 @@ from alignkit.config.student import StudentSection
 ACCEPTED = ("train", "objective", "noise", "reference")
 
 
-class StageSection(Section):
-    """One stage of a chain: its name, and what it changes of the sections around it."""
+Changes = Annotated[dict[str, Any], Field(default_factory=dict, description="keys of this section that differ here")]
 
-    name: Literal["localdpo", "sft", "offline", "online", "half_online", "distill", "drift_correction"]
-    data: dict[str, Any] = Field(default_factory=dict)
-    pairs: dict[str, Any] = Field(default_factory=dict)
-    rollout: dict[str, Any] = Field(default_factory=dict)
-    ranker: dict[str, Any] = Field(default_factory=dict)
-    online: dict[str, Any] = Field(default_factory=dict)
-    student: dict[str, Any] = Field(default_factory=dict)
-    noise: dict[str, Any] = Field(default_factory=dict)
-    objective: dict[str, Any] = Field(default_factory=dict)
-    reference: dict[str, Any] = Field(default_factory=dict)
-    train: dict[str, Any] = Field(default_factory=dict)
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+
+class StageSection(Section):
+    """One stage of a chain: its name, and what it changes of the sections around it. The name alone will do."""
+
+    name: Literal["localdpo", "sft", "offline", "online", "half_online", "distill", "drift_correction"] = Field(
+        description="what kind of stage; each stands once in a chain (docs/apo.md)"
+    )
+    data: Changes
+    pairs: Changes
+    rollout: Changes
+    ranker: Changes
+    online: Changes
+    student: Changes
+    noise: Changes
+    objective: Changes
+    reference: Changes
+    train: Changes
+    deepspeed: Changes
 
     @model_validator(mode="before")
     @classmethod
@@ -65,7 +70,9 @@ class Config(Section):
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection
     stages: tuple[StageSection, ...] | None = Field(
-        None, min_length=1, description="trained one after the other, each from the weights of the one before"
+        None,
+        min_length=1,
+        description="trained one after the other, each from the weights of the one before; null: one run",
     )
 
     @property

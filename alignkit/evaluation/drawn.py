@@ -38,11 +38,12 @@ class Judged:
 def judge(prompts: list[str], frames: Tensor, role: Role = "judge") -> Judged | None:
     """Judge uint8 clips [B, F, H, W, 3] that were sampled for B prompts; None for prompts that no drawn clip has."""
     wanted = [attributes_in(prompt) for prompt in prompts]
-    if not all(wanted):
+    known = [names for names in wanted if names]
+    if len(known) < len(wanted):
         return None
     clips = thumbnails(frames)
     seen = classify(clips, role)
-    followed = [all(seen[key][i] == value for key, value in names.items()) for i, names in enumerate(wanted)]
+    followed = [all(seen[key][i] == value for key, value in names.items()) for i, names in enumerate(known)]
     return Judged(np.array(followed), fault_scores(clips, role), fault_maps(clips, role).numpy())
 
 

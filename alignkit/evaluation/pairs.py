@@ -84,6 +84,7 @@ def score_pairs(
 
 
 def _per_pair(errors: PairRegionErrors, beta: float) -> dict[str, Tensor]:
+    assert errors.gap_w is not None and errors.gap_l is not None
     means = losses.pair_means(errors.error_w, errors.error_l, errors.gap_w, errors.gap_l, errors.count)
     return {
         "region_logit": losses.logits_of(means.region_gap_w, means.region_gap_l, beta),

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +33,9 @@ def again(config: Config, model: VideoModel, pairs: list[Pair], text: Guided, de
     clean = torch.stack([pair.winner for pair in pairs]).to(device)
     mask = torch.stack([pair.mask for pair in pairs])
     key = NoiseKey(config.pairs.seed, torch.tensor([pair.id for pair in pairs]), DRAW, Stream.CORRUPTION)
-    schedule = model.schedule(config.pairs.num_inference_steps)
-    return regenerate(clean, mask, guided_network(config, model, text), schedule, key, pairs[0].steps)
+    schedule, steps = model.schedule(config.pairs.num_inference_steps), pairs[0].steps
+    assert steps is not None
+    return regenerate(clean, mask, guided_network(config, model, text), schedule, key, steps)
 
 
 def write_regions(
@@ -46,6 +48,8 @@ def write_regions(
     for number, pair in enumerate(pairs):
         folder.mkdir(parents=True, exist_ok=True)
         latents = {"original": pair.winner} | {name: found[number] for name, found in redrawn.items()}
-        videos = {name: vae.decode_video(value[None].to(device))[0].numpy() for name, value in latents.items()}
+        videos: dict[str, Any] = {
+            name: vae.decode_video(value[None].to(device))[0].numpy() for name, value in latents.items()
+        }
         mask = vae.frames_of_mask(pair.mask).numpy()
         np.savez_compressed(folder / f"{number:03d}.npz", **videos, mask=mask, prompt=pair.prompt)

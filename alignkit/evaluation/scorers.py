@@ -38,7 +38,7 @@ def installed() -> dict[str, Scorer]:
 
 def score(videos: list[Path], prompts: list[str], work: Path) -> dict[str, float]:
     """Every number that the installed scorers give, means over `videos`; `work` is for their own files."""
-    found = {}
+    found: dict[str, float] = {}
     for scorer in installed().values():
         found |= {name: float(np.mean(values)) for name, values in scorer(videos, prompts, work).items()}
     return found
@@ -117,4 +117,4 @@ def _is_there(module: str) -> bool:
     if spec is None or module != MODULES["VideoAlign"]:
         return spec is not None
     # another package has this name too
-    return bool(spec.origin) and "VideoVLMRewardInference" in Path(spec.origin).read_text(encoding="utf-8")
+    return spec.origin is not None and "VideoVLMRewardInference" in Path(spec.origin).read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,8 +128,9 @@ def _measure(
     change = (together["base"].float() - together["aligned"].float()).abs().flatten(1).mean(1)
     for sample, value in zip(samples, change.tolist(), strict=True):
         sample["change"] = value
-    judged = {name: judge([row["prompt"] for row in rows], videos) for name, videos in together.items()}
-    if judged["base"] and judged["aligned"]:
+    verdicts = {name: judge([row["prompt"] for row in rows], videos) for name, videos in together.items()}
+    judged = {name: found for name, found in verdicts.items() if found}
+    if judged.keys() >= {"base", "aligned"}:
         of = {name: (found.faulty, found.followed) for name, found in judged.items()}
         for place, label in enumerate(("fault_rate", "prompt_following")):
             measured[label] = change_of(of["base"][place], of["aligned"][place]) | {"samples": len(rows)}
@@ -136,7 +138,7 @@ def _measure(
             for name, found in judged.items():
                 sample[f"fault_{name}"] = float(found.fault[number])
                 sample[f"followed_{name}"] = bool(found.followed[number])
-        maps = {name: np.rint(255 * found.cells).astype(np.uint8) for name, found in judged.items()}
+        maps: dict[str, Any] = {name: np.rint(255 * found.cells).astype(np.uint8) for name, found in judged.items()}
         np.savez_compressed(samples_folder(config) / MAPS, **maps)
     return measured, samples
 

@@ -180,7 +180,7 @@ def _key(config: Config, rows: list[Preference]) -> str:
 
 def _state(row: Preference) -> list:
     """Of files their size and date; of masks, which are small and may be folders, the content."""
-    stats = []
+    stats: list[tuple] = []
     for file in (row.chosen, row.rejected):
         try:
             stats.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))

@@ -212,6 +212,7 @@ def _differences(
 ) -> Iterator[_Fault]:
     """What is wrong with a pair of videos each of which is good."""
     chosen, rejected = videos[row.chosen], videos[row.rejected]
+    assert isinstance(chosen, _Video) and isinstance(rejected, _Video)
     a, b = chosen.facts, rejected.facts
     if a.frames != b.frames:
         yield _Fault("frames", f"{row.chosen} has {a.frames} frames, {row.rejected} has {b.frames}")

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ def build_pairs(
 
 def _store_info(config: Config, model) -> StoreInfo:
     pairs = config.pairs
-    unlike = {"folder": True, "block_size": True, "dtype": True, "previews": True, "mask": {"files"}}
+    unlike: Any = {"folder": True, "block_size": True, "dtype": True, "previews": True, "mask": {"files"}}
     terms = pairs.model_dump(mode="json", exclude=unlike)
     return StoreInfo(
         kind="local_dpo",

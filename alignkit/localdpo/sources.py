@@ -75,17 +75,19 @@ def check_count(config: Config, sources: list[Source], problems: list[Problem]) 
 
 def check_masks(config: Config, sources: list[Source]) -> list[Problem]:
     """What is wrong with the users' masks of `sources`, each read as building will read it."""
-    spec, problems = video_spec(config), []
+    spec = video_spec(config)
+    problems: list[Problem] = []
     grid = latent_grid(config)
 
-    def look_at(source: Source) -> None:
+    def look_at(clip: Clip, mask: Path) -> None:
         try:
-            mask_on_grid(read_mask(source.mask, source.clip.path, spec), grid)
+            mask_on_grid(read_mask(mask, clip.path, spec), grid)
         except DataError as error:
-            problems.append(Problem(source.clip.name, str(error)))
+            problems.append(Problem(clip.name, str(error)))
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        list(threads.map(look_at, [source for source in sources if source.mask]))
+        masked = [(source.clip, source.mask) for source in sources if source.mask]
+        list(threads.map(lambda one: look_at(*one), masked))
     return sorted(problems, key=lambda problem: problem.video)
 
 

@@ -118,22 +118,22 @@ def _match(listed: dict[str, Caption], videos: dict[str, Path]) -> tuple[dict[st
     problems: list[Problem] = []
     for video, caption in listed.items():
         ways = (video, video.strip())
-        name = next((absolute.get(way, way) for way in ways if way in videos or way in absolute), None)
-        if name is None:
+        found = next((absolute.get(way, way) for way in ways if way in videos or way in absolute), None)
+        if found is None:
             wanted = composed(video.strip())
             candidates = spelt.get(wanted) or ([] if "/" in wanted else bare.get(wanted, []))
             if len(candidates) > 1:
                 problems.append(Problem(video, f"{caption.where} could mean any of {', '.join(candidates)}"))
                 continue
-            name = candidates[0] if candidates else None
-        if name is None:
+            found = candidates[0] if candidates else None
+        if found is None:
             reason = f"{caption.where} has a caption for it, but there is no such video"
             problems.append(Problem(video, reason))
-        elif name in matched:
-            reason = f"second caption at {caption.where}; {matched[name].where} is kept"
-            problems.append(Problem(name, reason))
+        elif found in matched:
+            reason = f"second caption at {caption.where}; {matched[found].where} is kept"
+            problems.append(Problem(found, reason))
         else:
-            matched[name] = caption
+            matched[found] = caption
     return matched, problems
 
 

@@ -198,7 +198,7 @@ def _png(file: Path) -> np.ndarray:
             if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
                 raise DataError(f"{file}: is transparent in places; save the mask as black and white, without alpha")
             if image.mode == "P":
-                return np.asarray(image.convert("RGB")).any(axis=-1) * np.uint8(255)
+                return np.where(np.asarray(image.convert("RGB")).any(axis=-1), np.uint8(255), np.uint8(0))
             values = np.asarray(image if image.mode in ("1", "L", "I;16", "I") else image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, DataError):

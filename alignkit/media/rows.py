@@ -99,6 +99,7 @@ def _csv(file: Path, what: str, text: str) -> Table:
     if twice:
         raise DataError(f"{what} {file}: has two columns with the name {twice[0]!r}")
     rows: list[tuple[int, dict[str, Any] | str]] = []
+    row: dict[str, Any] | str
     for number, cells in lines[1:]:
         if any(cells[len(columns) :]):
             row = "has more values than there are columns (put a text that holds commas in double quotes)"

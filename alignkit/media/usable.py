@@ -51,6 +51,7 @@ def usable_clips(
         if reason:
             problems.append(Problem(clip.name, reason))
         else:
+            assert digest is not None
             seen[digest] = clip.name
             good.append((clip, digest))
     return good, problems

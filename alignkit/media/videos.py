@@ -218,10 +218,12 @@ def _pick(frames: Iterator[TimedFrame], stream: VideoStream, spec: VideoSpec, pa
             choose(count - 1, frame)
             continue
         while len(chosen) < spec.num_frames and (wanted := first + len(chosen) / rate) <= start:
-            earlier = before is not None and wanted - before[0] <= start - wanted
-            choose(*((count - 2, before[2]) if earlier else (count - 1, frame)))
+            if before is not None and wanted - before[0] <= start - wanted:
+                choose(count - 2, before[2])
+            else:
+                choose(count - 1, frame)
         before, end = (start, duration, frame), start + duration
-    while rate is not None and len(chosen) < spec.num_frames and first + len(chosen) / rate < end:
+    while rate and before and len(chosen) < spec.num_frames and first + len(chosen) / rate < end:
         choose(count - 1, before[2])  # the last frame is shown until its duration ends
     if count == 0:
         raise DataError(f"{path}: holds no frame that can be decoded")

@@ -22,9 +22,13 @@ class VideoModel(Protocol):
     family: ClassVar[str]
     path: str
     scheduler: Any
-    transformer: nn.Module | None
+    transformer: Any
     pipeline: Any
     dtype: torch.dtype
+    attention: str | None
+
+    @property
+    def vae(self) -> Any: ...
 
     def to(self, device: torch.device | str) -> Self: ...
 

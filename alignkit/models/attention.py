@@ -1,8 +1,9 @@
 """Which attention kernel a transformer runs on: diffusers' dispatcher, with a name that holds or an error."""
 
+from typing import Any
+
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch import nn
 
 from alignkit.errors import ConfigError
 
@@ -17,7 +18,7 @@ BACKENDS = {
 }
 
 
-def set_attention(transformer: nn.Module, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+def set_attention(transformer: Any, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     """Make `transformer` use the backend `wanted` on `device` in `dtype`; returns the name that was taken.
 
     "auto" takes the first of BACKENDS that runs there, forward and backward, and `native` on a CPU. Raises
@@ -43,5 +44,5 @@ def try_backend(backend: str, head_dim: int, device: torch.device, dtype: torch.
     inputs = torch.arange(3 * 128 * 2 * head_dim, device=device, dtype=torch.float32).sin().to(dtype)
     inputs = inputs.view(3, 1, 128, 2, head_dim).requires_grad_()
     dispatch_attention_fn(*inputs.unbind(), backend=backend).sum().backward()
-    if not torch.isfinite(inputs.grad).all():
+    if inputs.grad is None or not torch.isfinite(inputs.grad).all():
         raise RuntimeError("its gradient is not finite")

@@ -7,6 +7,7 @@ length is fixed), the 5B rotates queries and keys; both are read off the transfo
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
@@ -317,7 +318,7 @@ def load(
             raise ModelError(f"model.path: {path}/transformer: patch_size_t is set: CogVideoX 1.5 is not supported")
         _check_text_length(config, max_sequence_length)
         vae_config = settings_of(AutoencoderKLCogVideoX, path, "vae", revision)
-        transformer = None
+        transformer: Any = None
         if with_transformer:
             transformer = load_transformer(CogVideoXTransformer3DModel, path, revision, variant, dtype)
             transformer.set_attn_processor(AttentionProcessor())

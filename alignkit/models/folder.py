@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -42,10 +42,10 @@ class ModelFolder:
 
     path: str
     max_sequence_length: int
-    scheduler: object
+    scheduler: Any
     vae_config: dict = field(default_factory=dict)
-    transformer: nn.Module | None = None
-    pipeline: DiffusionPipeline | None = None
+    transformer: Any = None
+    pipeline: Any = None
     dtype: torch.dtype = torch.float32
     revision: str | None = None
     attention: str | None = None
@@ -63,8 +63,7 @@ class ModelFolder:
         return self
 
     @property
-    def vae(self) -> nn.Module:
-        assert self.pipeline is not None
+    def vae(self) -> Any:
         return self.pipeline.vae
 
     def encode_text(self, prompts: list[str]) -> list[Tensor]:
@@ -167,7 +166,7 @@ def grid_of(num_frames: int, height: int, width: int, *, temporal: int, spatial:
     return ((num_frames - 1) // temporal + 1, height // spatial, width // spatial)
 
 
-def to_unit(frames: Tensor, like: nn.Module) -> Tensor:
+def to_unit(frames: Tensor, like: Any) -> Tensor:
     """uint8 [B, F, H, W, 3] to [B, 3, F, H, W] in [-1, 1], where `like` lies and in its precision."""
     return rearrange(frames.to(like.device), "b f h w c -> b c f h w").to(like.dtype) / 127.5 - 1
 
@@ -183,9 +182,7 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def load_transformer(
-    kind: type[nn.Module], path: str, revision: str | None, variant: str | None, dtype: torch.dtype
-) -> nn.Module:
+def load_transformer(kind: Any, path: str, revision: str | None, variant: str | None, dtype: torch.dtype) -> nn.Module:
     """A folder's transformer, frozen. Raises ModelError where it lacks a weight, which diffusers would draw anew."""
     if Path(path).is_dir():
         check_weight_files(Path(path) / "transformer", variant)
@@ -199,7 +196,7 @@ def load_transformer(
     return frozen(network)
 
 
-def settings_of(part: type[nn.Module], path: str, subfolder: str, revision: str | None) -> dict:
+def settings_of(part: Any, path: str, subfolder: str, revision: str | None) -> dict:
     """A part's settings, the class's defaults for those that its config.json leaves out, without its weights."""
     with torch.device("meta"):
         return part.from_config(part.load_config(path, subfolder=subfolder, revision=revision)).config

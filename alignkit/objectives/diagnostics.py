@@ -21,7 +21,7 @@ def diagnostics(objective: ObjectiveSection, result: TrainingLoss, states: State
     learnt. safeguard/factor is the share of the loser's gradient that was kept.
     """
     numbers = {"loss": result.loss_per_pair}
-    if result.means is not None:
+    if result.means is not None and result.beta is not None:
         means, whole, region = result.means, result.logits["global"], result.logits["region"]
         half_beta = result.beta / 2
         numbers |= {
@@ -54,12 +54,14 @@ def diagnostics(objective: ObjectiveSection, result: TrainingLoss, states: State
 def signal(result: TrainingLoss) -> Tensor:
     """What the adaptive timestep law follows, fp64 [B]: σ(−z)·√(E_w + E_l), the size of a pair's gradient up to the
     network's own part of it."""
+    assert result.means is not None
     z = result.logits["global"].detach()
     return torch.sigmoid(-z) * (result.means.error_w + result.means.error_l).detach().sqrt()
 
 
 def inversion_numbers(batch: PairBatch, flagged_from: float | None) -> dict[str, Tensor]:
     """The larger round-trip error of each pair's inversions, 0 without one, fp64 [B]; and which are flagged for it."""
+    assert batch.side_w is not None and batch.side_l is not None
     paths = zip(batch.side_w.paths, batch.side_l.paths, strict=True)
     errors = [max((path.error for path in pair if path and path.error is not None), default=0.0) for pair in paths]
     error = torch.tensor(errors, dtype=torch.float64, device=batch.winner.device)

@@ -29,12 +29,14 @@ def with_next_steps(law: Law, batch: PairBatch, epochs: Tensor) -> PairBatch:
     assert batch.side_w is not None and batch.side_l is not None and batch.path_rows is not None
     points = law.draw(batch.ids, epochs, batch.path_rows)
     assert points.rows is not None
+    drawn = points.rows.tolist()
     ends = torch.stack([law.schedule.coefficients[points.rows + step, :2] for step in (0, 1)], dim=1)
 
     def aimed(videos: Tensor, side: Side) -> Tensor:
-        if not all(side.paths):
+        paths = [path for path in side.paths if path]
+        if len(paths) < len(videos):
             return videos
-        rows = zip(side.paths, videos, points.rows.tolist(), strict=True)
+        rows = zip(paths, videos, drawn, strict=True)
         both = [(path.states[row], (*path.states, video.cpu())[row + 1]) for path, video, row in rows]
         here, there = (torch.stack(states).to(videos.device) for states in zip(*both, strict=True))
         return split_states(here, there, ends)[0]
@@ -50,9 +52,9 @@ def distillation_states(
     taught = with_next_steps(law, batch, epochs)
     assert batch.side_w is not None
     points, device = law.draw(batch.ids, epochs, batch.path_rows), batch.winner.device
-    here = torch.stack(
-        [path.states[row] for path, row in zip(batch.side_w.paths, points.rows.tolist(), strict=True)]
-    ).to(device)
+    assert points.rows is not None
+    paths = [path for path in batch.side_w.paths if path]
+    here = torch.stack([path.states[row] for path, row in zip(paths, points.rows.tolist(), strict=True)]).to(device)
     states = States(
         inputs=here.to(dtype),
         timesteps=points.timesteps.to(device, torch.float32),

@@ -14,11 +14,12 @@ from alignkit_kernels import losses
 
 def local_dpo(pairs: Scored) -> tuple[Tensor, Logits]:
     objective, sums = pairs.objective, pairs.sums
+    gap_w, gap_l = pairs.gaps
     got = losses.local_dpo(
         sums.error_w,
         sums.error_l,
-        sums.gap_w,
-        sums.gap_l,
+        gap_w,
+        gap_l,
         sums.count,
         strength=pairs.batch.strength,
         beta=pairs.beta,
@@ -65,6 +66,5 @@ def hinge(pairs: Scored) -> tuple[Tensor, Logits]:
 
 
 def region_dpo(pairs: Scored) -> tuple[Tensor, Logits]:
-    sums = pairs.sums
-    loss = losses.region_dpo(sums.gap_w, sums.gap_l, sums.count, pairs.beta, pairs.objective.label_smoothing)
+    loss = losses.region_dpo(*pairs.gaps, pairs.sums.count, pairs.beta, pairs.objective.label_smoothing)
     return loss, {"region": pairs.logits["region"]}

@@ -70,9 +70,10 @@ def preference_loss(
     `alignkit_kernels.InputError` for a strength outside `objective.strength_range` (local_dpo) and for shapes that do
     not fit.
     """
-    beta = objective.beta if beta is None else beta
+    in_force = objective.beta if beta is None else beta
+    assert not isinstance(in_force, str), "an automatic β is given as the number that it is"
     loss = _fused if TERMS == FUSED else _composed
-    return loss(objective, predictions, references, batch, states, beta)
+    return loss(objective, predictions, references, batch, states, in_force)
 
 
 # objective: the head's own keys, by what the fused loss calls them
@@ -134,7 +135,7 @@ def _composed(
     if objective.loser_safeguard is not None:
         kept = _share_of_loser(pairs)
         # no head reads error_l: the gap is the only way to the loser's prediction
-        pairs = replace(pairs, sums=sums._replace(gap_l=losses.scale_gradient(sums.gap_l, kept[:, None])))
+        pairs = replace(pairs, sums=sums._replace(gap_l=losses.scale_gradient(pairs.gaps[1], kept[:, None])))
     per_pair, sigmoids = _loss(pairs)
     loss = per_pair.mean() if states.weight is None else (states.weight.to(per_pair.device) * per_pair).mean()
     return TrainingLoss(
@@ -163,6 +164,8 @@ def _loss(pairs: Scored) -> tuple[Tensor, Logits]:
 
 def _share_of_loser(pairs: Scored) -> Tensor:
     """λ of `losses.loser_safeguard`, fp64 [B], with the weights that this very loss gives to each region."""
+    safeguard = pairs.objective.loser_safeguard
+    assert safeguard is not None
     names = "error_w", "gap_w", "gap_l"
     apart = {name: getattr(pairs.sums, name).detach().requires_grad_() for name in names}
     with torch.enable_grad():
@@ -171,4 +174,4 @@ def _share_of_loser(pairs: Scored) -> Tensor:
     error_w, gap_w, gap_l = slopes
     # where a loss pulls z back its slopes have the other sign, and there is nothing to hold back
     weights = {"weight_w": (error_w + gap_w).clamp(min=0), "weight_l": (-gap_l).clamp(min=0)}
-    return losses.loser_safeguard(pairs.sums.error_w, pairs.sums.cross, pairs.objective.loser_safeguard, **weights)
+    return losses.loser_safeguard(pairs.sums.error_w, pairs.sums.cross, safeguard, **weights)

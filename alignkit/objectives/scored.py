@@ -37,8 +37,9 @@ def score(
     A gap to errors is a difference of two sums, rounded as they are: some 2⁻²⁴ of an error, where the gap to
     predictions is rounded relative to itself. Exactly 0 where both come of the same predictions, either way.
     """
-    stored = isinstance(references, ReferenceErrors)
-    reference_w, reference_l = (None, None) if references is None or stored else references
+    reference_w = reference_l = None
+    if references is not None and not isinstance(references, ReferenceErrors):
+        reference_w, reference_l = references
     sums = pair_region_errors(
         *predictions,
         batch.winner,
@@ -51,7 +52,7 @@ def score(
         regions=batch.mask,
         num_regions=NUM_REGIONS,
     )
-    if not stored:
+    if not isinstance(references, ReferenceErrors):
         return sums
     return sums._replace(gap_w=sums.error_w - references.error_w, gap_l=sums.error_l - references.error_l)
 
@@ -66,10 +67,16 @@ class Scored:
     states: States
     sums: PairRegionErrors
 
+    @property
+    def gaps(self) -> tuple[Tensor, Tensor]:
+        """Of winner and loser to the reference, fp64 [B, R]."""
+        assert self.sums.gap_w is not None and self.sums.gap_l is not None
+        return self.sums.gap_w, self.sums.gap_l
+
     @cached_property
     def means(self) -> losses.PairMeans:
         sums = self.sums
-        return losses.pair_means(sums.error_w, sums.error_l, sums.gap_w, sums.gap_l, sums.count)
+        return losses.pair_means(sums.error_w, sums.error_l, *self.gaps, sums.count)
 
     @cached_property
     def logits(self) -> Logits:

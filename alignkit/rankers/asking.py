@@ -65,7 +65,8 @@ async def _ask_all(
     ranker: Ranker, left: list[Comparison], keep: Callable[[Comparison, float], None], stop: Callable[[], bool]
 ) -> None:
     await ranker.prepare(left)
-    waiting, failed = iter(left), []
+    waiting = iter(left)
+    failed: list[Exception] = []
 
     async def work() -> None:
         for comparison in waiting:

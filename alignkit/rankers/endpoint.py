@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -109,7 +109,7 @@ class ByEndpoint:
     async def _send(self, session: "aiohttp.ClientSession", content: list[Part]) -> Reply:
         aiohttp, section = _aiohttp(), self._section
         limits = {"temperature": section.temperature, "max_tokens": section.max_tokens}
-        body = {"model": section.model, "messages": [{"role": "user", "content": content}]}
+        body: dict[str, Any] = {"model": section.model, "messages": [{"role": "user", "content": content}]}
         body |= {name: value for name, value in limits.items() if value is not None}
         key = _key(section.key_env)
         url = section.url.rstrip("/") + "/chat/completions"
@@ -214,4 +214,4 @@ def _key(variable: str | None) -> str:
 def _proxy(url: str) -> str | None:
     """As the environment says. The client library would look itself, but then sends passwords out of .netrc too."""
     parts = urlsplit(url)
-    return None if proxy_bypass(parts.hostname) else getproxies().get(parts.scheme)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)

@@ -7,7 +7,7 @@ import math
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -75,7 +75,7 @@ def error_of(body: str) -> tuple[str, set[str]]:
     return (message if isinstance(message, str) else body), {str(error.get(name)) for name in ("code", "type")}
 
 
-def text_of(answer: object) -> tuple[str | None, str]:
+def text_of(answer: Any) -> tuple[str | None, str]:
     """The text of a chat completion, None where it has none, and why it has ended ("" where it does not say)."""
     try:
         choice = answer["choices"][0]
@@ -122,7 +122,7 @@ def seconds_to_wait(retry_after: str | None) -> float:
         seconds = float(retry_after or 0)
     except ValueError:
         try:
-            seconds = (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
+            seconds = (parsedate_to_datetime(retry_after or "") - datetime.now(UTC)).total_seconds()
         except (ValueError, TypeError):  # no date; one without a zone
             return 0.0
     return max(seconds, 0.0) if math.isfinite(seconds) else 0.0

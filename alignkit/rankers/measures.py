@@ -50,7 +50,7 @@ class ByScore:
             self._known[prompt, file] = float(score)
 
 
-def _by_frames(score: Callable[[list[str], Tensor], Sequence[float]]) -> Scores:
+def _by_frames(score: Callable[[list[str], Tensor], np.ndarray | Tensor]) -> Scores:
     """Scores of files from scores of clips uint8 [B, F, H, W, 3] of one size."""
 
     def scores(prompts: list[str], files: list[Path]) -> list[float]:
@@ -69,13 +69,14 @@ def small_world_score(prompts: Sequence[str], frames: Tensor) -> np.ndarray:
     """log P(shape, colour and direction as prompted) + log P(no fault) of clips uint8 [B, F, H, W, 3], float64 [B], by
     networks that are not the judges'. Raises DataError for a prompt that no drawn clip has."""
     wanted = [attributes_in(prompt) for prompt in prompts]
+    known = [attributes for attributes in wanted if attributes is not None]
     for prompt, attributes in zip(prompts, wanted, strict=True):
         if attributes is None:
             raise DataError(
                 f"ranker.by=small_world: knows drawn clips only, not {prompt!r}; take people, endpoint or a function"
             )
     clips = thumbnails(frames)
-    return log_probability(clips, wanted, "ranker") + np.log1p(-np.minimum(fault_scores(clips, "ranker"), 1 - 1e-9))
+    return log_probability(clips, known, "ranker") + np.log1p(-np.minimum(fault_scores(clips, "ranker"), 1 - 1e-9))
 
 
 def motion(prompts: list[str], frames: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from alignkit.config.endpoint import EndpointSection
 from alignkit.errors import DataError
@@ -64,7 +65,7 @@ class Spending:
     def answered(self, usage: object) -> None:
         """Takes `usage` of an answer. Raises DataError where it says nothing and there is a budget to keep."""
         usage = usage if isinstance(usage, dict) else {}
-        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        counts: list[Any] = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
         if not all(type(count) is int and count >= 0 for count in counts):
             if self._budget is not None:
                 raise DataError(

@@ -33,4 +33,4 @@ def chosen(rows: list[dict]) -> tuple[list[tuple[str, dict]], str]:
 
 def _gain(row: dict) -> float:
     following = bool(row.get("followed_aligned")) - bool(row.get("followed_base"))
-    return number(row, "fault_base") - (number(row, "fault_aligned") or 0.0) + following
+    return (number(row, "fault_base") or 0.0) - (number(row, "fault_aligned") or 0.0) + following

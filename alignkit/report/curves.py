@@ -188,7 +188,7 @@ def _start_of_loss(objective: dict | None) -> tuple[str, list[Rule]]:
     if name == "winner_guarded":
         return "The guard's part depends on the winner's error, so there is no value that it starts from.", []
     start = {"ipo": 0.25, "hinge": 1.0, "sft": None}.get(name, LN2)
-    if name == "poly_dpo":
+    if name == "poly_dpo" and start is not None:
         start += (number(objective, "poly_alpha") or 0.0) / 2
     if start is None:
         return "The plain denoising loss of the winners.", []

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from alignkit.errors import DataError
 from alignkit.report.choice import chosen
@@ -115,10 +116,12 @@ def _pairs(run: Run, fps: float) -> str:
 
 
 def _cards(
-    items: Iterable, make: Callable[[object], tuple[Picture, str]], labels: tuple[str, ...], budget: int
+    items: Iterable, make: Callable[[Any], tuple[Picture, str]], labels: tuple[str, ...], budget: int
 ) -> tuple[str, int, list[str]]:
     """(the cards, how many items did not fit into `budget` bytes, what is wrong with the others)."""
-    cards, left_out, problems, used, widest = [], 0, [], 0, 0
+    cards: list[str] = []
+    problems: list[str] = []
+    left_out = used = widest = 0
     for item in items:
         try:
             picture, caption = make(item)

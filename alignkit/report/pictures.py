@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -67,7 +68,7 @@ def read_pair(file: Path) -> StoredPair:
 
 def write_pair(file: Path, pair: StoredPair) -> None:
     """What `read_pair` reads."""
-    strength = {} if pair.strength is None else {"strength": pair.strength}
+    strength: dict[str, Any] = {} if pair.strength is None else {"strength": pair.strength}
     np.savez_compressed(file, winner=pair.winner, loser=pair.loser, mask=pair.mask, prompt=pair.prompt, **strength)
 
 

@@ -253,7 +253,7 @@ def _thinned(points: list[tuple[float, float | None]]) -> list[tuple[float, floa
     size = math.ceil(2 * len(points) / MAX_POINTS)
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
-        values = [point for point in stretch if point[1] is not None]
+        values = [(x, y) for x, y in stretch if y is not None]
         if not values:
             kept.append(stretch[0])
             continue

@@ -208,7 +208,7 @@ def _frechet_row(run: Run) -> str:
     note = "between the features of samples and of real clips; a mark for each seed"
     if any(len(several) > 1 for several in values.values()):
         note += ", ± half of their range"
-    points = [(kind, value) for kind, several in values.items() for value in several]
+    points: list[tuple[str, float | None]] = [(kind, value) for kind, several in values.items() for value in several]
     return _row("Fréchet distance", note, points, ["–", "–", *(_several(several) for several in values.values())])
 
 
@@ -257,8 +257,8 @@ def _before_after(run: Run) -> str:
 
 def _costs(run: Run) -> str:
     seconds = run.summary.get("seconds")
-    stages = {name: number(seconds, name) for name in seconds} if isinstance(seconds, dict) else {}
-    stages = {name: value for name, value in stages.items() if value is not None}
+    given = {name: number(seconds, name) for name in seconds} if isinstance(seconds, dict) else {}
+    stages = {name: value for name, value in given.items() if value is not None}
     longest = max(stages.values(), default=0.0) or 1.0
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td class="bar"><i style="width:{100 * value / longest:.1f}%"></i>'

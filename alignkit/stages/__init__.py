@@ -20,7 +20,7 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
     folder, or on those of the `pairs.folder` that it names. Raises ConfigError for an entry that does not fit, before
     anything is loaded.
     """
-    stages = []
+    stages: list[tuple[str, Config]] = []
     for number, entry in enumerate(config.stages or (), 1):
         where = f"stages: entry {number} ({entry.name})"
         folder = config.output.dir / "stages" / f"{number:02d}-{entry.name}"
@@ -38,8 +38,8 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
                 f"{where}: a student, which {earlier[0]} makes, is trained further by drift_correction alone"
             )
         around = config.model_copy(update={"student": config.student.model_copy(update=entry.student)})
-        own = merged(STAGES[entry.name](around), entry.model_dump(exclude={"name"}))
-        stage = changed(config.model_copy(update={"stages": None}), merged(own, places), where)
+        changes = merged(STAGES[entry.name](around), entry.model_dump(exclude={"name"}))
+        stage = changed(config.model_copy(update={"stages": None}), merged(changes, places), where)
         for section, keys in STAGES[entry.name](stage).items():
             for key, value in keys.items():
                 raise ConfigError(f"{where}: {section}.{key}: this stage trains with {value!r}; leave it out")

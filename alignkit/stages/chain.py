@@ -24,6 +24,7 @@ from alignkit.training.distributed import Process, on_main
 from alignkit.training.export import export_folder
 from alignkit.training.loop import Link, train, train_folder
 from alignkit.training.masters import handed_on
+from alignkit.training.supply import Supply
 
 
 def run_chain(config: Config, process: Process) -> bool:
@@ -41,13 +42,13 @@ def run_chain(config: Config, process: Process) -> bool:
         begun = time.monotonic()
         if process.main:
             say(f"stage {number} of {len(stages)}: {name}")
-        supply = None
+        supply: Supply | None = None
         if name in SUPPLIED:
             supply = on_main(process, partial(_supply, name, stage, before, taught))
         elif makes_pairs(stage):
             build_own_pairs(stage, process)
         last, few = number == len(stages), config.few_step_sampler
-        link = Link(before, export_folder(config) if last else None, keep_settings, few and few.num_steps)
+        link = Link(before, export_folder(config) if last else None, keep_settings, few.num_steps if few else None)
         if not train(stage, process, link, supply):
             return False
         if process.main:
@@ -112,5 +113,5 @@ def _supply_of(name: str, stage: Config, start: str, taught: Taught | None) -> R
     if name == "distill":
         return distillation_of(stage, start)
     if name == "drift_correction":
-        return correction_of(stage, start, taught and taught.stage, taught and taught.before)
+        return correction_of(stage, start, taught.stage if taught else None, taught.before if taught else None)
     return rounds_of(name, stage, start)

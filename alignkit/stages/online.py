@@ -82,7 +82,8 @@ class BesideAnchors(Rounds):
         SoPo's rule (arXiv 2412.05095), with P(the rollout is better) as its score: at 0.5 or above it is no loser.
         """
         decode_rollouts(config, rollouts, run.process.device, show=False)
-        folder, found = rankings_folder(config), {}
+        folder = rankings_folder(config)
+        found: dict[str, list[tuple[float, int]]] = {}
         # beside the rollouts, under names of their own: a scorer may look a folder's files up by name
         anchors = {prompt: folder / "videos" / f"anchor-{i:06d}.mp4" for i, prompt in enumerate(self._anchors)}
         comparisons = []
@@ -103,7 +104,7 @@ class BesideAnchors(Rounds):
                 for answer, loser in kept
             ]
         build_rows(config, run, rollouts, rows, number)
-        return Made(len(rows), len(comparisons) - sum(map(len, found.values())), len(comparisons))
+        return Made(len(rows), len(comparisons) - sum(len(losers) for losers in found.values()), len(comparisons))
 
 
 def _digest(file: Path) -> str:

@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -74,7 +75,7 @@ class Rounds:
     ):
         self.config, self.prompts, self.every = config, prompts, config.online.every
         self._stores: dict[int, tuple[PairStore | None, Made]] = {}
-        exclude = FREE | dict.fromkeys(unread, True)
+        exclude: Any = FREE | dict.fromkeys(unread, True)
         # a key that is new, and at its default, changes no older run
         settings = config.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
         sampler = asdict(config.sampler)  # what is taken from `sample`
@@ -145,6 +146,7 @@ class Rounds:
                 )
             self._make(run, number)
             record = on_main(run.process, lambda: self._record(folder))
+        assert record is not None
         made = Made(**{name: record[name] for name in ("pairs", "dropped", "compared")})
         if not made.pairs:
             return None, made
@@ -227,12 +229,13 @@ def sample_through(
     config: Config,
     run: Run,
     prompts: list[str],
-    folder: Path,
+    folder: Path | None,
     network: str,
     rows: tuple[int, ...] | None = None,
 ) -> RolloutStore:
     """`roll_out` by `engine` in the regime of `run`; every process calls this."""
     process = run.process
+    assert folder is not None
     model = load_model(config.model, with_transformer=False, device=process.device, dtype=run.model.dtype)
     model.attention = run.model.attention
     return roll_out(

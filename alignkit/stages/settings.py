@@ -3,6 +3,8 @@
 Read before anything heavy is imported, so that a chain that does not fit is refused at once.
 """
 
+from typing import Any
+
 from alignkit.config import OBJECTIVES, Config
 
 
@@ -47,7 +49,7 @@ def drift_correction(config: Config) -> dict:
 def _on_students_path(config: Config) -> dict:
     """The student's own sampler, and training at its steps."""
     steps = config.student.num_inference_steps
-    wanted = {
+    wanted: dict[str, dict[str, Any]] = {
         "rollout": {
             "solver": "first_order", "num_inference_steps": steps, "guidance_scale": 1.0, "dynamic_guidance": False,
         },

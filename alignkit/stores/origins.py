@@ -63,7 +63,8 @@ def keys_of(origins: list[Origin]) -> Tensor:
 
 def noise_key(words: Tensor) -> NoiseKey:
     """The key of each row of int64 [B, 4], as `keys_of` gives them."""
-    return NoiseKey(words[:, 0], words[:, 1], words[:, 2], words[:, 3])
+    seed, ids, draw, stream = words.unbind(dim=1)
+    return NoiseKey(seed, ids, draw, stream)
 
 
 def signed(seed: int) -> int:

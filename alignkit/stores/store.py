@@ -98,8 +98,8 @@ def read_info(folder: Path, holds: str = "pairs") -> StoreInfo:
     except ValueError as error:
         raise DataError(f"{file}: damaged ({error}); delete the folder and build again") from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
-        found = info.get("format") if isinstance(info, dict) else info
-        raise DataError(f"{folder}: written in pair format {found!r}, this version reads {FORMAT}")
+        written = info.get("format") if isinstance(info, dict) else info
+        raise DataError(f"{folder}: written in pair format {written!r}, this version reads {FORMAT}")
     try:
         return StoreInfo(**info)
     except TypeError as error:

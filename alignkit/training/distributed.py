@@ -107,9 +107,9 @@ def on_main_rank(make: Callable[[], Result]) -> Result:
         except AlignkitError as error:
             answer = [(None, error)]
     torch.distributed.broadcast_object_list(answer, src=0)
-    result, error = answer[0]
-    if error is not None:
-        raise error
+    result, refused = answer[0]
+    if refused is not None:
+        raise refused
     return result
 
 

@@ -100,9 +100,10 @@ def load_network(config: Config, process: Process, model, start: Start) -> tuple
     return network, set_attention(network, config.model.attention, process.device, dtype)
 
 
-def put_adapters(network: nn.Module, config: Config, start: Start) -> dict[str, torch.Tensor]:
+def put_adapters(network: Any, config: Config, start: Start) -> dict[str, torch.Tensor]:
     """Freeze `network`, put the adapters of `train.lora` on it and return their values, fp32 on CPU by name: those that
     an earlier stage handed on, or new ones."""
+    assert config.train.lora is not None
     values = add_lora(network, config.train.lora, config.train.seed)
     if start.adapters is None:
         return values
@@ -115,7 +116,7 @@ def put_adapters(network: nn.Module, config: Config, start: Start) -> dict[str, 
     return start.adapters
 
 
-def start_policy(config: Config, process: Process, transformer: nn.Module, start: Start):
+def start_policy(config: Config, process: Process, transformer: Any, start: Start):
     """The trained network in its engine, with AdamW on every parameter, or on its adapters alone (`train.lora`).
 
     Its fp32 masters are the values of `start` themselves, whatever the network's dtype.

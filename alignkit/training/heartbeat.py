@@ -61,7 +61,7 @@ def heartbeat(process: Process, stuck_seconds: float) -> Iterator[Pulse]:
     wait = timedelta(seconds=stuck_seconds)
     host = os.environ["MASTER_ADDR"]
     kept = torch.distributed.TCPStore(host, 0, None, True, wait, False) if process.main else None
-    port = on_main(process, lambda: kept.port)
+    port = on_main(process, lambda: kept.port if kept else 0)
     store = kept or torch.distributed.TCPStore(host, port, None, False, wait, False)
     store.set_timeout(wait)
     first, left = _First(host), threading.Event()
@@ -71,8 +71,8 @@ def heartbeat(process: Process, stuck_seconds: float) -> Iterator[Pulse]:
     torch.distributed.barrier()  # all have a first beat
     thread.start()
     if not process.main:
-        args = (first, stuck_seconds, period, left)
-        threading.Thread(target=_listen, args=args, daemon=True, name="heartbeat of the first").start()
+        heard = (first, stuck_seconds, period, left)
+        threading.Thread(target=_listen, args=heard, daemon=True, name="heartbeat of the first").start()
     try:
         yield pulse
     except BaseException:

@@ -158,13 +158,15 @@ def _terms_of(
     """The run's terms, and whether it is a stage that is done. Raises CheckpointError if it is, under other terms, and
     DataError for cached errors of another reference."""
     terms = run_terms(config, store, model) | (supply.terms if supply else {})
-    cache = cache_info(config, process, model, store) if reads_cache(config) else None
+    cache = cache_info(config, process, model, store) if store is not None and reads_cache(config) else None
     if cache:
         terms["reference.cache"] = cache_digest(cache)
     if link and link.start:
-        terms["stage before"] = handed_on(link.start)["sha256"]
+        before = handed_on(link.start)
+        assert before is not None
+        terms["stage before"] = before["sha256"]
     done = link is not None and _is_done(config, terms, folder, link)
-    if cache and not done:
+    if cache and store is not None and not done:
         check_cache(config, cache, store)
     return terms, done
 
@@ -313,7 +315,7 @@ def _stop_diverged(run: Run, folder: Path, number: int, rows: list) -> None:
 @contextmanager
 def _stop_signals():
     """Yields a function that says whether SIGTERM or an interrupt has come; a second interrupt ends at once."""
-    seen = []
+    seen: list[int] = []
 
     def note(number, _frame):
         if seen and number == signal.SIGINT:

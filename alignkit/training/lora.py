@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -14,7 +15,7 @@ from alignkit.errors import ConfigError
 ADAPTER = "default"
 
 
-def add_lora(transformer: nn.Module, section: LoraSection, seed: int) -> dict[str, Tensor]:
+def add_lora(transformer: Any, section: LoraSection, seed: int) -> dict[str, Tensor]:
     """Freeze `transformer` and put adapters on the linear layers that `section.targets` name.
 
     B starts at zero, so the network's output is the base's, bit for bit; A is drawn from `seed`, the same on every

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class Run:
     process: Process
     model: VideoModel
     store: PairStore
-    policy: torch.nn.Module
+    policy: Any
     reference: Reference | None
     law: Law
     beta: AutoBeta | None
@@ -95,7 +96,7 @@ class Run:
         share = rank_share(rows, process.rank, process.world_size)
         self._set_learning_rate(number)
         micro_batches = _chunks(share, accumulation_steps(config, process.world_size))
-        numbers = []
+        numbers: list[dict[str, Tensor]] = []
         for i, micro in enumerate(micro_batches, 1):
             self.pulse.at(f"step {number + 1}, micro-batch {i} of {len(micro_batches)}", in_step=True)
             if numbers:
@@ -113,10 +114,11 @@ class Run:
         }
         metrics["grad_norm"] = float(self.policy.get_global_grad_norm()) if applied else math.nan
         if applied:
-            for part in (self.law, self.beta):
+            parts: tuple[Any, ...] = self.law, self.beta
+            for part in parts:
                 if hasattr(part, "observe") and not self.distils:
                     part.observe(metrics | signals)
-            if hasattr(self.reference, "after_step"):
+            if self.reference is not None and hasattr(self.reference, "after_step"):
                 self.reference.after_step(self.policy)
         return Step(metrics, rows, applied, () if applied else self._bad_rows(numbers, share))
 
@@ -145,11 +147,11 @@ class Run:
             return supervised_loss(predictions(self.model, self.policy, states, slice(len(batch))), batch, states)
         references = self.reference.answer(batch, states)
         beta = None if self.beta is None else self.beta.value
-        predicted = sides or predictions(self.model, self.policy, states).chunk(2)
-        loss = preference_loss(self.config.objective, predicted, references, batch, states, beta)
+        winner, loser = sides or predictions(self.model, self.policy, states).chunk(2)
+        loss = preference_loss(self.config.objective, (winner, loser), references, batch, states, beta)
         if self.teacher is None:
             return loss
-        return loss.beside(self.teacher.distance(predicted[1], states, self.store.negative_text), self.teacher.weight)
+        return loss.beside(self.teacher.distance(loser, states, self.store.negative_text), self.teacher.weight)
 
     def distillation(self, batch: PairBatch, epochs: Tensor) -> tuple[TrainingLoss, States]:
         """The loss of a micro-batch in a step that distils, and the states that it was taken at."""
@@ -199,7 +201,7 @@ class Run:
 
     def release(self) -> None:
         """Free the engines, for the next run of this process; this one ends with it."""
-        if hasattr(self.reference, "release"):
+        if self.reference is not None and hasattr(self.reference, "release"):
             self.reference.release()
         if self.teacher is not None:
             release_network(self.teacher.network)
@@ -229,13 +231,14 @@ def learning_rate(train: TrainSection, number: int) -> float:
     return low + (train.learning_rate - low) * (1 + math.cos(math.pi * min(through, 1.0))) / 2
 
 
-def start_run(config: Config, process: Process, model: VideoModel, store: PairStore, start: Start) -> Run:
+def start_run(config: Config, process: Process, model: VideoModel, store: PairStore | None, start: Start) -> Run:
     """The run at its first step; `model.transformer`, as `load_network` gave it, becomes the policy. Every process
     calls this."""
     policy = start_policy(config, process, model.transformer, start)
     reference = start_reference(config, process, policy, model, start)
     beta = AutoBeta(config.objective) if reference is not None and config.objective.beta == "auto" else None
     apart = start.later and config.reference.from_ == "base"
+    store = cast(PairStore, store)  # where there is none yet, a supply puts one in before the first step
     return Run(config, process, model, store, policy, reference, start_law(config, model), beta, apart)
 
 

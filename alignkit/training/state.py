@@ -72,8 +72,8 @@ def load_state(folder: Path, parts: dict[str, object], ranks: int | None = None)
     """
     states = json.loads((folder / STATE).read_text())["parts"]
     for name, tensor in load_file(folder / TENSORS).items():
-        part, _, key = name.partition("/")
-        states[part][key] = tensor
+        owner, _, key = name.partition("/")
+        states[owner][key] = tensor
     stateful = {name: part for name, part in parts.items() if isinstance(part, Stateful)}
     if stateful.keys() != states.keys():
         raise CheckpointError(
@@ -89,13 +89,13 @@ def load_state(folder: Path, parts: dict[str, object], ranks: int | None = None)
     files = [load_file(folder / rank_file(rank)) for rank in wanted]
     held: dict[str, dict[str, Tensor]] = {name: {} for name in shared_out}
     for name in files[0]:
-        part, _, key = name.partition("/")
-        held[part][key] = torch.cat([file[name] for file in files]) if ranks else files[0][name]
-    for name, part in shared_out.items():
+        owner, _, key = name.partition("/")
+        held[owner][key] = torch.cat([file[name] for file in files]) if ranks else files[0][name]
+    for name, shared in shared_out.items():
         if not ranks:
-            part.load_local_state(held[name])
-        elif hasattr(part, "load_whole_state"):  # of what all had: by name, their parts one after the other
-            part.load_whole_state(held[name])
+            shared.load_local_state(held[name])
+        elif hasattr(shared, "load_whole_state"):  # of what all had: by name, their parts one after the other
+            shared.load_whole_state(held[name])
         else:
             raise CheckpointError(
                 f"{folder}: the state of {name} cannot be shared out among another number of processes"

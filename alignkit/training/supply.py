@@ -13,7 +13,8 @@ class Waiting(AlignkitError):
 class Supply(Protocol):
     """terms: what a run and the one that resumes it must share, in place of the terms of finished pairs."""
 
-    terms: dict[str, Any]
+    @property
+    def terms(self) -> dict[str, Any]: ...
 
     def check_made(self) -> None:
         """Raises DataError for pairs that were made under other terms. The first process calls this, before anything is

@@ -66,7 +66,8 @@ class Teacher:
         away, towards = family.predict(self.network, *both).float().chunk(2)
         if self.sampler.dynamic:
             scales = [family.dynamic_guidance(scale, t, self.sampler.num_steps) for t in timesteps.tolist()]
-            scale = torch.tensor(scales, device=state.device).view(-1, *[1] * (state.dim() - 1))
+            each = torch.tensor(scales, device=state.device).view(-1, *[1] * (state.dim() - 1))
+            return away + each * (towards - away)
         return away + scale * (towards - away)
 
 

@@ -1,6 +1,6 @@
 """What a run and the one that resumes it must share, and what its pairs must fit."""
 
-from alignkit.config import OBJECTIVES, Config, ObjectiveSection, TrainSection
+from alignkit.config import OBJECTIVES, Config, ObjectiveSection, Section, TrainSection
 from alignkit.errors import DataError
 from alignkit.stores.pairs import PairStore
 
@@ -82,9 +82,9 @@ def _changes(stored: dict, now: dict) -> list[dict]:
 
 def _default(key: str, now: dict):
     section, _, name = key.partition(".")
-    if section == "objective" and name in OBJECTIVES.get(now.get("objective.name"), {}):
+    if section == "objective" and name in OBJECTIVES.get(now.get("objective.name", ""), {}):
         return OBJECTIVES[now["objective.name"]][name]
-    sections = {"objective": ObjectiveSection, "train": TrainSection}
+    sections: dict[str, type[Section]] = {"objective": ObjectiveSection, "train": TrainSection}
     field = sections[section].model_fields.get(name) if section in sections else None
     return field.default if field else None
 

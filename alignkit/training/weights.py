@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -144,7 +145,7 @@ def set_masters(engine, values: Callable[[str, torch.Size, torch.device], Tensor
         _give_back_freed_memory()
 
 
-def own_part(value: Tensor, parameter: nn.Parameter) -> Tensor:
+def own_part(value: Tensor, parameter: Any) -> Tensor:
     """This process's part, flat, of a whole `value` of a parameter that ZeRO-3 has partitioned; zeros past its end."""
     # by hand: DeepSpeed's own division of a whole tensor fails where its size does not divide by the processes
     size = parameter.ds_tensor.numel()
@@ -163,7 +164,7 @@ def _put(network: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(network.get_submodule(owner), leaf, tensor)
 
 
-def _partitioner(first: nn.Parameter, settings: dict, dtype: torch.dtype):
+def _partitioner(first: Any, settings: dict, dtype: torch.dtype):
     """Partitions `first` by `deepspeed.zero.Init`; returns what does the same to the next ones."""
     import deepspeed
 

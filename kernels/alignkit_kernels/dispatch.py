@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ def runs_kernels(x: Tensor) -> bool:
     return HAVE_TRITON and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
 
 
-def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, **constants) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
     """Start a grid of programs of a kernel and count the launch.
 
     Fusing multiplications into additions is off, whatever triton's default becomes: it would change the bits.

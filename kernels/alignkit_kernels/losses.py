@@ -19,6 +19,12 @@ from torch.nn.functional import logsigmoid
 
 from .checks import InputError
 
+__all__ = [
+    "LocalDPOLoss", "PairMeans", "auto_beta", "dpo", "hinge", "ipo", "local_dpo", "logits_of", "loser_safeguard",
+    "pair_means", "poly_dpo", "region_dpo", "region_means", "robust_dpo", "scale_gradient", "segment_dpo", "sft",
+    "strength_eta", "winner_guarded",
+]  # fmt: skip
+
 
 def logits_of(gap_w: Tensor, gap_l: Tensor, beta: float) -> Tensor:
     """Diffusion-DPO's logit (arXiv:2311.12908) from mean gaps of any shape; beta is finite and above 0."""
@@ -214,9 +220,9 @@ def pair_means(error_w: Tensor, error_l: Tensor, gap_w: Tensor, gap_l: Tensor, c
     elements = count.sum(1).clamp(min=1)
     inside = slice(1, 2)  # empty without a mask, and then the sums below are 0
     held = count[:, inside].sum(1)
-    whole = (x.sum(1) / elements for x in (error_w, error_l, gap_w, gap_l))
-    region = (x[:, inside].sum(1) / held.clamp(min=1) for x in (error_w, gap_w, gap_l))
-    return PairMeans(*whole, *region, held == 0)
+    mean_w, mean_l, mean_gap_w, mean_gap_l = (x.sum(1) / elements for x in (error_w, error_l, gap_w, gap_l))
+    region_w, region_gap_w, region_gap_l = (x[:, inside].sum(1) / held.clamp(min=1) for x in (error_w, gap_w, gap_l))
+    return PairMeans(mean_w, mean_l, mean_gap_w, mean_gap_l, region_w, region_gap_w, region_gap_l, held == 0)
 
 
 class LocalDPOLoss(NamedTuple):

@@ -20,13 +20,13 @@ class NoiseKey:
     seed: the run's 64-bit seed, an int or an int64 tensor of one element.
     sample_ids: int64 [B], 0 <= id < 2**32, assigned (row numbers of a store), never hashed.
     draw: epoch or rollout number, an int or int64 [B], 0 <= draw < 2**32.
-    stream: what the noise is for.
+    stream: what the noise is for, an int or int64 [B].
     """
 
     seed: int | Tensor
     sample_ids: Tensor
     draw: int | Tensor
-    stream: int = Stream.TRAINING
+    stream: int | Tensor = Stream.TRAINING
 
 
 @dataclass(frozen=True, eq=False)

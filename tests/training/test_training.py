@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignkit.config import TrainSection
+from alignkit.config import TrainSection, dump_config
 from alignkit.errors import AlignkitError, CheckpointError, ConfigError, DataError
 from alignkit.models import shipped_model
 from alignkit.stores.pairs import Pair, PairStore, write_block
@@ -45,11 +45,13 @@ def test_two_runs_with_one_seed_write_the_same_metrics(run_with_pairs, process):
     assert rows[2]["region/logit"] != 0.0
 
 
-def test_two_processes_agree_with_one_whoever_starts_them(run_with_pairs, process, command, config_file):
+def test_two_processes_agree_with_one_whoever_starts_them(run_with_pairs, process, command):
+    """And whatever the configuration is: the folder of a run, or a shipped name."""
     one, _ = run_with_pairs("one", "train.steps=3")
     train(one, process)
-    two, settings = run_with_pairs("two", "train.steps=3")
-    result = command("train", config_file, *settings, "--nproc", "2")
+    two, _ = run_with_pairs("two", "train.steps=3")
+    (two.output.dir / "config.yaml").write_text(dump_config(two))
+    result = command("train", two.output.dir, "--nproc", "2")
     assert result.returncode == 0, result.stderr
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         # Both sum the same numbers in another order. A forward is some 10³ fp32 roundings deep, so errors agree to
@@ -62,7 +64,7 @@ def test_two_processes_agree_with_one_whoever_starts_them(run_with_pairs, proces
     deepspeed = ("deepspeed.launcher.runner", "--num_gpus", "2", "--module", "alignkit")
     for launcher in (torchrun, deepspeed):
         config, settings = run_with_pairs(launcher[0], "train.steps=3")
-        result = command("train", config_file, *settings, python=("-m", *launcher))
+        result = command("train", "wan-tiny-localdpo", *settings, python=("-m", *launcher))
         assert result.returncode == 0, result.stderr
         assert metrics_of(config) == metrics_of(two)
 

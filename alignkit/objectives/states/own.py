@@ -6,6 +6,7 @@ inference; how is our reading (docs/apo.md).
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,18 +50,20 @@ def _points(law: Law, batch: PairBatch, epochs: Tensor, stored: Tensor) -> tuple
         return law.draw(batch.ids, epochs), torch.zeros(len(batch), dtype=torch.int64)
     assert batch.path_rows is not None
     among = law.draw(batch.ids, epochs, batch.path_rows)
+    assert among.rows is not None
     column = (batch.path_rows == among.rows[:, None]).long().argmax(dim=1)
     if stored.all():
         return among, column
     free = law.draw(batch.ids, epochs)
 
-    def choose(name: str) -> Tensor | None:
-        a, b = getattr(among, name), getattr(free, name)
-        if a is None or b is None:
-            return None
+    names = "coefficients", "timesteps", "rows", "weight"
+    both: dict[str, Any] = {name: (getattr(among, name), getattr(free, name)) for name in names}
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(stored.view(-1, *[1] * (a.dim() - 1)), a, b)
 
-    return PathPoints(*(choose(name) for name in ("coefficients", "timesteps", "rows", "weight"))), column
+    chosen = {name: choose(a, b) for name, (a, b) in both.items() if a is not None and b is not None}
+    return PathPoints(**chosen), column
 
 
 def _between(
@@ -83,6 +86,7 @@ def _between(
 def _keys(config: Config, batch: PairBatch, epochs: Tensor) -> list[Tensor]:
     """Words of the noise key of each side, int64 [B, 4]: its own; for a real video beside its own regenerated copy, the
     noise that the copy's path began with, since outside the mask both are one; else the pair's fresh noise."""
+    assert batch.side_w is not None and batch.side_l is not None
     own_w, own_l = (keys_of(side.origins) for side in (batch.side_w, batch.side_l))
     seed, stream = torch.full_like(own_w[:, 0], signed(config.train.seed)), torch.full_like(epochs, Stream.TRAINING)
     fresh = torch.stack([seed, batch.ids, epochs, stream], dim=1)
@@ -111,8 +115,9 @@ def _side(
         None if path is None else _state(path, int(column[i]), None if shares is None else shares[i])
         for i, path in enumerate(paths)
     ]
-    if all(paths):
-        state = torch.stack(states).to(clean.device)
+    whole = [state for state in states if state is not None]
+    if len(whole) == len(states):
+        state = torch.stack(whole).to(clean.device)
         return state, PathState(state)
     # some of each: what the key and the states imply, written out, is the same number for a pair in any company
     state = add_keyed_noise(clean, coefficients, noise)
@@ -128,5 +133,6 @@ def _side(
 def _state(path: Trajectory, column: int, shares: Tensor | None) -> Tensor:
     if shares is None:
         return path.states[column]
+    assert path.following is not None
     here, there = shares.tolist()
     return here * path.states[column] + there * path.following[column]

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alignkit.errors import DataError
 from alignkit.files import write_lines
@@ -29,9 +30,9 @@ class Pair(Comparison):
 
 def write_comparisons(folder: Path, rows: Iterable[Mapping[str, str]]) -> Path:
     """Write the file, whole or not at all, and return its path. Raises DataError as `read_comparisons` does."""
-    file, rows = folder / FILE, [dict(row) for row in rows]
-    _checked(folder, file, list(enumerate(rows, 1)))
-    write_lines(file, rows)
+    file, lines = folder / FILE, [dict(row) for row in rows]
+    _checked(folder, file, list(enumerate(lines, 1)))
+    write_lines(file, lines)
     return file
 
 
@@ -58,7 +59,7 @@ def read_comparisons(folder: Path) -> list[Pair]:
     return _checked(folder, file, rows)
 
 
-def _checked(folder: Path, file: Path, rows: list[tuple[int, object]]) -> list[Pair]:
+def _checked(folder: Path, file: Path, rows: list[tuple[int, Any]]) -> list[Pair]:
     if not rows:
         raise DataError(f"{file}: holds no comparison; write a line for each two videos to be compared")
     pairs: dict[str, Pair] = {}
@@ -67,8 +68,8 @@ def _checked(folder: Path, file: Path, rows: list[tuple[int, object]]) -> list[P
         _check_row(row, where)
         if row["id"] in pairs:
             raise DataError(f"{where}: the id {row['id']!r} is there twice; give each comparison its own")
-        videos = (_video(folder, row[side], f"{where}: {side!r}") for side in "ab")
-        pairs[row["id"]] = Pair(row["id"], row["prompt"], *videos, *(row.get(key) for key in KINDS))
+        a, b = (_video(folder, row[side], f"{where}: {side!r}") for side in "ab")
+        pairs[row["id"]] = Pair(row["id"], row["prompt"], a, b, *(row.get(key) for key in KINDS))
     return list(pairs.values())
 
 

@@ -4,6 +4,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from alignkit.rankers.asking import digests_of
 from alignkit.rankers.people.comparisons import Pair, read_comparisons
@@ -87,7 +88,7 @@ def _shares(pairs: list[Pair], votes: list[Vote]) -> dict[str, list[float]]:
 
 
 def _win_lines(pairs: list[Pair], given: list[Vote]) -> list[str]:
-    kinds = {pair.id: (pair.kind_a, pair.kind_b) for pair in pairs if pair.kind_a != pair.kind_b}
+    kinds: dict[str, Any] = {pair.id: (pair.kind_a, pair.kind_b) for pair in pairs if pair.kind_a != pair.kind_b}
     shares: Mapping[tuple[str, str], list[float]] = defaultdict(list)
     for vote in given:
         if vote.comparison in kinds:

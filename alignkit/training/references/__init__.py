@@ -5,7 +5,7 @@ Each strategy is a file of this package; a new one is its file, a line in STRATE
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from alignkit.config import Config
 from alignkit.models import VideoModel
@@ -30,7 +30,7 @@ class Reference(Protocol):
         its errors."""
 
 
-STRATEGIES: dict[str, Callable[..., Reference]] = {
+STRATEGIES: dict[str, Callable[..., Any]] = {
     "copy": Copy,
     "adapter": AdapterOff,
     "cached": Cached,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,12 @@ class AdapterOff:
     @torch.no_grad()
     def answer(self, batch: PairBatch, states: States) -> tuple[Tensor, Tensor]:
         with _adapters_off(self._engine.module):
-            return predictions(self._model, self._engine, states).chunk(2)
+            winner, loser = predictions(self._model, self._engine, states).chunk(2)
+        return winner, loser
 
 
 @contextmanager
-def _adapters_off(network: torch.nn.Module) -> Iterator[None]:
+def _adapters_off(network: Any) -> Iterator[None]:
     layers = [layer for layer in network.modules() if hasattr(layer, "_disable_adapters")]
     # peft's own switch also turns requires_grad off and on, which ZeRO-3 must not see in the middle of a step
     for layer in layers:

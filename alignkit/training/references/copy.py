@@ -1,5 +1,7 @@
 """`reference.strategy: copy`: a second, frozen model, partitioned and rounded as the policy is."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,14 +21,15 @@ class Copy:
 
     def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
         self._model = model
-        self.network = second_network(config, process, model, where_from(config, model, start))
+        self.network: Any = second_network(config, process, model, where_from(config, model, start))
 
     def release(self) -> None:
         release_network(self.network)
 
     @torch.no_grad()
     def answer(self, batch: PairBatch, states: States) -> tuple[Tensor, Tensor]:
-        return predictions(self._model, self.network, states).chunk(2)
+        winner, loser = predictions(self._model, self.network, states).chunk(2)
+        return winner, loser
 
 
 def where_from(config: Config, model: VideoModel, start: Start) -> Start:

@@ -1,6 +1,7 @@
 """`reference.strategy: ema` and `sync`: a second model that follows the policy."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ class Moving(Copy):
             self.network.optimizer.partition_all_parameters()
 
 
-def _place(trained: nn.Parameter) -> slice:
+def _place(trained: Any) -> slice:
     """Which elements of a parameter this process holds the masters of, under ZeRO-1 and 2; without ZeRO, which has no
     masters apart from the weights, an even part."""
     if hasattr(trained, "_hp_mapping"):
@@ -120,7 +121,7 @@ def _own(trained: nn.Parameter, followed: nn.Parameter) -> Tensor:
     return followed.ds_tensor if hasattr(followed, "ds_tensor") else followed.data.view(-1)[_place(trained)]
 
 
-def _master(trained: nn.Parameter) -> Tensor:
+def _master(trained: Any) -> Tensor:
     """This process's part of the policy's fp32 parameter, flat."""
     from deepspeed.utils import safe_get_local_fp32_param
 

@@ -14,7 +14,7 @@ class RegionErrors(NamedTuple):
 
     error: Tensor
     gap: Tensor | None
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # nobody counts in a tuple of tensors
 
 
 def region_errors(

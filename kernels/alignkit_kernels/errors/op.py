@@ -1,5 +1,7 @@
 """`region_errors` as torch sees it: an op, its backward, their shapes, and what implements them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,22 +42,22 @@ def region_errors_backward(
 
 
 @region_errors.register_fake
-def _(pred, reference, clean, coefficients, source, noise, regions, num_regions):
-    return pred.new_empty((3, pred.shape[0], num_regions), dtype=torch.float64)
+def _(pred: Tensor, *args: Any) -> Tensor:
+    return pred.new_empty((3, pred.shape[0], args[6]), dtype=torch.float64)
 
 
 @region_errors_backward.register_fake
-def _(grad, pred, clean, coefficients, source, noise, regions):
+def _(grad: Tensor, pred: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(pred, memory_format=torch.contiguous_format)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     pred, _, clean, coefficients, source, noise, regions, _ = inputs
     ctx.source = source
     ctx.save_for_backward(pred, clean, coefficients, noise, regions)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     pred, clean, coefficients, noise, regions = ctx.saved_tensors
     dpred = region_errors_backward(grad, pred, clean, coefficients, ctx.source, noise, regions)
     return dpred, None, None, None, None, None, None, None

@@ -66,7 +66,7 @@ def add_keyed_noise(clean: Tensor, coefficients: Tensor, key: NoiseSource, *, sh
     return op.add_noise(clean, coefficients, *noise_inputs("key", part_of(key, clean, shard), clean))
 
 
-def part_of(noise: NoiseSource | None, clean: Tensor, shard: Shard | None) -> NoiseSource | None:
+def part_of(noise: NoiseSource, clean: Tensor, shard: Shard | None) -> NoiseSource:
     """Keyed noise of a part of the latents as a tensor; any other source, and that of whole latents, as it is."""
     if shard is None:
         return noise

@@ -20,7 +20,7 @@ class PairRegionErrors(NamedTuple):
     gap_w: Tensor | None
     gap_l: Tensor | None
     cross: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # nobody counts in a tuple of tensors
 
 
 def pair_region_errors(
@@ -52,7 +52,7 @@ def pair_region_errors(
     if (reference_w is None) != (reference_l is None):
         missing = "reference_w" if reference_w is None else "reference_l"
         raise InputError(f"{missing} is None but the other side's reference is given; pass both or neither")
-    if reference_w is not None:
+    if reference_w is not None and reference_l is not None:
         check_like("reference_w", reference_w, "pred_w", pred_w)
         check_like("reference_l", reference_l, "pred_l", pred_l)
     regions, num_regions = check_regions(regions, num_regions, pred_w)

@@ -69,7 +69,10 @@ def backward(
     regions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """d(loss)/d(pred) of winner and loser, contiguous, each in its prediction's dtype. One launch."""
-    out = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (pred_w, pred_l))
+    out = (
+        torch.empty_like(pred_w, memory_format=torch.contiguous_format),
+        torch.empty_like(pred_l, memory_format=torch.contiguous_format),
+    )
     inputs = pred_w, pred_l, clean_w, clean_l, coefficients, source_w, noise_w, source_l, noise_l, regions
     write_gradients(out, grad.contiguous(), None, *inputs)
     return out

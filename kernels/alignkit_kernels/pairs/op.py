@@ -1,5 +1,7 @@
 """`pair_region_errors` as torch sees it: an op, its backward, their shapes, and what implements them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,26 +57,26 @@ def pair_region_errors_backward(
 
 
 @pair_region_errors.register_fake
-def _(pred_w, *args):
+def _(pred_w: Tensor, *args: Any) -> Tensor:
     return pred_w.new_empty((6, pred_w.shape[0], args[11]), dtype=torch.float64)
 
 
 @pair_region_errors_backward.register_fake
-def _(grad, pred_w, pred_l, *args):
+def _(grad: Tensor, pred_w: Tensor, pred_l: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(pred_w, memory_format=torch.contiguous_format),
         torch.empty_like(pred_l, memory_format=torch.contiguous_format),
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     pred_w, pred_l, _, _, clean_w, clean_l, coefficients, *sources, regions, _, _ = inputs
     source_w, noise_w, source_l, noise_l = sources
     ctx.sources = source_w, source_l
     ctx.save_for_backward(pred_w, pred_l, clean_w, clean_l, coefficients, noise_w, noise_l, regions)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     source_w, source_l = ctx.sources
     pred_w, pred_l, clean_w, clean_l, coefficients, noise_w, noise_l, regions = ctx.saved_tensors
     dpred_w, dpred_l = pair_region_errors_backward(

@@ -64,7 +64,7 @@ def forward(
 
     error_w, error_l, cross = sums(residual_w**2), sums(residual_l**2), sums(residual_w * residual_l)
     gap_w = gap_l = torch.zeros_like(error_w)
-    if reference_w is not None:
+    if reference_w is not None and reference_l is not None:
         gap_w = sums(gap_terms(pred_w.to(dtype), reference_w.to(dtype), target_w))
         gap_l = sums(gap_terms(pred_l.to(dtype), reference_l.to(dtype), target_l))
     return torch.stack((region_counts(pred_w, regions, num_regions), error_w, error_l, gap_w, gap_l, cross))
@@ -84,7 +84,10 @@ def backward(
     regions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """d(loss)/d(pred) of each side: 2 * g[region] * (its residual) + g_cross[region] * (the other's residual)."""
-    out = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (pred_w, pred_l))
+    out = (
+        torch.empty_like(pred_w, memory_format=torch.contiguous_format),
+        torch.empty_like(pred_l, memory_format=torch.contiguous_format),
+    )
     inputs = pred_w, pred_l, clean_w, clean_l, coefficients, source_w, noise_w, source_l, noise_l, regions
     write_gradients(out, grad, None, *inputs)
     return out

@@ -1,6 +1,6 @@
 """Every preference loss in one call: one pass over the predictions, one over the sums, one for the gradient."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def preference_loss(
     weight_sft: float | None = None,
     weight_region_sft: float = 0.0,
     loser_safeguard: float | None = None,
-    process_group=None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
     shard: Shard | None = None,
 ) -> PreferenceLoss:
     """The loss of B pairs by any head of `losses`, in three kernel launches forward and one backward.
@@ -113,9 +113,11 @@ def preference_loss(
     for name, x in (("pred_l", loser), ("clean_w", clean_w), ("clean_l", clean_l)):
         check_like(name, x, "pred_w", pred_w)
     check_coefficients(coefficients, clean_w)
-    own = {"strength": strength, "weight_region": weight_region, "weight_global": weight_global, "alpha": alpha,
-           "label_smoothing": label_smoothing, "guard_weight": guard_weight, "preference": preference,
-           "num_regions": num_regions}  # fmt: skip
+    own: dict[str, object] = {
+        "strength": strength, "weight_region": weight_region, "weight_global": weight_global, "alpha": alpha,
+        "label_smoothing": label_smoothing, "guard_weight": guard_weight, "preference": preference,
+        "num_regions": num_regions,
+    }  # fmt: skip
     check_head(head, weight_region_sft, own)
     if preference is not None and num_regions is None and isinstance(preference, Tensor) and preference.dim() == 2:
         num_regions = preference.shape[1]
@@ -144,9 +146,12 @@ def preference_loss(
     keyed = any(isinstance(noise, NoiseKey) for noise in (noise_w, noise_l))
     if process_group is not None and keyed and shard is None:
         raise InputError("keyed noise with process_group needs shard: without, every part draws that of the first")
-    noises = part_of(noise_w, clean_w, shard), part_of(noise_l, clean_l, shard)
-    inputs = reference_w, reference_l, clean_w, clean_l, coefficients, *pair_noise(*noises, clean_w, clean_l)
-    sums, elsewhere = None, 0
+    noise_w = part_of(noise_w, clean_w, shard)
+    noise_l = None if noise_l is None else part_of(noise_l, clean_l, shard)
+    noises = pair_noise(noise_w, noise_l, clean_w, clean_l)
+    inputs = reference_w, reference_l, clean_w, clean_l, coefficients, *noises
+    sums: Tensor | None = None
+    elsewhere: Tensor | int = 0
     if process_group is not None:
         sums, elsewhere = _whole(process_group, pred_w, loser, *inputs, regions, num_regions, highest)
     loss, each, numbers, _ = op.preference_loss(
@@ -162,7 +167,7 @@ def preference_loss(
 
 
 @torch.no_grad()
-def _whole(group, pred_w: Tensor, *inputs) -> tuple[Tensor, Tensor]:
+def _whole(group: Any, pred_w: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     """Sums over all parts of the latents, and how many elements of a sample the other parts have."""
     sums = pair_region_errors(pred_w, *inputs)
     elements = torch.full((), float(pred_w[0].numel()), dtype=torch.float64, device=sums.device)

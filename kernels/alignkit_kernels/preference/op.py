@@ -1,5 +1,7 @@
 """`preference_loss` as torch sees it: an op from predictions to the loss, its backward, and what implements them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -94,7 +96,15 @@ def preference_loss_backward(
 
 
 @preference_loss.register_fake
-def _(pred, pred_l, reference_w, reference_l, clean_w, clean_l, *args):
+def _(
+    pred: Tensor,
+    pred_l: Tensor | None,
+    reference_w: Any,
+    reference_l: Any,
+    clean_w: Tensor,
+    clean_l: Tensor,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, num_regions = clean_w.shape[0], args[6]
     doubles = pred.new_empty((), dtype=torch.float64)
     dtype = compute_dtype(pred, pred_l, clean_w, clean_l)
@@ -105,11 +115,13 @@ def _(pred, pred_l, reference_w, reference_l, clean_w, clean_l, *args):
 
 
 @preference_loss_backward.register_fake
-def _(by_loss, by_pair, weights, importance, pred, pred_l, *args):
+def _(
+    by_loss: Any, by_pair: Any, weights: Any, importance: Any, pred: Tensor, pred_l: Tensor | None, *args: Any
+) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (pred, pred_l) if x is not None]
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pred, pred_l, _, _, clean_w, clean_l, coefficients, source_w, noise_w, source_l, noise_l, regions = inputs[:12]
     importance, weights = inputs[19], output[3]
     ctx.set_materialize_grads(False)
@@ -118,7 +130,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(weights, importance, pred, pred_l, clean_w, clean_l, coefficients, noise_w, noise_l, regions)
 
 
-def _backward(ctx, by_loss, by_pair, *_):
+def _backward(ctx: Any, by_loss: Tensor | None, by_pair: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     weights, importance, pred, pred_l, clean_w, clean_l, coefficients, noise_w, noise_l, regions = ctx.saved_tensors
     source_w, source_l = ctx.sources
     if by_loss is None and by_pair is None:

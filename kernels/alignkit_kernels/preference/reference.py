@@ -44,7 +44,7 @@ def robust_dpo_slope(z: Tensor, smoothing: float) -> Tensor:
 
 
 # Heads that are a function of one logit: loss and slope, of the logit and of the head's shape.
-ONE_LOGIT: dict[str, tuple[Callable, Callable]] = {
+ONE_LOGIT: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]] = {
     "dpo": (losses.dpo, dpo_slope),
     "robust_dpo": (losses.robust_dpo, robust_dpo_slope),
     "ipo": (lambda z, shape: losses.ipo(z), lambda z, shape: 2 * (z - 0.5)),
@@ -92,15 +92,15 @@ def head(
             slope = settings.weight_region * factor * dpo_slope(z_region, 0.0) * scale / some_held
             by_gap[:, 1] += torch.where(held > 0, slope, 0.0)
     elif name in ONE_LOGIT:
-        value, slope = ONE_LOGIT[name]
+        value, derivative = ONE_LOGIT[name]
         loss = value(z, settings.shape)
-        by_gap += (slope(z, settings.shape) * scale / some)[:, None]
+        by_gap += (derivative(z, settings.shape) * scale / some)[:, None]
     elif name == "winner_guarded":
-        slope = -scale * (settings.guard if guard is None else guard.to(torch.float64))
-        terms = torch.stack((torch.zeros_like(z), -z, slope * whole[0]))
+        guarding = -scale * (settings.guard if guard is None else guard.to(torch.float64))
+        terms = torch.stack((torch.zeros_like(z), -z, guarding * whole[0]))
         loss, shares = torch.logsumexp(terms, dim=0), terms.softmax(dim=0)
         by_gap += (-shares[1] * scale / some)[:, None]
-        by_error += (shares[2] * slope / some)[:, None]
+        by_error += (shares[2] * guarding / some)[:, None]
     elif name == "region_dpo":
         filled, means = count > 0, scale * difference / count.clamp(min=1)
         regions = filled.sum(1).clamp(min=1)
@@ -108,6 +108,7 @@ def head(
         slope = dpo_slope(means, settings.shape) * scale / count.clamp(min=1) / regions[:, None]
         by_gap += torch.where(filled, slope, 0.0)
     elif name == "segment_dpo":
+        assert preference is not None
         sign = preference.to(torch.float64)
         labelled = (sign.abs() * count).sum(1)
         elements_labelled = torch.where(labelled > 0, labelled, 1.0)
@@ -126,8 +127,8 @@ def head(
 
     kept = torch.ones_like(loss)
     if settings.mu >= 0:
-        weights = {"weight_w": (by_error + by_gap).clamp(min=0), "weight_l": by_gap.clamp(min=0)}
-        kept = losses.loser_safeguard(error_w, cross, settings.mu, **weights)
+        rises, falls = (by_error + by_gap).clamp(min=0), by_gap.clamp(min=0)
+        kept = losses.loser_safeguard(error_w, cross, settings.mu, weight_w=rises, weight_l=falls)
     weights = torch.stack((2 * (by_error + by_gap), -2 * kept[:, None] * by_gap)).to(dtype)
     numbers = torch.stack((z_region, z, *whole, *inside, held, kept, elements - count.sum(1)))
     total = loss if importance is None else importance.to(torch.float64) * loss

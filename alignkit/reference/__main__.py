@@ -1,0 +1,3 @@
+from alignkit.reference import write_pages
+
+write_pages()
