@@ -24,14 +24,10 @@ def full_name(name: str) -> str:
 
     Raises ConfigError, which names the nearest, where there is none.
     """
-    names = shipped_configs()
-    for full in (name, *(f"{name}-{method}" for method in METHODS)):
-        if full in names:
-            return full
-    short = dict.fromkeys(known.rpartition("-")[0] for known in names)
-    near = difflib.get_close_matches(name.lower(), [*names, *short], n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "alignkit configs lists them"
-    raise ConfigError(f"{name}: no configuration of this name comes with alignkit; {hint}")
+    full = _meant_by(name)
+    if full is None:
+        raise ConfigError(f"{name}: no configuration of this name comes with alignkit; {_nearest(name)}")
+    return full
 
 
 def shipped_config(name: str) -> Path:
@@ -49,12 +45,26 @@ def find_config(given: Path) -> Path:
         return given
     if (given / RUN_FILE).is_file():
         return given / RUN_FILE
-    if len(given.parts) == 1 and given.suffix not in (".yaml", ".yml"):
-        try:
-            return shipped_config(f"{full_name(given.name)}.yaml")
-        except ConfigError as error:
-            if not given.exists():
-                raise ConfigError(str(error).replace(": no", ": no file, no folder of a run, and no", 1)) from None
+    name = str(given)
+    if full := _meant_by(name):
+        return shipped_config(f"{full}.yaml")
     if given.is_dir():
         raise ConfigError(f"{given}: a folder without {RUN_FILE}, so not of a run that has begun; give its YAML file")
+    if len(given.parts) == 1 and given.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"{name}: no file, no folder of a run, and no configuration of this name comes with alignkit; "
+            f"{_nearest(name)}"
+        )
     return given
+
+
+def _meant_by(name: str) -> str | None:
+    names = shipped_configs()
+    return next((full for full in (name, *(f"{name}-{method}" for method in METHODS)) if full in names), None)
+
+
+def _nearest(name: str) -> str:
+    names = list(shipped_configs())
+    short = dict.fromkeys(known.rpartition("-")[0] for known in names)
+    near = difflib.get_close_matches(name.lower(), [*names, *short], n=3)
+    return f"did you mean {' or '.join(near)}?" if near else "alignkit configs lists them"
