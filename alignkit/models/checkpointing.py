@@ -1,5 +1,7 @@
 """Activation checkpointing of a transformer's layers: all of a layer is computed again, or all but its attention."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +35,7 @@ FORWARD_OPS = {
 backend's ops that is depends on device, dtype and versions."""
 
 
-def set_checkpointing(transformer: nn.Module, mode: str) -> None:
+def set_checkpointing(transformer: Any, mode: str) -> None:
     """Make `transformer` keep, for the backward pass, the inputs of its layers alone ("full"), or their attention's
     outputs too ("selective", with torch's selective checkpointing), and compute the rest again; "none": everything.
 

@@ -79,7 +79,8 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
 def check_checkpointing(config: Config, process: Process, model) -> None:
     """Raises ConfigError, before any weight is read, where `train.checkpointing` cannot keep what it is to."""
     if config.train.checkpointing == "selective":
-        network, dtype = empty_network(model), working_dtype(config.model, process.device)
+        network: Any = empty_network(model)
+        dtype = working_dtype(config.model, process.device)
         backend = set_attention(network, config.model.attention, process.device, dtype)
         check_selective(backend, network.config.attention_head_dim, process.device, dtype)
 
