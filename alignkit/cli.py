@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Timer
 from typing import Annotated, Literal, NoReturn
@@ -214,6 +215,34 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 def report(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write one self-contained HTML page with curves, pairs, samples and numbers."""
     _run("report", _settings("report", config, overrides))
+
+
+@app.command()
+def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run's output.dir: what happened to it.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="A folder that runs are to write to: its disk and locks.")] = None,
+    hashed: Annotated[bool, typer.Option("--hash", help="With RUN: read every byte of its checkpoints.")] = False,
+) -> None:
+    """Say what this machine will use, what will be slow or broken, and what to do; or with RUN what happened to a run,
+    what of it is saved, and the command that goes on. Nothing is written, no weights are loaded."""
+    from alignkit.doctor import printed
+
+    if run is not None:
+        if output is not None:
+            raise ConfigError("doctor: RUN looks at a run, --output at a place for one; give one of them")
+        from alignkit.doctor.run import diagnose
+
+        print(printed(diagnose(run, hashed=hashed)))
+        return
+    if hashed:
+        raise ConfigError("doctor: --hash goes with RUN")
+    from alignkit.doctor.machine import findings
+
+    with suppress(ImportError):  # of what is missing the doctor itself tells
+        _quiet_libraries()
+    print(printed(list(findings(output))))
 
 
 @app.command()

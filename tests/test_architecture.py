@@ -21,7 +21,7 @@ LAYERS = [
     {"training"},
     {"evaluation", "report", "rankers"},
     {"stages"},
-    {"commands", "experiments"},
+    {"commands", "doctor", "experiments"},
     {"demo"},
     {"cli"},
     {"__main__"},
