@@ -218,6 +218,28 @@ def report(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many, over all machines.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Which: H100, H200 or A100-80G.")] = "H100",
+) -> None:
+    """Say what a run takes before anything is downloaded or loaded: memory by part, disk, FLOPs, time, and what to turn
+    first where it does not fit."""
+    from alignkit.planning.constants import gpu_named
+    from alignkit.stages import stage_configs
+
+    kind = gpu_named(gpu)
+    settings = load_config(config, overrides or [])
+    stage_configs(settings)
+    _quiet_libraries()
+    from alignkit.planning.plan import plan as planned
+    from alignkit.planning.report import report as described
+
+    print(described(planned(settings, kind, gpus)))
+
+
+@app.command()
 def doctor(
     run: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="A run's output.dir: what happened to it.")

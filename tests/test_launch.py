@@ -66,6 +66,8 @@ finally:
         ("pairs", "CONFIG", "data={pairs: /nowhere.jsonl}", "--nproc", "2"),
         ("train", "CONFIG", "model.path=/nowhere"),
         ("report", "nowhere.yaml"),
+        ("plan", "CONFIG", "--gpu", "TPU"),
+        ("plan", "CONFIG", "train.stepz=3"),
     ],
     ids=" ".join,
 )
