@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Timer
 from typing import Annotated, Literal, NoReturn
@@ -241,6 +242,56 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 def report(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write one self-contained HTML page with curves, pairs, samples and numbers."""
     _run("report", _settings("report", config, overrides))
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many, over all machines.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Which: H100, H200 or A100-80G.")] = "H100",
+) -> None:
+    """Say what a run takes before anything is downloaded or loaded: memory by part, disk, FLOPs, time, and what to turn
+    first where it does not fit."""
+    from alignkit.planning.constants import gpu_named
+    from alignkit.stages import stage_configs
+
+    kind = gpu_named(gpu)
+    settings = load_config(config, overrides or [])
+    stage_configs(settings)
+    _quiet_libraries()
+    from alignkit.planning.plan import plan as planned
+    from alignkit.planning.report import report as described
+
+    print(described(planned(settings, kind, gpus)))
+
+
+@app.command()
+def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run's output.dir: what happened to it.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="A folder that runs are to write to: its disk and locks.")] = None,
+    hashed: Annotated[bool, typer.Option("--hash", help="With RUN: read every byte of its checkpoints.")] = False,
+) -> None:
+    """Say what this machine will use, what will be slow or broken, and what to do; or with RUN what happened to a run,
+    what of it is saved, and the command that goes on. Nothing is written, no weights are loaded."""
+    from alignkit.doctor import printed
+
+    if run is not None:
+        if output is not None:
+            raise ConfigError("doctor: RUN looks at a run, --output at a place for one; give one of them")
+        from alignkit.doctor.run import diagnose
+
+        print(printed(diagnose(run, hashed=hashed)))
+        return
+    if hashed:
+        raise ConfigError("doctor: --hash goes with RUN")
+    from alignkit.doctor.machine import findings
+
+    with suppress(ImportError):  # of what is missing the doctor itself tells
+        _quiet_libraries()
+    print(printed(list(findings(output))))
 
 
 @app.command()

@@ -49,12 +49,37 @@ def run_lock(folder: Path, command: str, *, shared: bool = False) -> Iterator[No
             _held.discard(folder)
 
 
+def run_lock_state(folder: Path) -> tuple[bool, tuple[str, str] | None]:
+    """Whether a command has the right to write the run in `folder`, and which one had it last: a lock's file outlives
+    a command that was killed. Nothing is written; the lock is tried for a moment."""
+    file = folder / RUN_LOCK
+    try:
+        with file.open("r+" if os.access(file, os.W_OK) else "r") as stream:
+            who = _said_by(stream.read())
+            try:
+                fcntl.flock(stream, (fcntl.LOCK_EX if stream.writable() else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True, who
+            return False, who
+    except OSError:  # no such file, or a file system without locks
+        return False, None
+
+
 def _holder(file: Path) -> str:
     try:
-        row = json.loads(file.read_text().splitlines()[-1])
-        return f"alignkit {row['command']}, process {row['process']} on {row['host']}, writes it since {row['since']}"
-    except (OSError, ValueError, LookupError, TypeError):  # it has the lock, and has not said so yet
-        return "another command writes it"
+        who = _said_by(file.read_text())
+    except OSError:
+        who = None
+    return f"{who[0]}, writes it since {who[1]}" if who else "another command writes it"
+
+
+def _said_by(text: str) -> tuple[str, str] | None:
+    """Who wrote the last line of a lock's file, and since when; None where it has not said so yet."""
+    try:
+        row = json.loads(text.splitlines()[-1])
+        return f"alignkit {row['command']}, process {row['process']} on {row['host']}", row["since"]
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def share_out(files: list[Path], make: Callable[[int], None], looked: Callable[[], None] = lambda: None) -> None:

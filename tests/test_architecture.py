@@ -21,7 +21,7 @@ LAYERS = [
     {"training"},
     {"evaluation", "report", "rankers"},
     {"stages"},
-    {"commands", "experiments"},
+    {"commands", "doctor", "experiments", "planning"},
     {"demo"},
     {"cli"},
     {"__main__", "reference"},

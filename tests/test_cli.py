@@ -12,7 +12,10 @@ from alignkit import demo
 from alignkit.media.videos import VideoSpec, decode_clip, write_video
 from alignkit.stores.pairs import PairStore
 
-COMMANDS = ("demo", "configs", "init", "rollout", "pairs", "train", "cache-reference", "sample", "eval", "report")
+COMMANDS = (
+    "demo", "configs", "init", "doctor", "plan", "rollout", "pairs", "train", "cache-reference", "sample", "eval",
+    "report",
+)  # fmt: skip
 
 
 def test_help_lists_every_command_and_each_explains_itself(command):

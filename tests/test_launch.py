@@ -68,6 +68,8 @@ finally:
         ("report", "nowhere.yaml"),
         ("train", "wan-tiny", "train.stepz=3"),
         ("train", "wan-tinny"),
+        ("plan", "CONFIG", "--gpu", "TPU"),
+        ("plan", "CONFIG", "train.stepz=3"),
     ],
     ids=" ".join,
 )

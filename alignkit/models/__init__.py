@@ -108,6 +108,11 @@ class VideoModel(Protocol):
 class Family(Protocol):
     """A module of this package."""
 
+    TRANSFORMER: type[nn.Module]
+
+    def outline(self, vae: dict, max_sequence_length: int) -> tuple[VideoModel, nn.Module]:
+        """A model of which nothing is loaded, for the sizes of its latents, and the VAE of a vae/config.json."""
+
     def load(
         self,
         path: str,

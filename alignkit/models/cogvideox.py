@@ -34,6 +34,8 @@ from alignkit.models.folder import (
 from alignkit.progress import say
 from alignkit.schedules import Schedule, v_coefficients
 
+TRANSFORMER = CogVideoXTransformer3DModel
+
 
 class CogVideoXModel(ModelFolder):
     """The parts of a CogVideoX folder."""
@@ -286,6 +288,12 @@ def _rotary_table(dim: int, frames: int, grid: tuple, trained: tuple, device: to
     return get_3d_rotary_pos_embed(
         embed_dim=dim, crops_coords=coordinates, grid_size=grid, temporal_size=frames, device=device
     )
+
+
+def outline(vae: dict, max_sequence_length: int) -> tuple[CogVideoXModel, nn.Module]:
+    """A model of which nothing is loaded, for the sizes of its latents, and the VAE of that config."""
+    decoder = AutoencoderKLCogVideoX.from_config(vae)
+    return CogVideoXModel("", max_sequence_length, None, decoder.config), decoder
 
 
 def build_transformer(config: dict) -> nn.Module:

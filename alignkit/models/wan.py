@@ -24,6 +24,8 @@ from alignkit.models.folder import (
 )
 from alignkit.schedules import Schedule, flow_coefficients, flow_shift
 
+TRANSFORMER = WanTransformer3DModel
+
 
 class WanModel(ModelFolder):
     """The parts of a Wan2.1 folder."""
@@ -177,6 +179,12 @@ def guided(
 def dynamic_guidance(guidance: float, timestep: float, num_steps: int) -> float:
     """Wan's pipeline guides all steps alike: raises ConfigError."""
     raise ConfigError("dynamic_guidance: Wan2.1 has none; leave it off")
+
+
+def outline(vae: dict, max_sequence_length: int) -> tuple[WanModel, nn.Module]:
+    """A model of which nothing is loaded, for the sizes of its latents, and the VAE of that config."""
+    decoder = AutoencoderKLWan.from_config(vae)
+    return WanModel("", max_sequence_length, None, decoder.config), decoder
 
 
 def build_transformer(config: dict) -> nn.Module:

@@ -5,13 +5,11 @@ SHA-256 hashes, and files that do not match it are never opened; the checkpoint 
 not match is set aside under another name, never deleted, and does not count as one when old ones are.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,14 +19,13 @@ from alignkit.config import TrainSection
 from alignkit.errors import CheckpointError
 from alignkit.files import flush, write_json
 from alignkit.progress import say
+from alignkit.training import manifest as manifests
 from alignkit.training.distributed import gather, on_main_rank
+from alignkit.training.manifest import BEFORE, DAMAGED, DIGEST, FORMAT, MANIFEST, PARTIAL, candidates, step_of
 from alignkit.training.reshaping import load_universal, universal_form
 from alignkit.training.state import load_state, save_local_state, save_state, state_damage
 from alignkit.training.terms import accepted, difference
 
-MANIFEST, DIGEST = "manifest.json", "digest"
-FORMAT = 2
-DAMAGED, BEFORE = "damaged-", "before-reshape-"
 SEEN_WITHIN_S = 30.0  # of a write on another node: a network file system may take some seconds to show it
 
 
@@ -41,7 +38,7 @@ def save(engine, folder: Path, step: int, terms: dict, keep: int, parts: dict[st
     only after that. Each process flushes and hashes what it wrote itself. Raises CheckpointError, on every process,
     where the first one does not see what another wrote.
     """
-    partial, final = folder / f".partial-{step:08d}", _name(folder, step)
+    partial, final = folder / f"{PARTIAL}{step:08d}", manifests.checkpoint(folder, step)
     rank = torch.distributed.get_rank()
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +53,7 @@ def save(engine, folder: Path, step: int, terms: dict, keep: int, parts: dict[st
     for file in own:
         flush(file)
     hashes: dict[str, str] = {}
-    for part in gather({str(file.relative_to(partial)): _hash(file) for file in own}):
+    for part in gather({str(file.relative_to(partial)): manifests.file_hash(file) for file in own}):
         hashes |= part
     on_main_rank(lambda: _complete(partial, final, step, terms, hashes, keep, record))
 
@@ -74,18 +71,18 @@ def _complete(
         "format": FORMAT,
         "step": step,
         "world_size": torch.distributed.get_world_size(),
-        "shards": _shards(hashes),
+        "shards": manifests.shards(hashes),
         "terms": terms,
         "files": dict(sorted(hashes.items())),
     }
     manifest |= {"accepted": record} if record else {}
-    write_json(partial / MANIFEST, manifest | {DIGEST: _digest(manifest)})
+    write_json(partial / MANIFEST, manifest | {DIGEST: manifests.digest(manifest)})
     flush(partial)
     if final.exists():  # of another number of processes
         say(f"the checkpoint that was converted is kept as {_set_aside(final, BEFORE).name}")
     os.rename(partial, final)
     flush(final.parent)
-    for old in [path for path in _candidates(final.parent) if path.name <= final.name][keep:]:
+    for old in [path for path in candidates(final.parent) if path.name <= final.name][keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -111,7 +108,7 @@ def load_latest(
     """
     passed: list[tuple[Path, str]] = []
     tag: str | None = None
-    for name in on_main_rank(lambda: [path.name for path in _candidates(folder)]):
+    for name in on_main_rank(lambda: [path.name for path in candidates(folder)]):
         damage = next(filter(None, gather(_damage_seen_here(folder / name))), None)
         if damage is None:
             tag = name
@@ -129,7 +126,7 @@ def load_latest(
     else:
         engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
     load_state(folder / tag, parts, ranks if reshaped else None)
-    return _step(tag), record, reshaped
+    return step_of(folder / tag), record, reshaped
 
 
 def _judge(folder: Path, tag: str | None, passed: list, terms: dict, train: TrainSection) -> tuple[list[dict], int]:
@@ -193,61 +190,22 @@ def _set_aside(path: Path, why: str = DAMAGED) -> Path:
     return target
 
 
-def _name(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step-"))
-
-
-def _candidates(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), reverse=True)
-
-
 def _writer(file: Path) -> int:
     """The process that wrote a file of a checkpoint, by DeepSpeed's names and ours."""
     named = re.search(r"rank[_-](\d+)", file.name)
     return int(named[1]) if named else 0
 
 
-def _shards(names: Iterable[str]) -> int:
-    """How many processes' parts of the optimizer's states there are."""
-    return sum(name.endswith("optim_states.pt") for name in names)
-
-
 def _damage_seen_here(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None. Of its files each process reads its share, so that together they read
     every byte."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    try:
+
+    def look() -> str | None:
+        found = manifests.damage(path, slice(rank, None, world_size))
+        if found or rank:
+            return found
         manifest = json.loads((path / MANIFEST).read_text())
-        if manifest.get(DIGEST, digest := _digest(manifest)) != digest:
-            return "its manifest is not as it was written"
-        if path.name != f"step-{manifest['step']:08d}":
-            return f"its manifest is of step {manifest['step']}"
-        for name in sorted(manifest["files"])[rank::world_size]:
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if _hash(file) != manifest["files"][name]:
-                return f"{name} does not match its hash"
-        shards = _shards(manifest["files"])
-        if shards != manifest.get("shards", shards):
-            return f"its manifest lists {shards} of {manifest['shards']} processes' shards"
-        if manifest.get("format") == FORMAT and rank == 0:
-            return state_damage(path, manifest["step"], manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        return f"its manifest cannot be read ({type(error).__name__})"
-    return None
+        return state_damage(path, manifest["step"], manifest["files"]) if manifest.get("format") == FORMAT else None
 
-
-def _digest(manifest: dict) -> str:
-    """Of all of a manifest but this; those of before have none."""
-    content = {name: value for name, value in manifest.items() if name != DIGEST}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return manifests.described(look, SafetensorError)

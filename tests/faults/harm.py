@@ -278,10 +278,10 @@ def _no_lock() -> None:
 
 def _no_hash() -> None:
     from alignkit.stores import pairs, rollouts, store
-    from alignkit.training import checkpoints
+    from alignkit.training import manifest as manifests
 
-    checkpoints._hash = lambda file: "not looked at"
-    checkpoints._digest = lambda manifest: manifest.get(checkpoints.DIGEST)
+    manifests.file_hash = lambda file: "not looked at"
+    manifests.digest = lambda manifest: manifest.get(manifests.DIGEST)
     for module in (store, pairs, rollouts):
         module.check_row = lambda *_: None
 

@@ -1,0 +1,1 @@
+"""`alignkit plan`: what a run will take, calculated before anything is downloaded or loaded."""
