@@ -79,7 +79,7 @@ def measure(preset: str, dtype: str, kind: str, folder: str) -> dict[str, float]
 
     own = ["train.lora={}"] if kind == "lora" else []
     keys = [f"model.path={folder}", f"model.dtype={dtype}", f"deepspeed.preset={preset}", f"output.dir={folder}/run"]
-    batch = ["train.global_batch_size=1", "train.micro_batch_size=1", "train.gradient_checkpointing=true"]
+    batch = ["train.global_batch_size=1", "train.micro_batch_size=1", "train.checkpointing=full"]
     config = load_config(shipped_config("wan-tiny-localdpo.yaml"), [*keys, *SIZES, *batch, BUCKET, *own])
     process = start_process()
     # libraries that the first matrix product and backward load count as imported

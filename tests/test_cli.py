@@ -24,7 +24,7 @@ def test_help_lists_every_command_and_each_explains_itself(command):
         assert name in text
         own = command(name, "--help")
         assert own.returncode == 0
-        assert "CONFIG" in own.stdout or name in ("demo", "init")
+        assert "CONFIG" in own.stdout or name in ("demo", "configs", "init", "doctor")
 
 
 def one_line(result) -> str:

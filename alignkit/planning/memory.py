@@ -62,8 +62,7 @@ def memory(outline: Outline, config: Config, run: Regime, count: Parameters) -> 
     host: dict[str, float] = {}
     for part, (size, offloaded) in states.items():
         (host if offloaded else gpu)[part] = size
-    kept = run.videos // 2 if run.apart else run.videos
-    gpu["activations"] = activation_bytes(outline, config, run.dtype, run.checkpointing, kept, run.stage)
+    gpu["activations"] = activation_bytes(outline, config, run.dtype, run.checkpointing, run.kept_videos, run.stage)
     gpu["buffers"] = _buffers(run, count)
     gpu["latents, predictions, loss"] = _of_the_loss(outline, config, run)
     gpu["CUDA, NCCL"] = RESERVED

@@ -41,6 +41,11 @@ class Regime:
         """Among how many GPUs what ZeRO shares out from a stage on is divided."""
         return self.gpus if self.stage >= from_stage else 1
 
+    @property
+    def kept_videos(self) -> int:
+        """Whose activations are there at once."""
+        return self.videos // 2 if self.apart else self.videos
+
 
 def regime(config: Config, gpus: int, *, later: bool = False) -> Regime:
     """later: of a stage that another one hands its weights to.

@@ -36,7 +36,7 @@ def _memory(whole: Plan, stage: Stage) -> Iterator[str]:
     text = f"{_size(stage.memory.total)} of {_size(room)} ({FILLED:.0%} of {whole.gpu.name}): {verdict}{where}"
     yield _row("memory a GPU", text)
     for part, size in stage.memory.gpu.items():
-        how = f" ({stage.run.videos} videos at once, checkpointing {stage.run.checkpointing})"
+        how = f" (of {stage.run.kept_videos} at once, checkpointing {stage.run.checkpointing})"
         yield _row(f"  {part}", _size(size) + (how if part == "activations" else ""))
     if not whole.fits:
         yield from _advice(whole)
@@ -80,7 +80,7 @@ def _work(whole: Plan) -> Iterator[str]:
         yield _row(stage.name, f"{_flops(sum(step.flops.values()))} a step of {train.global_batch_size} pairs: {parts}")
         yield _row("", f"{_time(step.time)} a step{moving}, {_time(step.time / train.global_batch_size)} a pair")
         hours = whole.gpus * stage.seconds / 3600
-        yield _row("", f"{_time(stage.seconds)} for {train.steps} steps: {hours:.3g} GPU-hours")
+        yield _row("", f"{_time(stage.seconds)} for {train.steps} steps: {hours:,.0f} GPU-hours")
         if stage.run.reference == "cached":
             cached = work.seconds(work.cache_flops(stage.config, whole.forward), whole.gpu, stage.run) / 3600
             yield _row("", f"{cached:.3g} GPU-hours before that, for alignkit cache-reference")

@@ -77,11 +77,19 @@ def test_a_step_is_forwards_backward_and_what_is_recomputed():
     flops, forward = whole.stages[0].step.flops, whole.forward
     assert flops["forward"] == flops["reference"] == flops["recomputing"] == videos * forward.flops
     assert flops["backward"] == videos * (2 * forward.products + 2.5 * forward.attention)
-    cached = planned(BILLION_3, "reference.strategy=cached", "train.gradient_checkpointing=false").stages[0].step.flops
+    cached = planned(BILLION_3, "reference.strategy=cached", "train.checkpointing=none").stages[0].step.flops
     assert set(cached) == {"forward", "backward"}
     twice = planned(BILLION_3, gpus=16).stages[0].step
     assert twice.time == pytest.approx(whole.stages[0].step.time / 2)
     assert planned(BILLION_3, "deepspeed.preset=zero3-offload").stages[0].step.moving > 0
+
+
+def test_sides_in_turn_halve_the_activations_for_a_forward_more():
+    together, apart = (planned(BILLION_3, f"train.branches={how}").stages[0] for how in ("together", "apart"))
+    assert apart.memory.gpu["activations"] == pytest.approx(together.memory.gpu["activations"] / 2, rel=0.1)
+    assert sum(apart.step.flops.values()) == pytest.approx(
+        sum(together.step.flops.values()) + together.step.flops["forward"]
+    )
 
 
 def test_a_pair_is_the_samplers_last_steps_with_both_branches():
@@ -96,7 +104,7 @@ def test_a_pair_is_the_samplers_last_steps_with_both_branches():
     [("wan2.1-14b-localdpo.yaml", 8), ("cogvideox-5b-localdpo.yaml", 1), ("wan2.1-1.3b-localdpo.yaml", 1)],
 )
 def test_what_is_said_to_make_it_fit_does(name, gpus):
-    keys = ["train.gradient_checkpointing=false", "train.micro_batch_size=2"]
+    keys = ["train.checkpointing=none", "train.micro_batch_size=2"]
     whole = planned(name, *keys, gpus=gpus)
     assert not whole.fits and "DOES NOT FIT" in report(whole)
     words = [word.partition(" ")[0] for word, _ in whole.switches]
