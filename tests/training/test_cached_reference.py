@@ -17,7 +17,6 @@ from alignkit.errors import CheckpointError, ConfigError, DataError
 from alignkit.files import write_json
 from alignkit.models import shipped_model
 from alignkit.stages import stage_configs
-from alignkit.stores import store
 from alignkit.stores.pairs import Pair, PairStore, write_block, write_texts
 from alignkit.stores.store import block_file
 from alignkit.training import cache, loop
@@ -173,7 +172,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(run, process, monkeypatch)
         replace(source, target)
 
     with monkeypatch.context() as context:
-        context.setattr(store.os, "replace", kill_at_third)
+        context.setattr(os, "replace", kill_at_third)
         with pytest.raises(Killed):
             build_cache(config, process)
     before = {file: file.stat().st_mtime_ns for file in cache_folder(config).glob("block-*.arrow")}
