@@ -8,14 +8,23 @@ import pytest
 CODE = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import campaign; sys.exit(campaign.main())"
 
 
+# of each some seconds; processes that are dead, stopped and slow, rounds and students have tests of their own
+QUICK = (
+    "kill -9 inside a save", "pairs are made", "rollouts are sampled", "errors are cached", "in a ranking",
+    "put in its place", "between two stages", "server of votes", "power cut", "block", "bit flipped", "checkpoint cut",
+    "disk full", "changed terms", "NaN in every step",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="session")
-def campaign(command):
+def campaign(start_command):
     """`campaign("--kind", "disk full")`: exit code and what it printed."""
 
     def run(*words):
-        result = command(*words, python=("-c", CODE))
-        assert "faults" in result.stdout, result.stderr
-        return result.returncode, result.stdout
+        child = start_command(*words, code=CODE)
+        out, errors = child.communicate(timeout=900)
+        assert "faults" in out, errors
+        return child.returncode, out
 
     return run
 
@@ -24,11 +33,10 @@ def kinds(*names: str) -> list[str]:
     return [word for name in names for word in ("--kind", name)]
 
 
-def test_each_kind_of_fault_is_survived(campaign):
-    code, said = campaign("--each", "1", "--seed", "1")
+def test_a_fault_of_each_quick_kind_is_survived(campaign):
+    code, said = campaign(*kinds(*QUICK), "--each", "1", "--seed", "1")
     assert code == 0, said
-    total = int(re.search(r"\*\*\d+ kinds\*\* \| \*\*(\d+)\*\*", said)[1])
-    assert total >= 30
+    assert int(re.search(r"\*\*(\d+) kinds\*\*", said)[1]) >= len(QUICK)
 
 
 @pytest.mark.parametrize(
