@@ -62,7 +62,7 @@ def made(folder: Path) -> Iterator[None]:
 NO_ROOM = errno.ENOSPC, errno.EDQUOT
 # What libraries that write by themselves say: safetensors, pyarrow, SQLite; and torch, whose writer does not say why.
 NO_ROOM_SAID = ("No space left on device", "os error 28", "disk is full", "Disk quota exceeded")
-UNWRITTEN = ("inline_container", "PytorchStreamWriter")
+UNWRITTEN = ("unexpected pos", "PytorchStreamWriter")  # its reader, of a damaged file, says other things
 
 
 def no_room(error: BaseException | None, folder: Path) -> str | None:

@@ -26,15 +26,19 @@ FULL = "no space is left on its disk"
 Kind = Callable[[Random, World], None]
 
 
+def _break(world: World, name: str, harm: Harm) -> None:
+    world.told = f"{name}: {harms.described(harm)}"
+    case = world.fresh(name)
+    case.struck(harm)
+    case.goes_on()
+
+
 def killed(name: str, pattern: str = "") -> Kind:
     """kill -9 of a job at, or some milliseconds after, a file operation that matches."""
 
     def fault(draw: Random, world: World) -> None:
         harm = Harm(KILL, event=draw.choice(world.events(name, pattern)), delay=draw.choice([0, draw.uniform(0, 0.03)]))
-        world.told = f"{name}: {harms.described(harm)}"
-        case = world.fresh(name)
-        case.struck(harm)
-        case.goes_on()
+        _break(world, name, harm)
 
     return fault
 
@@ -56,10 +60,7 @@ def a_power_cut(*names: str) -> Kind:
     def fault(draw: Random, world: World) -> None:
         name = draw.choice(names)
         harm = Harm(KILL, event=draw.choice(world.events(name)), power=True, names_lost=draw.random() < 0.5)
-        world.told = f"{name}: {harms.described(harm)}"
-        case = world.fresh(name)
-        case.struck(harm)
-        case.goes_on()
+        _break(world, name, harm)
 
     return fault
 

@@ -204,7 +204,9 @@ def test_the_learning_rate_rises_and_stays_or_falls_by_half_a_cosine():
         wanted.optimizer.step(), wanted.step()
         rates.append(wanted.get_last_lr()[0])
     found = [learning_rate(falling, step) for step in range(8)]
-    assert found[:2] == [1.5, 3.0] and found[2:] == pytest.approx(rates, rel=1e-12) and found[-1] == 1.0
+    # torch's recursion divides by 1 + cos, 0.067 at the least, in six steps of some ten roundings each
+    rounding = 6 * 10 * 2**-53 / 0.067
+    assert found[:2] == [1.5, 3.0] and found[2:] == pytest.approx(rates, rel=rounding) and found[-1] == 1.0
     assert learning_rate(TrainSection(steps=1, schedule="cosine", learning_rate=1.0), 0) == pytest.approx(0.0)
 
 
