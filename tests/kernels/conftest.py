@@ -1,5 +1,7 @@
 """Inputs and an independent fp64 oracle, shared by the kernel tests."""
 
+import functools
+import inspect
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +25,22 @@ EPS = 2.0**-23
 # Tensors live on a GPU if there is one. Without one, kernels run where the interpreter does.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not dispatch.INTERPRETED else "cpu")
 KERNELS_RUN = dispatch.INTERPRETED or (dispatch.HAVE_TRITON and DEVICE.type == "cuda")
+
+if dispatch.INTERPRETED:
+    # The interpreter lists all of Triton's language anew in each call of a device function: two fifths of its time.
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins_of(module) -> list[str]:
+        return [name for name, member in inspect.getmembers(module) if is_builtin(member)]
+
+    def patch_builtins(module, *how) -> None:
+        for name in builtins_of(module):
+            if is_builtin(member := getattr(module, name)):  # not patched already
+                interpreter._patch_attr(module, name, member, *how)
+
+    interpreter._patch_builtin = patch_builtins
 
 
 @pytest.fixture
