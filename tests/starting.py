@@ -59,6 +59,7 @@ def import_everything() -> None:
     """What the commands need, in the order in which they import it: our own settings come before DeepSpeed."""
     for name in (
         "torch", "alignkit.training.distributed", "deepspeed", "diffusers.models",
+        "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard", "torch.utils.cpp_extension",
         "diffusers.pipelines.cogvideo.pipeline_cogvideox", "diffusers.pipelines.wan.pipeline_wan", "peft",
         "transformers.models.t5.modeling_t5", "transformers.models.umt5.modeling_umt5", "alignkit.__main__",
         "alignkit.demo", "alignkit.evaluation.summary", "alignkit.report", "alignkit.stages.chain",
