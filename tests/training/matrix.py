@@ -1,10 +1,10 @@
 """Every preset × dtype × weights × reference × processes × family through three steps, a save, a resume and an export.
 
-    python tests/training/matrix.py              all of them: an hour and a half on two cores
+    python tests/training/matrix.py              all of them: an hour on two cores
     python tests/training/matrix.py zero2 ema    those that have all of these words
 
-Each combination runs unbroken, and again with a stop after two steps; both must end in the same metrics and the same
-export, which must be finite and not the base. What a run that was stopped has found is kept in out/matrix.json; a
+Each combination runs unbroken, and a copy of it goes on from what it had saved after two steps; both must end in the
+same metrics and the same export, which must be finite and not the base. What a run that was stopped has found is kept in out/matrix.json; a
 combination that cannot work must be refused by a sentence, which is in the table. Exits with 1 otherwise.
 """
 
@@ -44,8 +44,8 @@ AXES = {
 SIZES = (
     "data.height=32", "data.width=32", "data.num_frames=9", "pairs.num_inference_steps=4", "pairs.strengths=[3]",
     "pairs.block_size=4", "pairs.batch_size=4", "objective={beta: 50}", "pairs.mask={}", "train.learning_rate=1e-4",
-    "train.global_batch_size=4", "train.micro_batch_size=2", "train.checkpoint_every=2", "train.keep_checkpoints=1",
-    "train.checkpointing=full",
+    "train.global_batch_size=4", "train.micro_batch_size=2", "train.checkpoint_every=2", "train.keep_checkpoints=2",
+    "train.checkpointing=full", f"train.steps={STEPS}",
 )  # fmt: skip
 
 
@@ -113,34 +113,33 @@ def config_of(family: str) -> Path:
     return ROOT / "configs" / f"{family}-tiny-localdpo.yaml"
 
 
-def train_together(file: Path, settings: list[str], processes: int, steps: list[int]) -> None:
-    """Train to each of `steps` in turn, each time as new processes; with reference.strategy=cached, its errors first.
+def train_together(file: Path, settings: list[str], processes: int) -> None:
+    """Train to the last step in new processes; with reference.strategy=cached, its errors first.
 
     Forked from this one, which has imported everything. Raises RuntimeError with what the first one that failed said.
     """
     from alignkit.launch import free_port
 
-    for count in steps:
-        with tempfile.TemporaryDirectory() as folder:
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-            children = {}
-            for rank in range(processes):
-                child = os.fork()
-                if not child:
-                    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-                    os.environ.update(address, **{name: str(number) for name, number in numbers.items()})
-                    os._exit(_train(file, [*settings, f"train.steps={count}"], Path(folder) / str(rank)))
-                children[child] = Path(folder) / str(rank)
-            problem = None
-            while children:
-                child, status = os.wait()
-                said = children.pop(child)
-                if status and problem is None:
-                    problem = said.read_text() if said.exists() else f"status {status}"
-                    for other in children:  # it would wait for this one
-                        os.kill(other, 9)
-            if problem:
-                raise RuntimeError(problem)
+    with tempfile.TemporaryDirectory() as folder:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        children = {}
+        for rank in range(processes):
+            child = os.fork()
+            if not child:
+                numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                os.environ.update(address, **{name: str(number) for name, number in numbers.items()})
+                os._exit(_train(file, settings, Path(folder) / str(rank)))
+            children[child] = Path(folder) / str(rank)
+        problem = None
+        while children:
+            child, status = os.wait()
+            said = children.pop(child)
+            if status and problem is None:
+                problem = said.read_text() if said.exists() else f"status {status}"
+                for other in children:  # it would wait for this one
+                    os.kill(other, 9)
+        if problem:
+            raise RuntimeError(problem)
 
 
 def _train(file: Path, settings: list[str], said: Path) -> int:
@@ -179,8 +178,11 @@ def run(row: Row, base: Path, folder: Path) -> str:
 
     whole, broken = folder / "whole", folder / "broken"
     try:
-        for out, steps in ((whole, [STEPS]), (broken, [STEPS - 1, STEPS])):
-            train_together(config_of(row.family), settings_of(row, base, out), int(row.processes), steps)
+        train_together(config_of(row.family), settings_of(row, base, whole), int(row.processes))
+        shutil.copytree(whole, broken)
+        shutil.rmtree(broken / "train" / "checkpoints" / f"step-{STEPS:08d}")
+        shutil.rmtree(broken / "export")
+        train_together(config_of(row.family), settings_of(row, base, broken), int(row.processes))
     except RuntimeError as error:
         if str(error).startswith("refused: "):
             return str(error).removeprefix("refused: ")
