@@ -225,20 +225,24 @@ def _decoded(model, pair: Pair) -> StoredPair:
 
 
 def _cache_reference(config: Config) -> None:
+    from alignkit.planning.preset import resolved
+
     process = start_process()
     with group_lock(process, config.output.dir, "cache-reference"):
         config.output.dir.mkdir(parents=True, exist_ok=True)
-        build_cache(_run_to_cache(config), process)
+        build_cache(resolved(_run_to_cache(config), process), process)
     if config.reference.strategy != "cached" and process.main:
         say("train with reference.strategy=cached to use them")
 
 
 def _train(config: Config) -> None:
+    from alignkit.planning.preset import resolved
     from alignkit.stages.chain import run_chain
     from alignkit.training.loop import train
 
     process = start_process()
     with group_lock(process, config.output.dir, "train"):
+        config = resolved(config, process)
         done = run_chain(config, process) if config.stages else train(config, process)
     if not done:
         raise SystemExit(0)

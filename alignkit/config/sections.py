@@ -251,10 +251,10 @@ class TrainSection(Section):
 class DeepSpeedSection(Section):
     """ZeRO stage and anything else of DeepSpeed's own JSON, passed through untouched."""
 
-    preset: Literal["zero2", "zero3", "zero3-offload"] = Field(
+    preset: Literal["auto", "zero2", "zero3", "zero3-offload"] = Field(
         "zero3",
         description="zero2: optimizer and gradients are shared out; zero3: weights too; zero3-offload: and kept "
-        "in main memory",
+        "in main memory; auto: the first of these that fits by the plan's numbers, chosen when a run begins and kept",
     )
     config: dict[str, Any] = Field(
         default_factory=dict, description="any keys of DeepSpeed's JSON, over what the preset and train say"

@@ -14,6 +14,13 @@ SECOND = ("copy", "ema", "sync")
 """References that are a second network."""
 
 
+def said(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
 @dataclass(frozen=True)
 class Memory:
     """gpu: bytes on each of them. host: bytes of the fullest machine. Both by part."""

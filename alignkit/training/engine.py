@@ -18,6 +18,7 @@ from alignkit.training.distributed import Process
 from alignkit.training.lora import add_lora
 from alignkit.training.weights import Start, empty_network, load_partitioned, load_whole, set_masters
 
+# the fastest first
 PRESETS: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2},
     "zero3": {"stage": 3},
@@ -56,6 +57,7 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     """DeepSpeed's own JSON: the preset, what the other sections imply, then the user's keys on top."""
     train = config.train
+    assert config.deepspeed.preset in PRESETS, "alignkit.planning.preset.resolved puts one in the place of auto"
     base = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, process.world_size),
