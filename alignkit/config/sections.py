@@ -219,6 +219,9 @@ class TrainSection(Section):
     reshape: bool = Field(False, description="convert a checkpoint of another number of processes (--reshape)")
     accept: tuple[str, ...] = Field((), description="settings that may differ from the checkpoint's, by name")
     lora: LoraSection | None = Field(None, description="train adapters, {} for the defaults; null: every weight")
+    ema: Annotated[Number, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="decay of an average of what is trained, e.g. 0.999, exported beside it; null: none"
+    )
     max_bad_steps: Positive = Field(5, description="non-finite steps in a row after which the run stops")
     stuck_seconds: Annotated[Number, Field(gt=0)] = Field(
         300.0,
@@ -275,6 +278,10 @@ class SampleSection(Section):
         (0,), min_length=1, description="of starting noise; every prompt is sampled once with each, by both models"
     )
     batch_size: Positive = Field(1, description="videos sampled at once")
+    weights: Literal["trained", "ema"] = Field(
+        "trained",
+        description="which of a run's exports `sample` and `eval` take; ema: the average that train.ema makes",
+    )
 
 
 class EvaluationSection(Section):

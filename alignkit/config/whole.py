@@ -122,6 +122,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _average_to_look_at(self) -> "Config":
+        if self.sample.weights == "ema" and self.train.ema is None and not self.stages:
+            raise ValueError("sample.weights: 'ema' needs train.ema, the decay of the average that a run exports")
+        return self
+
+    @model_validator(mode="after")
     def _adapter_to_switch_off(self) -> "Config":
         if self.reference.strategy == "adapter" and self.train.lora is None:
             raise ValueError("reference.strategy: 'adapter' needs train.lora; without it use 'copy'")

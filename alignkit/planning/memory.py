@@ -95,6 +95,8 @@ def _states(config: Config, run: Regime, count: Parameters) -> dict[str, tuple[f
     if run.offload_optimizer:  # once where they are added up and once where the optimizer reads them
         size = (run.gradient + MASTER) * count.trained / run.shared(2)
         states["gradients"] = (size, True)
+    if config.train.ema:
+        states["average (train.ema)"] = (MASTER * count.trained / run.shared(1), run.offload_optimizer)
     if run.reference in SECOND:
         moved = MASTER * count.trained / run.gpus if run.reference == "ema" and mixed else 0
         states[f"reference ({run.reference})"] = (weights + moved, run.offload_weights)

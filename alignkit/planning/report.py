@@ -65,7 +65,7 @@ def _host(stage: Stage) -> Iterator[str]:
 
 def _disk(whole: Plan, stage: Stage) -> Iterator[str]:
     train = stage.config.train
-    one = work.checkpoint_bytes(stage.run, stage.count)
+    one = work.checkpoint_bytes(stage.config, stage.run, stage.count)
     kept = (train.keep_checkpoints + 1) * len(whole.stages)
     text = f"{_size(one)} each, {kept} at once at most ({_size(kept * one)})"
     if len(whole.stages) > 1:
