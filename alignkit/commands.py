@@ -33,6 +33,7 @@ from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.cache import build_cache, with_cache
 from alignkit.training.distributed import group_lock, lone_worker, set_threads, start_process
 from alignkit.training.engine import accumulation_steps
+from alignkit.training.optimizers import check_optimizer
 from alignkit.training.references import check_reference
 from alignkit.training.supply import Waiting
 
@@ -114,6 +115,7 @@ def check_train(config: Config, processes: int) -> None:
         check_reference(config)
     for _, stage in stages:
         accumulation_steps(stage, processes)
+        check_optimizer(stage)
 
 
 def check_cache_reference(config: Config) -> None:

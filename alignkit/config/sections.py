@@ -185,6 +185,11 @@ class TrainSection(Section):
 
     seed: Count = Field(0, description="of pair order, noise, timesteps, caption dropout and new adapters")
     steps: Positive = Field(500, description="optimizer steps in all; of a chain, in each stage")
+    optimizer: Literal["adamw", "adamw_bf16", "adamw_8bit"] = Field(
+        "adamw",
+        description="its two moments in fp32, in bf16 or in 8 bits (bitsandbytes, `alignkit[8bit]`): 8, 4 or 2 bytes a "
+        "parameter; the masters stay fp32",
+    )
     learning_rate: NonNegative = Field(1e-6, description="of AdamW, after the warm-up")
     warmup_steps: Count = Field(0, description="steps over which the learning rate rises evenly; 0: none")
     schedule: Literal["constant", "cosine"] = Field(
@@ -235,6 +240,16 @@ class TrainSection(Section):
             raise ValueError("min_learning_rate: is where schedule cosine ends; set schedule: cosine, or leave it out")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate: {self.min_learning_rate:g} is above learning_rate")
+        return self
+
+    @model_validator(mode="after")
+    def _moments_that_move(self) -> "TrainSection":
+        # a bf16 number moves if it is to change by more than 1/256 of itself, whatever it is
+        if self.optimizer == "adamw_bf16" and 1 - max(self.betas) <= 2**-8:
+            raise ValueError(
+                f"betas: {max(self.betas):g} is too slow for optimizer 'adamw_bf16', whose moments are rounded to 8 "
+                "bits; 0.996 or less, or another optimizer"
+            )
         return self
 
     @model_validator(mode="before")

@@ -148,7 +148,7 @@ def _tries(config: Config, chain: bool) -> Iterator[tuple[str, dict]]:
         yield "train.branches=apart", {"train": {"branches": "apart"}}
     sums = {"deepspeed": {"config": {"data_types": {"grad_accum_dtype": "bf16"}}}}
     yield "deepspeed.config.data_types.grad_accum_dtype=bf16", sums
-    if config.deepspeed.preset != "zero3-offload":
+    if config.deepspeed.preset != "zero3-offload" and config.train.optimizer != "adamw_8bit":
         yield "deepspeed.preset=zero3-offload", {"deepspeed": {"preset": "zero3-offload"}}
     if not config.train.lora:
         yield "train.lora={} (adapters instead of all weights)", {"train": {"lora": {}}}

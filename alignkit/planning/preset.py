@@ -59,13 +59,13 @@ def with_preset(config: Config, preset: str) -> Config:
 
 def choose(config: Config, found: Outline, count: Parameters, room: Room, gpus: int, *, later: bool = False) -> Choice:
     """The first of zero2, zero3 and zero3-offload that `room` holds with activations and reference; where none does,
-    the one that needs least. On CPUs there is nowhere to offload to.
+    the one that needs least. On CPUs there is nowhere to offload to, and moments of 8 bits cannot be.
 
     later: of a stage that another one hands its weights to. Raises ConfigError as `regime` does.
     """
     needs: dict[str, float] = {}
     for preset in PRESETS:
-        if room.host and preset == "zero3-offload":
+        if preset == "zero3-offload" and (room.host or config.train.optimizer == "adamw_8bit"):
             continue
         own = with_preset(config, preset)
         run = regime(own, gpus, later=later)

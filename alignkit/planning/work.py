@@ -13,7 +13,7 @@ from alignkit.planning.constants import (
     Gpu,
 )
 from alignkit.planning.counting import Forward
-from alignkit.planning.memory import Parameters
+from alignkit.planning.memory import MASTER, MOMENTS, Parameters
 from alignkit.planning.outline import Outline
 from alignkit.planning.regime import Regime
 
@@ -109,7 +109,8 @@ def checkpoint_bytes(config: Config, run: Regime, count: Parameters) -> float:
     average = 4 * count.trained if config.train.ema else 0
     moving = 4 * count.trained if run.reference == "ema" and run.width < 4 else 0
     moving += run.width * count.trained if run.reference in ("ema", "sync") else 0
-    return 12 * count.trained + average + (run.width * count.trained if run.stage < 3 else 0) + moving
+    kept = (MASTER + MOMENTS[config.train.optimizer]) * count.trained + average
+    return kept + (run.width * count.trained if run.stage < 3 else 0) + moving
 
 
 def export_bytes(outline: Outline, config: Config, count: Parameters) -> float:

@@ -33,6 +33,7 @@ from alignkit.training.export import averaged, export, export_folder, export_lor
 from alignkit.training.heartbeat import Pulse, heartbeat
 from alignkit.training.masters import MASTERS, hand_on, handed_on
 from alignkit.training.metrics import MetricsLog
+from alignkit.training.optimizers import check_optimizer
 from alignkit.training.references import check_reference, reads_cache
 from alignkit.training.references.cached import cache_digest, cache_info, check_cache
 from alignkit.training.run import Abandoned, Run, Step, start_run
@@ -75,6 +76,7 @@ def train(config: Config, process: Process, link: Link | None = None, supply: Su
     supply: makes the pairs along the way; they are else those of the configuration.
     """
     accumulation_steps(config, process.world_size)  # refused before anything loads
+    check_optimizer(config)
     if link is None:
         check_reference(config)
     check_shared(process, config.output.dir)
