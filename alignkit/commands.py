@@ -33,6 +33,7 @@ from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.cache import build_cache, with_cache
 from alignkit.training.distributed import group_lock, lone_worker, set_threads, start_process
 from alignkit.training.engine import accumulation_steps
+from alignkit.training.optimizers import check_optimizer
 from alignkit.training.references import check_reference
 from alignkit.training.supply import Waiting
 
@@ -114,6 +115,7 @@ def check_train(config: Config, processes: int) -> None:
         check_reference(config)
     for _, stage in stages:
         accumulation_steps(stage, processes)
+        check_optimizer(stage)
 
 
 def check_cache_reference(config: Config) -> None:
@@ -225,20 +227,24 @@ def _decoded(model, pair: Pair) -> StoredPair:
 
 
 def _cache_reference(config: Config) -> None:
+    from alignkit.planning.preset import resolved
+
     process = start_process()
     with group_lock(process, config.output.dir, "cache-reference"):
         config.output.dir.mkdir(parents=True, exist_ok=True)
-        build_cache(_run_to_cache(config), process)
+        build_cache(resolved(_run_to_cache(config), process), process)
     if config.reference.strategy != "cached" and process.main:
         say("train with reference.strategy=cached to use them")
 
 
 def _train(config: Config) -> None:
+    from alignkit.planning.preset import resolved
     from alignkit.stages.chain import run_chain
     from alignkit.training.loop import train
 
     process = start_process()
     with group_lock(process, config.output.dir, "train"):
+        config = resolved(config, process)
         done = run_chain(config, process) if config.stages else train(config, process)
     if not done:
         raise SystemExit(0)

@@ -185,6 +185,11 @@ class TrainSection(Section):
 
     seed: Count = Field(0, description="of pair order, noise, timesteps, caption dropout and new adapters")
     steps: Positive = Field(500, description="optimizer steps in all; of a chain, in each stage")
+    optimizer: Literal["adamw", "adamw_bf16", "adamw_8bit"] = Field(
+        "adamw",
+        description="its two moments in fp32, in bf16 or in 8 bits (bitsandbytes, `alignkit[8bit]`): 8, 4 or 2 bytes a "
+        "parameter; the masters stay fp32",
+    )
     learning_rate: NonNegative = Field(1e-6, description="of AdamW, after the warm-up")
     warmup_steps: Count = Field(0, description="steps over which the learning rate rises evenly; 0: none")
     schedule: Literal["constant", "cosine"] = Field(
@@ -219,6 +224,9 @@ class TrainSection(Section):
     reshape: bool = Field(False, description="convert a checkpoint of another number of processes (--reshape)")
     accept: tuple[str, ...] = Field((), description="settings that may differ from the checkpoint's, by name")
     lora: LoraSection | None = Field(None, description="train adapters, {} for the defaults; null: every weight")
+    ema: Annotated[Number, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="decay of an average of what is trained, e.g. 0.999, exported beside it; null: none"
+    )
     max_bad_steps: Positive = Field(5, description="non-finite steps in a row after which the run stops")
     stuck_seconds: Annotated[Number, Field(gt=0)] = Field(
         300.0,
@@ -232,6 +240,16 @@ class TrainSection(Section):
             raise ValueError("min_learning_rate: is where schedule cosine ends; set schedule: cosine, or leave it out")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate: {self.min_learning_rate:g} is above learning_rate")
+        return self
+
+    @model_validator(mode="after")
+    def _moments_that_move(self) -> "TrainSection":
+        # a bf16 number moves if it is to change by more than 1/256 of itself, whatever it is
+        if self.optimizer == "adamw_bf16" and 1 - max(self.betas) <= 2**-8:
+            raise ValueError(
+                f"betas: {max(self.betas):g} is too slow for optimizer 'adamw_bf16', whose moments are rounded to 8 "
+                "bits; 0.996 or less, or another optimizer"
+            )
         return self
 
     @model_validator(mode="before")
@@ -251,10 +269,10 @@ class TrainSection(Section):
 class DeepSpeedSection(Section):
     """ZeRO stage and anything else of DeepSpeed's own JSON, passed through untouched."""
 
-    preset: Literal["zero2", "zero3", "zero3-offload"] = Field(
+    preset: Literal["auto", "zero2", "zero3", "zero3-offload"] = Field(
         "zero3",
         description="zero2: optimizer and gradients are shared out; zero3: weights too; zero3-offload: and kept "
-        "in main memory",
+        "in main memory; auto: the first of these that fits by the plan's numbers, chosen when a run begins and kept",
     )
     config: dict[str, Any] = Field(
         default_factory=dict, description="any keys of DeepSpeed's JSON, over what the preset and train say"
@@ -275,6 +293,10 @@ class SampleSection(Section):
         (0,), min_length=1, description="of starting noise; every prompt is sampled once with each, by both models"
     )
     batch_size: Positive = Field(1, description="videos sampled at once")
+    weights: Literal["trained", "ema"] = Field(
+        "trained",
+        description="which of a run's exports `sample` and `eval` take; ema: the average that train.ema makes",
+    )
 
 
 class EvaluationSection(Section):

@@ -114,11 +114,26 @@ class Config(Section):
         for name in self.train.accept:
             section, _, key = name.partition(".")
             known = section in ACCEPTED and key in type(getattr(self, section)).model_fields
-            if name != "pairs" and (not known or name == "train.lora"):
+            if name != "pairs" and (not known or name in ("train.lora", "train.optimizer")):
                 raise ValueError(
                     f"train.accept: {name}: no setting that may change within a run; one of {', '.join(ACCEPTED)} with "
                     "its key, as train.learning_rate, or pairs"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _moments_beside_the_weights(self) -> "Config":
+        if self.train.optimizer == "adamw_8bit" and self.deepspeed.preset == "zero3-offload":
+            raise ValueError(
+                "train.optimizer: 'adamw_8bit' is not for moments in main memory, deepspeed.preset 'zero3-offload'; "
+                "use adamw or adamw_bf16 with it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _average_to_look_at(self) -> "Config":
+        if self.sample.weights == "ema" and self.train.ema is None and not self.stages:
+            raise ValueError("sample.weights: 'ema' needs train.ema, the decay of the average that a run exports")
         return self
 
     @model_validator(mode="after")

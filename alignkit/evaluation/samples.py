@@ -64,7 +64,7 @@ def sample(config: Config, device: torch.device) -> Path:
                         write_video(folder / _file(name, seed, i), video, config.data.fps or PLAYBACK_FPS)
                     bar.advance(len(numbers))
     rows = [
-        {"prompt": prompt, "seed": seed, **{name: _file(name, seed, i) for name in MODELS}}
+        {"prompt": prompt, "seed": seed, "of": config.sample.weights, **{name: _file(name, seed, i) for name in MODELS}}
         for seed in config.sample.seeds
         for i, prompt in enumerate(prompts)
     ]
@@ -103,6 +103,11 @@ def read_samples(config: Config) -> tuple[list[dict], dict[tuple[str, int], Tens
         rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     except OSError:
         raise DataError(f"{folder}: no samples; run 'alignkit sample' with this configuration first") from None
+    of = {row.get("of", "trained") for row in rows}
+    if of != {config.sample.weights}:
+        raise DataError(
+            f"{folder}: samples of {' and '.join(sorted(of))}, not of sample.weights; run 'alignkit sample'"
+        )
     spec = VideoSpec(config.data.height, config.data.width, config.data.num_frames)
     frames = {
         (name, seed): torch.stack([decode_clip(folder / row[name], spec) for row in rows if row["seed"] == seed])

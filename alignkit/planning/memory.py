@@ -9,9 +9,18 @@ from alignkit.planning.counting import activation_bytes
 from alignkit.planning.outline import Outline
 from alignkit.planning.regime import Regime
 
-MASTER, MOMENTS = 4, 8  # fp32: a weight; Adam's two
+MASTER = 4  # fp32
+MOMENTS = {"adamw": 8.0, "adamw_bf16": 4.0, "adamw_8bit": 2 * (1 + 4 / 256)}
+"""Both of Adam's; of 8 bits with bitsandbytes' fp32 scale of each block of 256."""
 SECOND = ("copy", "ema", "sync")
 """References that are a second network."""
+
+
+def said(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
 
 
 @dataclass(frozen=True)
@@ -83,11 +92,13 @@ def _states(config: Config, run: Regime, count: Parameters) -> dict[str, tuple[f
         "gradients": (run.gradient * count.trained / run.shared(2), run.offload_optimizer),
         # in fp32 ZeRO keeps a flat copy of what each process updates
         "fp32 masters" if mixed else "flat copy": (MASTER * count.trained / run.shared(1), run.offload_optimizer),
-        "Adam's moments": (MOMENTS * count.trained / run.shared(1), run.offload_optimizer),
+        "Adam's moments": (MOMENTS[config.train.optimizer] * count.trained / run.shared(1), run.offload_optimizer),
     }
     if run.offload_optimizer:  # once where they are added up and once where the optimizer reads them
         size = (run.gradient + MASTER) * count.trained / run.shared(2)
         states["gradients"] = (size, True)
+    if config.train.ema:
+        states["average (train.ema)"] = (MASTER * count.trained / run.shared(1), run.offload_optimizer)
     if run.reference in SECOND:
         moved = MASTER * count.trained / run.gpus if run.reference == "ema" and mixed else 0
         states[f"reference ({run.reference})"] = (weights + moved, run.offload_weights)

@@ -12,6 +12,7 @@ from alignkit.planning.constants import FILLED, Gpu
 from alignkit.planning.counting import Forward, forward_of
 from alignkit.planning.memory import Memory, Parameters, memory, parameters
 from alignkit.planning.outline import Outline, outline
+from alignkit.planning.preset import AUTO, Choice, choose, room_of, with_preset
 from alignkit.planning.regime import DTYPES, Regime, regime
 from alignkit.stages import STUDENTS, SUPPLIED, stage_configs
 
@@ -20,8 +21,9 @@ MOST_GPUS = 1024
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run. rollouts: how many videos it samples along the way and their FLOPs, of all GPUs; None where it
-    samples none or for an unknown number of prompts."""
+    """One training run. config: with the preset that `choice` took, where it was left to it. rollouts: how many videos
+    it samples along the way and their FLOPs, of all GPUs; None where it samples none or for an unknown number of
+    prompts."""
 
     name: str
     config: Config
@@ -30,6 +32,7 @@ class Stage:
     memory: Memory
     step: work.Step
     rollouts: tuple[int, float] | None
+    choice: Choice | None = None
 
     @property
     def seconds(self) -> float:
@@ -76,10 +79,15 @@ def _stages(config: Config) -> list[tuple[str, Config]]:
 def _stage(
     name: str, config: Config, gpu: Gpu, gpus: int, found: Outline, forward: Forward, *, later: bool = False
 ) -> Stage:
+    count = parameters(found, config, DTYPES[config.model.dtype])
+    choice = None
+    if config.deepspeed.preset == AUTO:
+        choice = choose(config, found, count, room_of(gpu), gpus, later=later)
+        config = with_preset(config, choice.preset)
     run = regime(config, gpus, later=later)
-    count = parameters(found, config, run.dtype)
     step = work.step_work(config, run, count, forward, gpu)
-    return Stage(name, config, run, count, memory(found, config, run, count), step, _rollouts(name, config, forward))
+    need, sampled = memory(found, config, run, count), _rollouts(name, config, forward)
+    return Stage(name, config, run, count, need, step, sampled, choice)
 
 
 def _rollouts(name: str, config: Config, forward: Forward) -> tuple[int, float] | None:
@@ -140,7 +148,7 @@ def _tries(config: Config, chain: bool) -> Iterator[tuple[str, dict]]:
         yield "train.branches=apart", {"train": {"branches": "apart"}}
     sums = {"deepspeed": {"config": {"data_types": {"grad_accum_dtype": "bf16"}}}}
     yield "deepspeed.config.data_types.grad_accum_dtype=bf16", sums
-    if config.deepspeed.preset != "zero3-offload":
+    if config.deepspeed.preset != "zero3-offload" and config.train.optimizer != "adamw_8bit":
         yield "deepspeed.preset=zero3-offload", {"deepspeed": {"preset": "zero3-offload"}}
     if not config.train.lora:
         yield "train.lora={} (adapters instead of all weights)", {"train": {"lora": {}}}

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from alignkit.planning import work
 from alignkit.planning.constants import EFFICIENCY, FILLED, GPUS_A_NODE
 from alignkit.planning.memory import pairs_memory
+from alignkit.planning.memory import said as _size
 from alignkit.planning.plan import Plan, Stage, gpus_that_fit
 
 PAIRS = 1000  # the figures of building pairs are for so many
@@ -21,6 +22,9 @@ def _lines(whole: Plan) -> Iterator[str]:
     yield f"{config.model.path} on {whole.gpus} × {gpu.name} ({kind}): calculated, nothing was loaded"
     trained = "all trained" if count.trained == count.all else f"{count.trained:,} trained"
     yield _row("parameters", f"{count.all:,}, {trained}")
+    for each in whole.stages:
+        if each.choice:
+            yield _row("deepspeed.preset", f"{f'{each.name}: ' if len(whole.stages) > 1 else ''}{each.choice}")
     yield from _memory(whole, stage)
     yield from _host(stage)
     yield from _disk(whole, stage)
@@ -61,7 +65,7 @@ def _host(stage: Stage) -> Iterator[str]:
 
 def _disk(whole: Plan, stage: Stage) -> Iterator[str]:
     train = stage.config.train
-    one = work.checkpoint_bytes(stage.run, stage.count)
+    one = work.checkpoint_bytes(stage.config, stage.run, stage.count)
     kept = (train.keep_checkpoints + 1) * len(whole.stages)
     text = f"{_size(one)} each, {kept} at once at most ({_size(kept * one)})"
     if len(whole.stages) > 1:
@@ -117,13 +121,6 @@ def head(whole: Plan) -> str:
 
 def _row(name: str, text: str) -> str:
     return f"{name:30}{text}"
-
-
-def _size(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
 
 
 def _flops(count: float) -> str:

@@ -13,7 +13,7 @@ from alignkit.planning.constants import (
     Gpu,
 )
 from alignkit.planning.counting import Forward
-from alignkit.planning.memory import Parameters
+from alignkit.planning.memory import MASTER, MOMENTS, Parameters
 from alignkit.planning.outline import Outline
 from alignkit.planning.regime import Regime
 
@@ -104,13 +104,17 @@ def pair_bytes(outline: Outline, config: Config) -> float:
     return wide * (2 * latents(outline, config) + text) + grid
 
 
-def checkpoint_bytes(run: Regime, count: Parameters) -> float:
-    """Masters and moments; below ZeRO-3 the weights that are trained too."""
+def checkpoint_bytes(config: Config, run: Regime, count: Parameters) -> float:
+    """Masters, moments and the average; below ZeRO-3 the weights that are trained too."""
+    average = 4 * count.trained if config.train.ema else 0
     moving = 4 * count.trained if run.reference == "ema" and run.width < 4 else 0
     moving += run.width * count.trained if run.reference in ("ema", "sync") else 0
-    return 12 * count.trained + (run.width * count.trained if run.stage < 3 else 0) + moving
+    kept = (MASTER + MOMENTS[config.train.optimizer]) * count.trained + average
+    return kept + (run.width * count.trained if run.stage < 3 else 0) + moving
 
 
 def export_bytes(outline: Outline, config: Config, count: Parameters) -> float:
-    """A diffusers folder in fp32, its VAE and text encoder as they are (counted in fp32); or the adapters."""
-    return 4 * count.trained if config.train.lora else 4 * (count.all + outline.vae + outline.text)
+    """A diffusers folder in fp32, its VAE and text encoder as they are (counted in fp32); or the adapters. Twice with
+    an average beside it."""
+    one = 4 * count.trained if config.train.lora else 4 * (count.all + outline.vae + outline.text)
+    return 2 * one if config.train.ema else one

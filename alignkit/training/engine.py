@@ -16,8 +16,10 @@ from alignkit.models.blocks import compile_blocks
 from alignkit.models.checkpointing import check_selective, set_checkpointing
 from alignkit.training.distributed import Process
 from alignkit.training.lora import add_lora
+from alignkit.training.optimizers import make_optimizer
 from alignkit.training.weights import Start, empty_network, load_partitioned, load_whole, set_masters
 
+# the fastest first
 PRESETS: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2},
     "zero3": {"stage": 3},
@@ -56,6 +58,7 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     """DeepSpeed's own JSON: the preset, what the other sections imply, then the user's keys on top."""
     train = config.train
+    assert config.deepspeed.preset in PRESETS, "alignkit.planning.preset.resolved puts one in the place of auto"
     base = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, process.world_size),
@@ -63,13 +66,24 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": copy.deepcopy(PRESETS[config.deepspeed.preset]),
         "zero_force_ds_cpu_optimizer": False,  # else offload refuses any optimizer but DeepSpeed's own
+        "zero_allow_untested_optimizer": train.optimizer != "adamw",
         # whose default differs between DeepSpeed's versions; without it a gradient that is not finite is applied
         "bf16": {"enabled": working_dtype(config.model, process.device) == torch.bfloat16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},  # 16 micro-batches added up in bf16 are off by half a percent
         "steps_per_print": None,
     }
     settings = _merged(base, config.deepspeed.config)
-    if settings["zero_optimization"]["stage"] == 0 and settings["bf16"]["enabled"]:
+    zero = settings["zero_optimization"]
+    if settings["bf16"].get("bf16_master_weights_and_grads"):
+        raise ConfigError(
+            "deepspeed.config: bf16.bf16_master_weights_and_grads keeps no fp32 weights, and small updates are rounded "
+            "away; for less memory use train.optimizer: adamw_bf16 or adamw_8bit"
+        )
+    if train.optimizer == "adamw_8bit" and zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        raise ConfigError(
+            "train.optimizer: 'adamw_8bit' is not for moments in main memory; leave out offload_optimizer"
+        )
+    if zero["stage"] == 0 and settings["bf16"]["enabled"]:
         raise ConfigError(
             "deepspeed.config: zero_optimization.stage 0 keeps no fp32 weights beside bf16 ones; use 1, 2 or 3"
         )
@@ -129,10 +143,7 @@ def start_policy(config: Config, process: Process, transformer: Any, start: Star
     adapters = put_adapters(transformer, config, start) if train.lora else None
     set_checkpointing(transformer, train.checkpointing)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,
-        fused=process.device.type == "cuda",
-    )  # fmt: skip
+    optimizer = make_optimizer(config, trained, process.device)
     engine = deepspeed.initialize(
         model=transformer, optimizer=optimizer, config=deepspeed_config(config, process), dist_init_required=False
     )[0]

@@ -23,6 +23,11 @@ def export_folder(config: Config) -> Path:
     return config.output.dir / "export"
 
 
+def averaged(target: Path) -> Path:
+    """Beside an export: where the average of `train.ema` goes."""
+    return target.with_name(f"{target.name}-ema")
+
+
 def export_record(target: Path) -> Path:
     """Beside an export: which stage's weights it holds, where a chain made it."""
     return target.with_name(f"{target.name}.json")
@@ -31,6 +36,8 @@ def export_record(target: Path) -> Path:
 def aligned_section(config: Config) -> ModelSection:
     """The `model` section that loads what `config`'s run exported. Raises DataError before it has."""
     folder, section = export_folder(config), config.model
+    if config.sample.weights == "ema":
+        folder = averaged(folder)
     if (folder / LORA_FILE).is_file():
         return section.model_copy(update={"lora": (*section.lora, folder)})
     if not folder.is_dir():

@@ -29,10 +29,11 @@ from alignkit.training.engine import (
     load_network,
     process_put_back,
 )
-from alignkit.training.export import export, export_folder, export_lora, export_record
+from alignkit.training.export import averaged, export, export_folder, export_lora, export_record
 from alignkit.training.heartbeat import Pulse, heartbeat
 from alignkit.training.masters import MASTERS, hand_on, handed_on
 from alignkit.training.metrics import MetricsLog
+from alignkit.training.optimizers import check_optimizer
 from alignkit.training.references import check_reference, reads_cache
 from alignkit.training.references.cached import cache_digest, cache_info, check_cache
 from alignkit.training.run import Abandoned, Run, Step, start_run
@@ -75,6 +76,7 @@ def train(config: Config, process: Process, link: Link | None = None, supply: Su
     supply: makes the pairs along the way; they are else those of the configuration.
     """
     accumulation_steps(config, process.world_size)  # refused before anything loads
+    check_optimizer(config)
     if link is None:
         check_reference(config)
     check_shared(process, config.output.dir)
@@ -113,9 +115,12 @@ def _train(config: Config, process: Process, link: Link | None, supply: Supply |
         if not _iterate(run, folder, terms, link, supply):
             return False
         pulse.at("exporting")
+        target = link.export if link else export_folder(config)
+        if target:
+            _export_average(run, averaged(target), link)  # first: a stage that has handed its weights on is done
         weights = full_precision_weights(run.policy)
         if process.main:
-            _finish(run, weights, terms, link)
+            _finish(run, weights, target, terms, link)
         torch.distributed.barrier()
     finally:
         run.release()
@@ -135,19 +140,29 @@ def _say_inversions(config: Config, store: PairStore) -> None:
     say(line)
 
 
-def _finish(run: Run, weights: dict[str, torch.Tensor], terms: dict, link: Link | None) -> None:
-    """Export what was trained and hand it on, each where it is to go. For the first process alone."""
-    config = run.config
-    target = link.export if link else export_folder(config)
+def _export(run: Run, weights: dict[str, torch.Tensor], target: Path, link: Link | None) -> None:
+    if run.config.train.lora:
+        export_lora(run.model, weights, run.config.train.lora, target)
+    else:
+        export(run.model, weights, target, link.few_steps if link else None)
+
+
+def _export_average(run: Run, target: Path, link: Link | None) -> None:
+    """Every process calls this."""
+    if run.average is not None:
+        weights = run.average.weights()
+        if run.process.main:
+            _export(run, weights, target, link)
+
+
+def _finish(run: Run, weights: dict[str, torch.Tensor], target: Path | None, terms: dict, link: Link | None) -> None:
+    """Export what was trained to `target` and hand it on, each where it is to go. For the first process alone."""
     if target:
         record = export_record(target)
         record.unlink(missing_ok=True)  # whose export it was
-        if config.train.lora:
-            export_lora(run.model, weights, config.train.lora, target)
-        else:
-            export(run.model, weights, target, link.few_steps if link else None)
+        _export(run, weights, target, link)
     if link:
-        digest = hand_on(train_folder(config), weights, terms, config.train.steps)
+        digest = hand_on(train_folder(run.config), weights, terms, run.config.train.steps)
         if target:
             write_json(record, {"masters": digest})
 

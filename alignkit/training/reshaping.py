@@ -21,6 +21,12 @@ def universal_form(checkpoint: Path, terms: dict) -> Path:
             f"{checkpoint}: states of deepspeed.config.optimizer ({given['optimizer'].get('type')}) cannot be "
             "converted; resume with the number of processes that it was written by"
         )
+    kind = terms.get("train.optimizer", "adamw")
+    if kind != "adamw":
+        raise CheckpointError(
+            f"{checkpoint}: moments of train.optimizer {kind!r} cannot be converted, only those of adamw; resume with "
+            "the number of processes that it was written by"
+        )
     target = checkpoint.with_name(f".universal-{checkpoint.name}")
     shutil.rmtree(target, ignore_errors=True)
     module = "deepspeed.checkpoint.ds_to_universal"

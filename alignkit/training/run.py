@@ -18,6 +18,7 @@ from alignkit.objectives.laws import SIGNAL, Law, start_law
 from alignkit.objectives.preference import TrainingLoss, preference_loss, supervised_loss
 from alignkit.objectives.states import States, predictions, training_states
 from alignkit.stores.pairs import PairBatch, PairStore, collate
+from alignkit.training.average import Average
 from alignkit.training.branches import Sides, backward_apart, predict_sides
 from alignkit.training.distributed import Process, any_process, gather
 from alignkit.training.engine import accumulation_steps, release, start_policy
@@ -56,8 +57,8 @@ class Run:
     starts_apart: the policy does not start where the reference does. since: the step at which `store` became what it
     is; its pairs' epochs are counted from there, and no two steps share one. distils: whether the next step moves the
     policy along its teacher's paths (`distillation_states`) instead of comparing pairs. few_step: whether pairs are
-    compared at a few-step student's own targets (`with_next_steps`). teacher: whom it is held to. stop: whether this
-    process was told to end. pulse: what tells the others how far it is.
+    compared at a few-step student's own targets (`with_next_steps`). teacher: whom it is held to. average: of its
+    weights. stop: whether this process was told to end. pulse: what tells the others how far it is.
     """
 
     config: Config
@@ -73,12 +74,13 @@ class Run:
     distils: bool = False
     few_step: bool = False
     teacher: Teacher | None = None
+    average: Average | None = None
     stop: Callable[[], bool] = lambda: False
     pulse: Pulse = field(default_factory=lambda: Pulse(math.inf))
 
     @property
     def parts(self) -> dict[str, object]:
-        return {"law": self.law, "beta": self.beta, "reference": self.reference}
+        return {"law": self.law, "beta": self.beta, "reference": self.reference, "ema": self.average}
 
     def leave_if_stopped(self, what: str) -> None:
         """Raises Abandoned, on every process alike, where a signal has come to one of them; every process calls this
@@ -120,6 +122,8 @@ class Run:
                     part.observe(metrics | signals)
             if self.reference is not None and hasattr(self.reference, "after_step"):
                 self.reference.after_step(self.policy)
+            if self.average is not None:
+                self.average.after_step()
         return Step(metrics, rows, applied, () if applied else self._bad_rows(numbers, share))
 
     def keep_optimizer_settings(self) -> None:
@@ -239,7 +243,9 @@ def start_run(config: Config, process: Process, model: VideoModel, store: PairSt
     beta = AutoBeta(config.objective) if reference is not None and config.objective.beta == "auto" else None
     apart = start.later and config.reference.from_ == "base"
     store = cast(PairStore, store)  # where there is none yet, a supply puts one in before the first step
-    return Run(config, process, model, store, policy, reference, start_law(config, model), beta, apart)
+    average = Average(policy, config.train.ema) if config.train.ema else None
+    law = start_law(config, model)
+    return Run(config, process, model, store, policy, reference, law, beta, apart, average=average)
 
 
 def visited_states(

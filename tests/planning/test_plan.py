@@ -62,6 +62,13 @@ def test_a_reference_that_moves_and_fp32_and_adapters_are_counted():
     assert "reference (copy)" not in adapters and adapters["Adam's moments"] < 0.05 * PARAMETERS
 
 
+def test_an_average_is_counted_where_it_is_held_saved_and_exported():
+    assert parts("train.ema=0.999")["average (train.ema)"] == pytest.approx(4 / 8 * PARAMETERS)
+    stages = [planned(BILLION_3, f"train.ema={decay}").stages[0] for decay in ("0.999", "null")]
+    saved = [work.checkpoint_bytes(stage.config, stage.run, stage.count) for stage in stages]
+    assert saved[0] - saved[1] == 4 * PARAMETERS
+
+
 def test_deepspeeds_own_sizes_are_what_it_says():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

@@ -1,7 +1,6 @@
 """`reference.strategy: ema` and `sync`: a second model that follows the policy."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,8 @@ from alignkit.models import VideoModel, working_dtype
 from alignkit.training.distributed import Process
 from alignkit.training.engine import load_network, put_adapters
 from alignkit.training.references.copy import Copy, frozen, where_from
-from alignkit.training.weights import Start, own_part
+from alignkit.training.shards import own_master, part_of, place, trained_parameters
+from alignkit.training.weights import Start
 
 
 class Moving(Copy):
@@ -35,7 +35,7 @@ class Moving(Copy):
             for name, trained, followed in self._both():
                 shape = getattr(followed, "ds_shape", followed.shape)
                 whole = adapters[name] if adapters else start.base.share(name, shape, process.device)
-                self._kept[name] = _part_of(whole, trained).to(_own(trained, followed).device, copy=True)
+                self._kept[name] = part_of(whole, trained).to(_own(trained, followed).device, copy=True)
 
     @torch.no_grad()
     def after_step(self, policy) -> None:
@@ -45,7 +45,7 @@ class Moving(Copy):
             return
         for name, trained, followed in self._both():
             value = self._value(name, trained, followed)
-            master = _master(trained).to(value.device)
+            master = own_master(trained).to(value.device)
             if self._decay:
                 value.mul_(self._decay).add_(master, alpha=1 - self._decay)
             else:
@@ -70,17 +70,14 @@ class Moving(Copy):
     @torch.no_grad()
     def load_whole_state(self, state: dict[str, Tensor]) -> None:
         for name, trained, followed in self._both():
-            shape = getattr(trained, "ds_shape", trained.shape)
-            whole = state[name][: shape.numel()].to(trained.device)  # ZeRO-3's last part is padded
-            self._value(name, trained, followed).copy_(_part_of(whole, trained))
+            self._value(name, trained, followed).copy_(part_of(state[name].to(trained.device), trained))
         self._show()
 
     def _both(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Every trained parameter's name, the policy's and the reference's."""
         own = dict(getattr(self.network, "module", self.network).named_parameters())
-        for name, trained in self._policy.module.named_parameters():
-            if trained.requires_grad:
-                yield name, trained, own[name]
+        for name, parameter in trained_parameters(self._policy):
+            yield name, parameter, own[name]
 
     def _value(self, name: str, trained: nn.Parameter, followed: nn.Parameter) -> Tensor:
         """What this process keeps of a parameter: fp32 values, or its part of the network's where those are exact."""
@@ -94,7 +91,7 @@ class Moving(Copy):
                 own.copy_(self._kept[name])
             if not hasattr(followed, "ds_tensor") and torch.distributed.get_world_size() > 1:
                 whole = torch.zeros_like(followed.data)
-                whole.view(-1)[_place(trained)] = own
+                whole.view(-1)[place(trained)] = own
                 torch.distributed.all_reduce(whole)
                 followed.copy_(whole)
         if hasattr(self.network, "optimizer"):
@@ -102,31 +99,6 @@ class Moving(Copy):
             self.network.optimizer.partition_all_parameters()
 
 
-def _place(trained: Any) -> slice:
-    """Which elements of a parameter this process holds the masters of, under ZeRO-1 and 2; without ZeRO, which has no
-    masters apart from the weights, an even part."""
-    if hasattr(trained, "_hp_mapping"):
-        address = trained._hp_mapping.lp_fragment_address if trained._hp_mapping else None
-        return slice(address.start, address.start + address.numel) if address else slice(0, 0)
-    size = -(-trained.numel() // torch.distributed.get_world_size())
-    return slice(torch.distributed.get_rank() * size, (torch.distributed.get_rank() + 1) * size)
-
-
-def _part_of(whole: Tensor, trained: nn.Parameter) -> Tensor:
-    return own_part(whole, trained) if hasattr(trained, "ds_tensor") else whole.flatten()[_place(trained)]
-
-
 def _own(trained: nn.Parameter, followed: nn.Parameter) -> Tensor:
     """This process's part of the reference's parameter, flat: what it is changed by."""
-    return followed.ds_tensor if hasattr(followed, "ds_tensor") else followed.data.view(-1)[_place(trained)]
-
-
-def _master(trained: Any) -> Tensor:
-    """This process's part of the policy's fp32 parameter, flat."""
-    from deepspeed.utils import safe_get_local_fp32_param
-
-    if hasattr(trained, "ds_tensor"):
-        return safe_get_local_fp32_param(trained)
-    if getattr(trained, "_hp_mapping", None):
-        return trained._hp_mapping.hp_fragment
-    return trained.data.flatten()[_place(trained)]
+    return followed.ds_tensor if hasattr(followed, "ds_tensor") else followed.data.view(-1)[place(trained)]
