@@ -107,13 +107,13 @@ def check_train(config: Config, processes: int) -> None:
     from alignkit.stages.chain import check_chain
 
     stages = stage_configs(config) if config.stages else [("", config)]
+    for _, stage in stages:
+        accumulation_steps(stage, processes)
     if config.stages:
         check_chain(stages)
     else:
         check_states(config, PairStore(pairs_folder(config, "train")))
         check_reference(config)
-    for _, stage in stages:
-        accumulation_steps(stage, processes)
 
 
 def check_cache_reference(config: Config) -> None:
