@@ -14,6 +14,7 @@ from alignkit.planning.memory import Memory, Parameters, memory, parameters
 from alignkit.planning.outline import Outline, outline
 from alignkit.planning.regime import DTYPES, Regime, regime
 from alignkit.stages import STUDENTS, SUPPLIED, stage_configs
+from alignkit.training.context import check_lengths
 
 MOST_GPUS = 1024
 
@@ -76,7 +77,9 @@ def _stages(config: Config) -> list[tuple[str, Config]]:
 def _stage(
     name: str, config: Config, gpu: Gpu, gpus: int, found: Outline, forward: Forward, *, later: bool = False
 ) -> Stage:
-    run = regime(config, gpus, later=later)
+    run, data = regime(config, gpus, later=later), config.data
+    grid = found.model.latent_grid(data.num_frames, data.height, data.width)
+    check_lengths(config, found.network(1, run.dtype).config, grid)
     count = parameters(found, config, run.dtype)
     step = work.step_work(config, run, count, forward, gpu)
     return Stage(name, config, run, count, memory(found, config, run, count), step, _rollouts(name, config, forward))
@@ -104,7 +107,7 @@ def _switches(whole: Plan) -> list[tuple[str, float]]:
     """Turned in this order, those that cost least first, until it fits. Of those, the ones without which it fits too
     are left out, and so is what saves nothing."""
     start = whole.largest
-    taken = _turned(whole, start, list(_tries(start.config, chain=bool(whole.config.stages))))
+    taken = _turned(whole, start, list(_tries(start.config, whole.gpus, chain=bool(whole.config.stages))))
     for dropped in [word for word, _, _ in taken[:-1]]:
         fewer = _turned(whole, start, [(word, change) for word, change, _ in taken if word != dropped])
         if fewer and fewer[-1][2] <= FILLED * whole.gpu.memory:
@@ -126,7 +129,7 @@ def _turned(whole: Plan, start: Stage, tries: list[tuple[str, dict]]) -> list[tu
     return taken
 
 
-def _tries(config: Config, chain: bool) -> Iterator[tuple[str, dict]]:
+def _tries(config: Config, gpus: int, chain: bool) -> Iterator[tuple[str, dict]]:
     """What to write on the command line, and the change to the configuration."""
     if config.train.checkpointing != "full":
         yield "train.checkpointing=full", {"train": {"checkpointing": "full"}}
@@ -138,6 +141,9 @@ def _tries(config: Config, chain: bool) -> Iterator[tuple[str, dict]]:
         yield "reference.strategy=cached", {"reference": {"strategy": "cached"}}
     if config.train.branches == "together" and needs_reference(config.objective):
         yield "train.branches=apart", {"train": {"branches": "apart"}}
+    for degree in (2, 4, 8):
+        if degree > config.train.context_parallel and gpus % degree == 0:
+            yield f"train.context_parallel={degree}", {"train": {"context_parallel": degree}}
     sums = {"deepspeed": {"config": {"data_types": {"grad_accum_dtype": "bf16"}}}}
     yield "deepspeed.config.data_types.grad_accum_dtype=bf16", sums
     if config.deepspeed.preset != "zero3-offload":

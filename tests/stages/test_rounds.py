@@ -309,8 +309,8 @@ def test_what_a_stage_needs_is_said_before_weights_are_read(chain, process, monk
 
 
 def test_two_processes_make_and_train_on_the_rounds_of_one(chain, process, command):
-    """Under ZeRO-3, where each forward needs both, on videos of their own or on the same: the same pairs, and losses but
-    for the order of sums."""
+    """Under ZeRO-3, where each forward needs both, on videos of their own or on one: the same pairs, and losses but for
+    the order of sums."""
     zero3 = "deepspeed.preset=zero3"
     one = chain("one", ONLINE, zero3)
     assert run_chain(one, process)
