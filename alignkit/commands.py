@@ -108,14 +108,14 @@ def check_train(config: Config, processes: int) -> None:
     from alignkit.stages.chain import check_chain
 
     stages = stage_configs(config) if config.stages else [("", config)]
+    for _, stage in stages:
+        accumulation_steps(stage, processes)
+        check_optimizer(stage)
     if config.stages:
         check_chain(stages)
     else:
         check_states(config, PairStore(pairs_folder(config, "train")))
         check_reference(config)
-    for _, stage in stages:
-        accumulation_steps(stage, processes)
-        check_optimizer(stage)
 
 
 def check_cache_reference(config: Config) -> None:

@@ -145,6 +145,7 @@ def roll_out(
                 agree=agree,
                 check=lambda: check_terms(folder, info),
                 between=between,
+                side_by_side=config.train.context_parallel,
                 show=show and process.main,
             )
     finally:

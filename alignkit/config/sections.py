@@ -203,7 +203,12 @@ class TrainSection(Section):
     )
     global_batch_size: Positive = Field(128, description="pairs per step, over all processes")
     micro_batch_size: Positive = Field(
-        1, description="pairs per forward on one process; times the processes it must divide global_batch_size"
+        1,
+        description="pairs per forward on one process; times the processes, or their groups of context_parallel, it "
+        "must divide global_batch_size",
+    )
+    context_parallel: Positive = Field(
+        1, description="processes that share the tokens of the same videos (Ulysses): so much less of activations each"
     )
     checkpointing: Literal["full", "selective", "none"] = Field(
         "full", description="what the backward pass computes again: every layer; all of it but attention; nothing"
@@ -277,6 +282,12 @@ class DeepSpeedSection(Section):
     config: dict[str, Any] = Field(
         default_factory=dict, description="any keys of DeepSpeed's JSON, over what the preset and train say"
     )
+
+    @model_validator(mode="after")
+    def _context_is_ours(self) -> "DeepSpeedSection":
+        if "sequence_parallel_size" in self.config:
+            raise ValueError("config: sequence_parallel_size: this is train.context_parallel")
+        return self
 
 
 class SampleSection(Section):

@@ -21,6 +21,8 @@ from alignkit.config.sections import (
 )
 from alignkit.config.student import StudentSection
 
+WHOLE_SEQUENCES = "flash_3", "xformers"
+"""Of `model.attention`: those around which diffusers cannot exchange tokens for heads, on any device."""
 ACCEPTED = ("train", "objective", "noise", "reference")
 
 
@@ -140,6 +142,15 @@ class Config(Section):
     def _adapter_to_switch_off(self) -> "Config":
         if self.reference.strategy == "adapter" and self.train.lora is None:
             raise ValueError("reference.strategy: 'adapter' needs train.lora; without it use 'copy'")
+        return self
+
+    @model_validator(mode="after")
+    def _attention_shares_tokens(self) -> "Config":
+        if self.train.context_parallel > 1 and self.model.attention in WHOLE_SEQUENCES:
+            raise ValueError(
+                f"model.attention: {self.model.attention!r} cannot share tokens among processes, which "
+                "train.context_parallel asks for; leave it at auto"
+            )
         return self
 
     @model_validator(mode="after")

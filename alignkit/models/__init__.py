@@ -109,9 +109,14 @@ class Family(Protocol):
     """A module of this package."""
 
     TRANSFORMER: type[nn.Module]
+    CONTEXT_PLAN: dict[str, Any] | None
+    """What context parallelism splits and gathers, as diffusers' `_cp_plan` has it; None of a network without one."""
 
     def outline(self, vae: dict, max_sequence_length: int) -> tuple[VideoModel, nn.Module]:
         """A model of which nothing is loaded, for the sizes of its latents, and the VAE of a vae/config.json."""
+
+    def split_lengths(self, config: Any, grid: tuple[int, ...], text_length: int) -> dict[str, int]:
+        """Tokens that CONTEXT_PLAN splits, by what they are of, for a network's config, latents (F, H, W) and text."""
 
     def load(
         self,

@@ -3,7 +3,11 @@
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 
 from alignkit.errors import ConfigError
 
@@ -18,15 +22,26 @@ BACKENDS = {
 }
 
 
-def set_attention(transformer: Any, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+def set_attention(
+    transformer: Any, wanted: str, device: torch.device, dtype: torch.dtype, *, shared: bool = False
+) -> str:
     """Make `transformer` use the backend `wanted` on `device` in `dtype`; returns the name that was taken.
 
     "auto" takes the first of BACKENDS that runs there, forward and backward, and `native` on a CPU. Raises
     ConfigError for a named one that does not run, with its reason and what to install: never a silent fallback.
+    shared: whether a sequence's tokens are shared among processes, which not every backend can.
     """
     names = [wanted]
     if wanted == "auto":
         names = ["native"] if device.type == "cpu" else list(BACKENDS)
+    if shared:
+        able = [name for name in BACKENDS if shares_tokens(name, device)]
+        names = [name for name in names if name in able]
+        if not names:
+            raise ConfigError(
+                f"model.attention: {wanted!r} cannot share tokens among processes on {device.type}, which "
+                f"train.context_parallel asks for; {', '.join(able)} can"
+            )
     for name in names:
         ours, advice = BACKENDS[name]
         try:
@@ -37,6 +52,14 @@ def set_attention(transformer: Any, wanted: str, device: torch.device, dtype: to
             problem = " ".join(str(error).split())[:200]
     transformer.set_attention_backend("native")
     raise ConfigError(f"model.attention: {wanted!r} cannot run on {device.type} in {dtype}: {problem}; {advice}")
+
+
+def shares_tokens(name: str, device: torch.device) -> bool:
+    """Whether diffusers can exchange tokens for heads around a backend."""
+    # for this one it then calls what a CPU has not got, where it asks torch for it otherwise
+    if name == "native_flash" and device.type == "cpu":
+        return False
+    return _AttentionBackendRegistry._is_context_parallel_available(AttentionBackendName(BACKENDS[name][0]))
 
 
 def try_backend(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:

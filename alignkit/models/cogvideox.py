@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
@@ -35,6 +36,14 @@ from alignkit.progress import say
 from alignkit.schedules import Schedule, v_coefficients
 
 TRANSFORMER = CogVideoXTransformer3DModel
+_TOKENS, _POSITIONS = ContextParallelInput(1, expected_dims=3), ContextParallelInput(0, expected_dims=2)
+CONTEXT_PLAN = {
+    "": {"image_rotary_emb": (_POSITIONS, _POSITIONS)},
+    "transformer_blocks.0": {"hidden_states": _TOKENS, "encoder_hidden_states": _TOKENS},
+    "proj_out": ContextParallelOutput(1, expected_dims=3),
+}
+"""diffusers has none for it. Text and video meet in attention, so both are split: each process holds a part of the text
+before its part of the video, and attention, which has no mask, does not ask for their order."""
 
 
 class CogVideoXModel(ModelFolder):
@@ -288,6 +297,13 @@ def _rotary_table(dim: int, frames: int, grid: tuple, trained: tuple, device: to
     return get_3d_rotary_pos_embed(
         embed_dim=dim, crops_coords=coordinates, grid_size=grid, temporal_size=frames, device=device
     )
+
+
+def split_lengths(config: Any, grid: tuple[int, ...], text_length: int) -> dict[str, int]:
+    """Tokens that CONTEXT_PLAN splits, for latents of `grid`, (F, H, W), and a text."""
+    frames, height, width = grid
+    video = frames * (height // config.patch_size) * (width // config.patch_size)
+    return {"tokens of a video": video, "tokens of a text (model.max_sequence_length)": text_length}
 
 
 def outline(vae: dict, max_sequence_length: int) -> tuple[CogVideoXModel, nn.Module]:

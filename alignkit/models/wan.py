@@ -4,6 +4,9 @@ Wraps diffusers' own classes; the arithmetic of encoding, text and guidance is t
 is the oracle in the tests.
 """
 
+import math
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
@@ -25,6 +28,9 @@ from alignkit.models.folder import (
 from alignkit.schedules import Schedule, flow_coefficients, flow_shift
 
 TRANSFORMER = WanTransformer3DModel
+# "" splits timesteps of each token, which Wan2.1 has none of, and warns of it
+CONTEXT_PLAN = {name: part for name, part in WanTransformer3DModel._cp_plan.items() if name}
+"""The video's tokens and their positions; every process has the whole text."""
 
 
 class WanModel(ModelFolder):
@@ -179,6 +185,11 @@ def guided(
 def dynamic_guidance(guidance: float, timestep: float, num_steps: int) -> float:
     """Wan's pipeline guides all steps alike: raises ConfigError."""
     raise ConfigError("dynamic_guidance: Wan2.1 has none; leave it off")
+
+
+def split_lengths(config: Any, grid: tuple[int, ...], text_length: int) -> dict[str, int]:
+    """Tokens that CONTEXT_PLAN splits, for latents of `grid`, (F, H, W)."""
+    return {"tokens of a video": math.prod(size // patch for size, patch in zip(grid, config.patch_size, strict=True))}
 
 
 def outline(vae: dict, max_sequence_length: int) -> tuple[WanModel, nn.Module]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import prod
 
 from alignkit.config import Config
+from alignkit.models import family_module
 from alignkit.planning.constants import FILLED, GPUS_A_NODE, PROCESS, RESERVED, Gpu
 from alignkit.planning.counting import activation_bytes
 from alignkit.planning.outline import Outline
@@ -71,16 +72,20 @@ def memory(outline: Outline, config: Config, run: Regime, count: Parameters) -> 
     host: dict[str, float] = {}
     for part, (size, offloaded) in states.items():
         (host if offloaded else gpu)[part] = size
-    gpu["activations"] = activation_bytes(outline, config, run.dtype, run.checkpointing, run.kept_videos, run.stage)
+    whole = activation_bytes(outline, config, run.dtype, run.checkpointing, run.kept_videos, run.stage)
+    if run.context > 1:
+        first = _first_input(outline, config, run)
+        whole = first + (whole - first) / run.context
+    gpu["activations"] = whole
     gpu["buffers"] = _buffers(run, count)
     gpu["latents, predictions, loss"] = _of_the_loss(outline, config, run)
     gpu["CUDA, NCCL"] = RESERVED
     processes = min(run.gpus, GPUS_A_NODE)
-    whole = {part: size * processes for part, size in host.items()}
-    whole["processes"] = PROCESS * processes
+    machine = {part: size * processes for part, size in host.items()}
+    machine["processes"] = PROCESS * processes
     # on the first machine: fp32 weights gathered for the export; a run begins with one tensor at a time
-    whole["export"] = MASTER * max(count.trained, count.largest)
-    return Memory({part: size for part, size in gpu.items() if size}, whole)
+    machine["export"] = MASTER * max(count.trained, count.largest)
+    return Memory({part: size for part, size in gpu.items() if size}, machine)
 
 
 def _states(config: Config, run: Regime, count: Parameters) -> dict[str, tuple[float, bool]]:
@@ -105,6 +110,16 @@ def _states(config: Config, run: Regime, count: Parameters) -> dict[str, tuple[f
     if run.teacher:
         states["teacher"] = (weights, run.offload_weights)
     return states
+
+
+def _first_input(outline: Outline, config: Config, run: Regime) -> float:
+    """What goes into the first block, which each GPU has the whole of before it takes its tokens. Of a text that is not
+    split there is more, of hundreds of tokens beside tens of thousands: not counted."""
+    data, network = config.data, outline.network(1, run.dtype).config
+    grid = outline.model.latent_grid(data.num_frames, data.height, data.width)
+    lengths = family_module(config.model.family).split_lengths(network, grid, config.model.max_sequence_length)
+    width = network.num_attention_heads * network.attention_head_dim
+    return run.width * run.kept_videos * sum(lengths.values()) * width
 
 
 def _buffers(run: Regime, count: Parameters) -> float:

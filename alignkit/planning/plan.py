@@ -15,6 +15,7 @@ from alignkit.planning.outline import Outline, outline
 from alignkit.planning.preset import AUTO, Choice, choose, room_of, with_preset
 from alignkit.planning.regime import DTYPES, Regime, regime
 from alignkit.stages import STUDENTS, SUPPLIED, stage_configs
+from alignkit.training.context import check_lengths
 
 MOST_GPUS = 1024
 
@@ -79,12 +80,15 @@ def _stages(config: Config) -> list[tuple[str, Config]]:
 def _stage(
     name: str, config: Config, gpu: Gpu, gpus: int, found: Outline, forward: Forward, *, later: bool = False
 ) -> Stage:
+    data = config.data
     count = parameters(found, config, DTYPES[config.model.dtype])
     choice = None
     if config.deepspeed.preset == AUTO:
         choice = choose(config, found, count, room_of(gpu), gpus, later=later)
         config = with_preset(config, choice.preset)
     run = regime(config, gpus, later=later)
+    grid = found.model.latent_grid(data.num_frames, data.height, data.width)
+    check_lengths(config, found.network(1, run.dtype).config, grid)
     step = work.step_work(config, run, count, forward, gpu)
     need, sampled = memory(found, config, run, count), _rollouts(name, config, forward)
     return Stage(name, config, run, count, need, step, sampled, choice)
@@ -112,7 +116,7 @@ def _switches(whole: Plan) -> list[tuple[str, float]]:
     """Turned in this order, those that cost least first, until it fits. Of those, the ones without which it fits too
     are left out, and so is what saves nothing."""
     start = whole.largest
-    taken = _turned(whole, start, list(_tries(start.config, chain=bool(whole.config.stages))))
+    taken = _turned(whole, start, list(_tries(start.config, whole.gpus, chain=bool(whole.config.stages))))
     for dropped in [word for word, _, _ in taken[:-1]]:
         fewer = _turned(whole, start, [(word, change) for word, change, _ in taken if word != dropped])
         if fewer and fewer[-1][2] <= FILLED * whole.gpu.memory:
@@ -134,7 +138,7 @@ def _turned(whole: Plan, start: Stage, tries: list[tuple[str, dict]]) -> list[tu
     return taken
 
 
-def _tries(config: Config, chain: bool) -> Iterator[tuple[str, dict]]:
+def _tries(config: Config, gpus: int, chain: bool) -> Iterator[tuple[str, dict]]:
     """What to write on the command line, and the change to the configuration."""
     if config.train.checkpointing != "full":
         yield "train.checkpointing=full", {"train": {"checkpointing": "full"}}
@@ -146,6 +150,9 @@ def _tries(config: Config, chain: bool) -> Iterator[tuple[str, dict]]:
         yield "reference.strategy=cached", {"reference": {"strategy": "cached"}}
     if config.train.branches == "together" and needs_reference(config.objective):
         yield "train.branches=apart", {"train": {"branches": "apart"}}
+    for degree in (2, 4, 8):
+        if degree > config.train.context_parallel and gpus % degree == 0:
+            yield f"train.context_parallel={degree}", {"train": {"context_parallel": degree}}
     sums = {"deepspeed": {"config": {"data_types": {"grad_accum_dtype": "bf16"}}}}
     yield "deepspeed.config.data_types.grad_accum_dtype=bf16", sums
     if config.deepspeed.preset != "zero3-offload" and config.train.optimizer != "adamw_8bit":

@@ -17,7 +17,7 @@ DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 class Regime:
     """width: bytes of a weight. gradient: of an accumulated gradient. reference: as a run resolves it, None without
     one. videos: in one forward of a process. checkpointing: one of `counting.MODES`. apart: whether winners and losers
-    go through the network in turn, after a forward of both."""
+    go through the network in turn, after a forward of both. context: GPUs that share the tokens of a video."""
 
     gpus: int
     dtype: torch.dtype
@@ -29,6 +29,7 @@ class Regime:
     teacher: bool
     checkpointing: str
     apart: bool
+    context: int
     videos: int
     accumulation: int
     buckets: dict[str, float]
@@ -50,7 +51,7 @@ class Regime:
 def regime(config: Config, gpus: int, *, later: bool = False) -> Regime:
     """later: of a stage that another one hands its weights to.
 
-    Raises ConfigError for batch sizes that do not divide, and for what DeepSpeed's settings cannot be.
+    Raises ConfigError for batch sizes or GPUs that do not divide, and for what DeepSpeed's settings cannot be.
     """
     dtype = DTYPES[config.model.dtype]
     settings = deepspeed_config(config, Process(0, gpus, 0, torch.device("cpu")))
@@ -69,6 +70,7 @@ def regime(config: Config, gpus: int, *, later: bool = False) -> Regime:
         teacher=config.student.weight > 0,
         checkpointing=config.train.checkpointing,
         apart=compares and config.train.branches == "apart",
+        context=config.train.context_parallel,
         videos=config.train.micro_batch_size * (2 if compares else 1) * branches,
         accumulation=accumulation_steps(config, gpus),
         buckets={name: float(zero.get(name, size)) for name, size in DEEPSPEED.items()},

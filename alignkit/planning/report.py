@@ -40,7 +40,8 @@ def _memory(whole: Plan, stage: Stage) -> Iterator[str]:
     text = f"{_size(stage.memory.total)} of {_size(room)} ({FILLED:.0%} of {whole.gpu.name}): {verdict}{where}"
     yield _row("memory a GPU", text)
     for part, size in stage.memory.gpu.items():
-        how = f" (of {stage.run.kept_videos} at once, checkpointing {stage.run.checkpointing})"
+        shared = f", shared by {stage.run.context} GPUs" if stage.run.context > 1 else ""
+        how = f" (of {stage.run.kept_videos} at once, checkpointing {stage.run.checkpointing}{shared})"
         yield _row(f"  {part}", _size(size) + (how if part == "activations" else ""))
     if not whole.fits:
         yield from _advice(whole)

@@ -150,6 +150,7 @@ def build_together(
     agree: Callable[[Callable[[], list[int]]], list[int]],
     check: Callable[[], None],
     between: Callable[[], None] = lambda: None,
+    side_by_side: int = 1,
     show: bool = True,
 ) -> None:
     """The same by the processes of one group in step, for work in which each of them must take part each time, as in
@@ -158,8 +159,10 @@ def build_together(
     make(rows) must run equally many forwards for every block. agree(look) is what look() returns on the first process,
     for all of them. check() raises DataError where the folder's terms are no longer those of `info`: before any block
     is there, another build may replace them. Every process calls between() before each block but its first, at the same
-    place; what it raises ends the work there.
+    place; what it raises ends the work there. side_by_side: so many processes, of consecutive ranks, make each block
+    together, and the first of them writes it.
     """
+    rank, first_of_them, world_size = rank // side_by_side, rank % side_by_side == 0, world_size // side_by_side
     blocks = agree(lambda: missing_blocks(folder, info))
     with progress(title, info.blocks, done=info.blocks - len(blocks), show=show) as bar:
         for first in range(0, len(blocks), world_size):
@@ -168,7 +171,7 @@ def build_together(
             number = first + rank
             block = blocks[min(number, len(blocks) - 1)]
             made = make(info.rows(block))
-            if number < len(blocks):
+            if number < len(blocks) and first_of_them:
                 check()
                 write(folder, block, made, [], LATENT_DTYPES[info.dtype])
             bar.advance(min(world_size, len(blocks) - first))

@@ -19,6 +19,7 @@ from alignkit.stores.blocks import build_together, one_thread
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.stores.store import StoreInfo, has_blocks, missing_blocks, read_info, terms_file, write_rows
+from alignkit.training.context import check_context, data_ranks
 from alignkit.training.distributed import Process, on_main
 from alignkit.training.engine import accumulation_steps, process_put_back
 from alignkit.training.order import global_batch
@@ -35,7 +36,7 @@ def with_cache(config: Config, where: str) -> Config:
     if not needs_reference(config.objective):
         name = config.objective.name
         raise ConfigError(f"{where}: objective.name: {name!r} compares with no reference, so there is nothing to cache")
-    accumulation_steps(config, 1)
+    accumulation_steps(config, config.train.context_parallel)
     return changed(config, {"reference": {"strategy": "cached"}}, where)
 
 
@@ -46,9 +47,11 @@ def build_cache(config: Config, process: Process) -> Path:
     The same bytes for any number of processes: each computes whole steps, micro-batch by micro-batch as training does,
     on a CPU with one thread. Raises DataError for a cache that was made under other terms.
     """
+    data_ranks(config, process.world_size)  # refused before anything loads
     folder = cache_folder(config)
     store = PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)
+    check_context(config, process, model, store)
     check_origins(config, model, check_noise(config, model), store)
     info = on_main(process, lambda: _open(config, process, model, store))
     if on_main(process, lambda: missing_blocks(folder, info)):
@@ -80,7 +83,8 @@ def _compute(
     train, law = config.train, start_law(config, model)
     dtype = working_dtype(config.model, process.device)
     # processes share out steps, not a step's pairs: any number of them will do
-    together = train.model_copy(update={"global_batch_size": train.micro_batch_size * process.world_size})
+    ranks = data_ranks(config, process.world_size)
+    together = train.model_copy(update={"global_batch_size": train.micro_batch_size * ranks})
     engine = config.model_copy(update={"train": together})
     reference = Copy(engine, process, None, model, open_start(engine, model))
 
@@ -109,6 +113,7 @@ def _compute(
         world_size=process.world_size,
         agree=lambda look: on_main(process, look),
         check=lambda: check_made(folder, info),
+        side_by_side=train.context_parallel,
         show=process.main,
     )
     reference.release()

@@ -62,8 +62,9 @@ def start_process() -> Process:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     die_with_launcher()
-    # DeepSpeed calls collectives by names that torch 2.13 deprecates; said at every step, by every process.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # DeepSpeed and diffusers call collectives by names that torch 2.13 deprecates; said at each step, by all processes.
+    for module in (r"torch\.distributed", r"diffusers\.hooks\.context_parallel"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     set_threads(int(os.environ.get(WORKERS, os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
     cuda = torch.cuda.is_available()

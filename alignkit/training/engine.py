@@ -14,6 +14,7 @@ from alignkit.models import working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.models.blocks import compile_blocks
 from alignkit.models.checkpointing import check_selective, set_checkpointing
+from alignkit.training.context import data_ranks, split_tokens
 from alignkit.training.distributed import Process
 from alignkit.training.lora import add_lora
 from alignkit.training.optimizers import make_optimizer
@@ -44,13 +45,15 @@ def process_put_back() -> Iterator[None]:
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
-    """Forwards per step and process. Raises ConfigError when the batch sizes do not divide."""
+    """Forwards per step and process. Raises ConfigError when batch sizes or processes do not divide."""
     train = config.train
-    together = train.micro_batch_size * world_size
+    ranks = data_ranks(config, world_size)
+    together = train.micro_batch_size * ranks
     if train.global_batch_size % together:
+        groups = "processes" if ranks == world_size else f"groups of {train.context_parallel} processes"
         raise ConfigError(
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of micro_batch_size "
-            f"({train.micro_batch_size}) times {world_size} processes"
+            f"({train.micro_batch_size}) times {ranks} {groups}"
         )
     return train.global_batch_size // together
 
@@ -62,7 +65,8 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     base = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, process.world_size),
-        "train_batch_size": train.global_batch_size,
+        # of as many pairs as processes think they have: DeepSpeed knows of no context groups
+        "train_batch_size": train.global_batch_size * train.context_parallel,
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": copy.deepcopy(PRESETS[config.deepspeed.preset]),
         "zero_force_ds_cpu_optimizer": False,  # else offload refuses any optimizer but DeepSpeed's own
@@ -95,7 +99,8 @@ def check_checkpointing(config: Config, process: Process, model) -> None:
     if config.train.checkpointing == "selective":
         network: Any = empty_network(model)
         dtype = working_dtype(config.model, process.device)
-        backend = set_attention(network, config.model.attention, process.device, dtype)
+        shared = config.train.context_parallel > 1
+        backend = set_attention(network, config.model.attention, process.device, dtype, shared=shared)
         check_selective(backend, network.config.attention_head_dim, process.device, dtype)
 
 
@@ -110,9 +115,11 @@ def load_network(config: Config, process: Process, model, start: Start) -> tuple
         network = load_partitioned(model, start.base, settings, dtype, process.device)
     else:
         network = load_whole(model, start.base, dtype, process.device)
+    split_tokens(network, config, process, model)
     if config.train.compile:
         compile_blocks(network)
-    return network, set_attention(network, config.model.attention, process.device, dtype)
+    shared = config.train.context_parallel > 1
+    return network, set_attention(network, config.model.attention, process.device, dtype, shared=shared)
 
 
 def put_adapters(network: Any, config: Config, start: Start) -> dict[str, torch.Tensor]:

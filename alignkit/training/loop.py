@@ -21,6 +21,7 @@ from alignkit.progress import progress, say
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.training import checkpoints
+from alignkit.training.context import check_context
 from alignkit.training.distributed import Process, any_process, check_shared, group_lock, on_main
 from alignkit.training.engine import (
     accumulation_steps,
@@ -88,6 +89,7 @@ def _train(config: Config, process: Process, link: Link | None, supply: Supply |
     folder = train_folder(config)
     store = None if supply else PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)
+    check_context(config, process, model, store)
     check_checkpointing(config, process, model)
     law = check_noise(config, model)
     if store is not None:

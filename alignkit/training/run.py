@@ -95,7 +95,8 @@ class Run:
         """
         config, process = self.config, self.process
         rows = self._rows(number)
-        share = rank_share(rows, process.rank, process.world_size)
+        degree = config.train.context_parallel
+        share = rank_share(rows, process.rank // degree, process.world_size // degree)
         self._set_learning_rate(number)
         micro_batches = _chunks(share, accumulation_steps(config, process.world_size))
         numbers: list[dict[str, Tensor]] = []
@@ -178,10 +179,11 @@ class Run:
             result = self.loss(batch, states, sides)
         if number == 0 and not self.starts_apart:
             check_first_logits(result.logits)
+        loss = result.loss * self.config.train.context_parallel  # `alignkit.training.context` has the reason
         if sides is None:
-            self.policy.backward(result.loss)
+            self.policy.backward(loss)
         else:
-            backward_apart(self.model, self.policy, states, sides, result.loss)
+            backward_apart(self.model, self.policy, states, sides, loss)
         self.policy.step()
         numbers = diagnostics(self.config.objective, result, states)
         if self.store.inverted:
@@ -197,6 +199,8 @@ class Run:
         values = torch.cat([part.pop(SIGNAL) for part in numbers]).cpu()
         rows = torch.cat([part.pop(ROW) for part in numbers]).long().cpu()
         sums = torch.stack([torch.bincount(rows, weights, size) for weights in (values, torch.ones_like(values))])
+        if self.process.rank % self.config.train.context_parallel:  # the same pairs as the first of its group
+            sums.zero_()
         if self.process.world_size > 1:
             shared = sums.to(self.process.device)
             torch.distributed.all_reduce(shared)

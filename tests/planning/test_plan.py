@@ -102,6 +102,26 @@ def test_sides_in_turn_halve_the_activations_for_a_forward_more():
     )
 
 
+def test_gpus_that_share_tokens_share_activations_and_no_more_than_divides():
+    alone, shared = (planned(BILLION_3, f"train.context_parallel={n}", gpus=8) for n in (1, 4))
+    one, four = (whole.stages[0] for whole in (alone, shared))
+    whole = one.memory.gpu["activations"]
+    first = 2 * 2 * 32760 * 1536  # bytes, winner and loser, tokens, numbers of each
+    assert four.memory.gpu["activations"] == first + (whole - first) / 4 < 0.3 * whole
+    assert four.memory.gpu["weights"] == one.memory.gpu["weights"], "ZeRO shares them among all"
+    assert four.run.accumulation == 4 * one.run.accumulation and four.step.flops == one.step.flops
+    assert "shared by 4 GPUs" in report(shared) and "shared by" not in report(alone)
+    with pytest.raises(ConfigError, match="4 does not divide the 30 attention heads; what divides all of it is 2"):
+        planned("cogvideox-2b-localdpo.yaml", "train.context_parallel=4", gpus=8)
+
+
+def test_tokens_are_shared_where_a_video_of_one_is_too_much():
+    keys = ["data.height=720", "data.width=1280"]
+    whole = planned("wan2.1-14b-localdpo.yaml", *keys, gpus=16)
+    assert not whole.fits and whole.switches[-1][0] == "train.context_parallel=2"
+    assert planned("wan2.1-14b-localdpo.yaml", *keys, "train.context_parallel=2", gpus=16).fits
+
+
 def test_a_pair_is_the_samplers_last_steps_with_both_branches():
     whole = planned(BILLION_3)
     assert work.pair_flops(whole.config, whole.forward) == pytest.approx(41.25 * 2 * whole.forward.flops)

@@ -308,25 +308,28 @@ def test_what_a_stage_needs_is_said_before_weights_are_read(chain, process, monk
         run_chain(chain("run", stages, *more), process)
 
 
-def test_two_processes_make_and_train_on_the_rounds_of_one(chain, process, command, config_file, rollout_overrides):
-    """Under ZeRO-3, where each forward needs both: the same pairs, and losses but for the order of sums."""
-    more = ("deepspeed.preset=zero3",)
-    one, two = chain("one", ONLINE, *more), chain("two", ONLINE, *more)
+def test_two_processes_make_and_train_on_the_rounds_of_one(chain, process, command):
+    """Under ZeRO-3, where each forward needs both, on videos of their own or on one: the same pairs, and losses but for
+    the order of sums."""
+    zero3 = "deepspeed.preset=zero3"
+    one = chain("one", ONLINE, zero3)
     assert run_chain(one, process)
-    file = two.output.dir.parent / "two.yaml"
-    file.write_text(dump_config(two))
-    result = command("train", file, "--nproc", "2")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("round 1: 2 pairs, 0 of 2 dropped") == 1, "the first process speaks for both"
-    for ours, theirs in zip(rounds_of(one), rounds_of(two), strict=True):
-        a, b = (RolloutStore(folder / "rollouts") for folder in (ours, theirs))
-        # as regimes agree that sum in another order: two thousand roundings of 2⁻²⁴ each
-        torch.testing.assert_close(a[0].latents, b[0].latents, rtol=2e-4, atol=2e-4)
-        assert [pair.source for pair in PairStore(ours / "pairs" / "train")] == [
-            pair.source for pair in PairStore(theirs / "pairs" / "train")
-        ]
-    for x, y in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert x["error_w"] == pytest.approx(y["error_w"], rel=4e-4)  # a square doubles it
+    for degree in (1, 2):
+        two = chain(f"two-{degree}", ONLINE, zero3, f"train.context_parallel={degree}")
+        file = two.output.dir.parent / "two.yaml"
+        file.write_text(dump_config(two))
+        result = command("train", file, "--nproc", "2")
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("round 1: 2 pairs, 0 of 2 dropped") == 1, "the first process speaks for both"
+        for ours, theirs in zip(rounds_of(one), rounds_of(two), strict=True):
+            a, b = (RolloutStore(folder / "rollouts") for folder in (ours, theirs))
+            # as regimes agree that sum in another order: two thousand roundings of 2⁻²⁴ each
+            torch.testing.assert_close(a[0].latents, b[0].latents, rtol=2e-4, atol=2e-4)
+            assert [pair.source for pair in PairStore(ours / "pairs" / "train")] == [
+                pair.source for pair in PairStore(theirs / "pairs" / "train")
+            ]
+        for x, y in zip(metrics_of(one), metrics_of(two), strict=True):
+            assert x["error_w"] == pytest.approx(y["error_w"], rel=4e-4)  # a square doubles it
 
 
 def test_run_does_everything_in_a_row_and_goes_on_where_it_was(command, config_file, overrides, tmp_path):

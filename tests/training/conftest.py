@@ -1,20 +1,34 @@
 """Runs on several processes, whose imports are paid for once: they are forked. Runs of each family, and one step."""
 
 import json
-from contextlib import nullcontext
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-FORKED = """
+sys.path.insert(0, str(Path(__file__).parent))
+
+from one_step import first_step_of
+
+FORKED = f"""
 import json, os, sys, traceback
 import torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from one_step import away_from_the_start, first_step_of
+"""
+FORKED += """
 from alignkit.config import load_config
 from alignkit.training.cache import build_cache
 from alignkit.training.distributed import free_port, start_process
 from alignkit.training.loop import train
 
-calls = {"train": train, "cache-reference": build_cache}
+
+def first_step(config, process):
+    step = first_step_of(config, change=away_from_the_start)
+    torch.save(step, f"{config.output.dir}/first-step-{process.rank}.pt")
+
+calls = {"train": train, "cache-reference": build_cache, "first step": first_step}
 for count, jobs in json.loads(sys.argv[2]):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     running = []
@@ -51,7 +65,8 @@ def together_once(command, config_file):
 
 @pytest.fixture
 def together(together_once):
-    """`together((2, [("train", settings), ...]), ...)`: each list of jobs, in turn, by that many processes at once."""
+    """`together((2, [("train", settings), ...]), ...)`: each list of jobs, in turn, by that many processes at once;
+    "first step" leaves `first_step_of`, away from the start, in output.dir/first-step-RANK.pt."""
     return together_once
 
 
@@ -92,39 +107,9 @@ def pairs_of(overrides, config_file, cogvideox_folders, tmp_path_factory):
 def first_step(pairs_of, config_file):
     """`first_step("wan", "train.checkpointing=full")`: metrics, and gradients by name, fp64, of a run's first step,
     which is taken inside `watch`. change(run) is called before it."""
-    from deepspeed.utils import safe_get_full_grad
-
     from alignkit.config import load_config
-    from alignkit.models import load_model
-    from alignkit.stores.folders import pairs_folder
-    from alignkit.stores.pairs import PairStore
-    from alignkit.training.distributed import start_process
-    from alignkit.training.engine import load_network, process_put_back
-    from alignkit.training.run import start_run
-    from alignkit.training.weights import open_start
 
-    @process_put_back()
     def step(family: str, *settings: str, watch=None, change=lambda run: None):
-        config = load_config(config_file, [*pairs_of(family)[0], *settings])
-        process = start_process()
-        torch.set_num_threads(1)
-        model = load_model(config.model, with_transformer=False, with_encoders=False)
-        start = open_start(config, model)
-        model.transformer, _ = load_network(config, process, model, start)
-        run = start_run(config, process, model, PairStore(pairs_folder(config, "train")), start)
-        gradients, update = {}, run.policy.step
-
-        def note_and_update():
-            if run.policy.is_gradient_accumulation_boundary():
-                named = run.policy.module.named_parameters()
-                gradients.update({name: safe_get_full_grad(p).double() for name, p in named if p.requires_grad})
-            update()
-
-        run.policy.step = note_and_update
-        change(run)
-        with watch or nullcontext():
-            metrics = run.step(0).metrics
-        run.release()
-        return metrics, gradients
+        return first_step_of(load_config(config_file, [*pairs_of(family)[0], *settings]), watch, change)
 
     return step

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from one_step import away_from_the_start, distance
 
 from alignkit.objectives import terms
 from alignkit.training.distributed import start_process
@@ -21,22 +22,9 @@ class OwnTeacher:
         return prediction.double().square().flatten(1).mean(dim=1)
 
 
-def away_from_the_start(run):
-    """The reference is not where the policy starts, so that no logit is 0."""
-    answer, run.starts_apart = run.reference.answer, True
-    run.reference.answer = lambda *shown: tuple(f * x for f, x in zip((0.98, 1.01), answer(*shown), strict=True))
-
-
 def taught(run):
     away_from_the_start(run)
     run.teacher = OwnTeacher()
-
-
-def distance(gradients, expected):
-    """Relative, of all gradients as one."""
-    assert gradients.keys() == expected.keys()
-    squares = [((gradients[name] - value).square().sum(), value.square().sum()) for name, value in expected.items()]
-    return (sum(square for square, _ in squares) / sum(square for _, square in squares)).sqrt().item()
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ from alignkit.training.terms import difference
 from alignkit.training.weights import Start, empty_network
 
 HOLDS, COMMAND = "reference", "alignkit cache-reference"
+SHAPES = "micro_batch_size", "global_batch_size", "seed", "compile", "context_parallel"
+"""Of `train`: what bits depend on, and which pairs come when."""
 FEATURES = datasets.Features(
     errors=datasets.List(datasets.Value("float64"), length=2 * NUM_REGIONS),  # the winner's, then the loser's
     checksum=datasets.Value("uint32"),
@@ -76,13 +78,15 @@ def cache_info(config: Config, process: Process, model: VideoModel, store: PairS
         "model": model.fingerprint(),
         "family": model.family,
         "dtype": next(name for name, known in LATENT_DTYPES.items() if known == dtype),
-        "attention": set_attention(empty_network(model), config.model.attention, device, dtype),
+        "attention": set_attention(
+            empty_network(model), config.model.attention, device, dtype, shared=train.context_parallel > 1
+        ),
         "deepspeed.preset": config.deepspeed.preset,
         "deepspeed.config": config.deepspeed.config,
         "device": _device_name(device),
         **{name: _version(name) for name in ("torch", "triton", "diffusers", "deepspeed")},
         **{name: _installed(name) for name in ("flash-attn", "xformers")},
-        **{f"train.{key}": getattr(train, key) for key in ("micro_batch_size", "global_batch_size", "seed", "compile")},
+        **{f"train.{key}": getattr(train, key) for key in SHAPES},
         **{f"noise.{key}": value for key, value in config.noise.model_dump(mode="json").items()},
         # the other entry comes of a set, in any order
         **{f"scheduler.{key}": value for key, value in model.scheduler.config.items() if key != "_use_default_values"},
@@ -109,7 +113,10 @@ def cache_info(config: Config, process: Process, model: VideoModel, store: PairS
 
 def cache_digest(info: StoreInfo) -> str:
     """Changes with whatever a cache's numbers depend on."""
-    return hashlib.sha256(json.dumps(info.made, sort_keys=True).encode()).hexdigest()[:16]
+    made = dict(info.made)
+    if made["train.context_parallel"] == 1:  # as digests in older checkpoints have it
+        del made["train.context_parallel"]
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_cache(config: Config, info: StoreInfo, store: PairStore) -> None:
