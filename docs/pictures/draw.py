@@ -160,7 +160,7 @@ def loss(runs: Path, draws: int = 64, sigma: float = 0.6) -> None:
 def curves(runs: Path) -> None:
     """The demo's curves, and those of a rate ten times too high without the anchor."""
     both = {name: [json.loads(line) for line in (runs / name / "train" / "metrics.jsonl").open()] for name in ("demo", "fast")}
-    titles = {"demo": "as the demo has it: reached", "fast": "ten times the rate, no SFT term: ruined"}
+    titles = {"demo": "as the demo has it", "fast": "ten times the rate,\nno SFT term"}
     figure, panels = plt.subplots(2, 4, figsize=(12.5, 5), sharex=True)
     for row, (name, lines) in enumerate(both.items()):
         steps = [line["step"] for line in lines]
@@ -180,7 +180,7 @@ def curves(runs: Path) -> None:
         panels[row, 0].set_ylim(0.4, 1.03)
         panels[row, 3].set_ylim(-0.03, 1.03)
         panels[row, 0].set_ylabel(titles[name], color=(GOOD, BAD)[row])
-    heads = "accuracy", "gaps: error − reference's", "winner's error", "saturated: share that teaches no more"
+    heads = "accuracy", "gaps: error − reference's", "winner's error", "saturated share"
     for panel, title in zip(panels[0], heads, strict=True):
         panel.set_title(title, fontsize=10)
     for panel in panels[1]:
