@@ -13,7 +13,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"(!?\[([^\]]*)\])\(([^)#\s]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"(^```.*?^```)", re.M | re.S)
 log = logging.getLogger("mkdocs.hooks")
 
@@ -32,7 +32,7 @@ def on_page_markdown(markdown, page, config, files):
     folder = Path(page.file.abs_src_path).parent
 
     def link(found: re.Match) -> str:
-        text, target, anchor = found[1], found[2], found[3] or ""
+        label, text, target, anchor = found[1], found[2], found[3], found[4] or ""
         if re.match(r"[a-z]+:", target):
             return found[0]
         place = Path(os.path.normpath(folder / target))
@@ -44,7 +44,7 @@ def on_page_markdown(markdown, page, config, files):
         uri = PAGES.get(name) or (name.removeprefix("docs/") if name.startswith(("docs/", "examples/")) else None)
         if uri is None or files.get_file_from_path(uri) is None:
             return text
-        return f"[{text}]({os.path.relpath(uri, Path(page.file.src_uri).parent)}{anchor})"
+        return f"{label}({os.path.relpath(uri, Path(page.file.src_uri).parent)}{anchor})"
 
     return "".join(
         part if part.startswith("```") else LINK.sub(link, part) for part in FENCE.split(markdown)

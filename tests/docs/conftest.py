@@ -16,8 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from doc_shell import Answer, Call, run_block
 
 ROOT = Path(__file__).parents[2]
-PLACEHOLDERS = {"CONFIG": "wan-tiny-localdpo", "DIR": "clips", "OUT": "runs/out", "FILE": "prompts.txt", "RUN": "runs/mine",
-                "RUNS": "runs", "FULL.yaml": "run.yaml", "HOST": "localhost", "NAME": "wan-tiny-localdpo"}  # fmt: skip
 SHOWN = {"init", "configs"}  # printed even where commands are only read: other lines need what they print
 
 
@@ -34,11 +32,6 @@ def workspace(clips, tmp_path_factory) -> Path:
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "run.yaml").write_text((ROOT / "configs" / "wan-tiny-localdpo.yaml").read_text())
     return folder
-
-
-def named(text: str) -> str:
-    """The block with something for each word in capitals that stands for the reader's own."""
-    return re.sub(r"\b(" + "|".join(map(re.escape, PLACEHOLDERS)) + r")\b", lambda found: PLACEHOLDERS[found[1]], text)
 
 
 def read_command(cwd: Path, words: list[str]) -> dict:
@@ -140,7 +133,7 @@ def _launched(call: Call) -> None:
 def shell(workspace, tmp_path_factory):
     """`shell(TEXT, answer, *arguments)` runs a block of bash in the workspace, its commands answered by `answer`."""
     jobs = tmp_path_factory.mktemp("jobs")
-    return lambda text, answer=read, *arguments: run_block(named(text), workspace, jobs, answer, *arguments)
+    return lambda text, answer=read, *arguments: run_block(text, workspace, jobs, answer, *arguments)
 
 
 @pytest.fixture(scope="session")
@@ -155,13 +148,13 @@ def really(command, overrides, workspace):
             return read(call)
         params = read_command(call.cwd, call.words)
         words = list(call.words)
-        if "overrides" in params and params.get("config") is not None:
+        if call.words[0] != "plan" and params.get("config") is not None and "overrides" in params:
             place = words.index(str(params["config"])) + 1
             words[place:place] = small
         if tuple(words) not in known:
             code = f"import os, sys; os.chdir({str(call.cwd)!r}); from alignkit.__main__ import main; sys.exit(main())"
             done = command(*words, python=("-c", code))
-            known[tuple(words)] = done.returncode, done.stdout + done.stderr
+            known[tuple(words)] = done.returncode, done.stdout + done.stderr * bool(done.returncode)
         return known[tuple(words)]
 
     return answer

@@ -9,6 +9,11 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "reference"),  # held by test_reference
 ]
+PLACEHOLDERS = {
+    "CONFIG": "wan-tiny-localdpo", "DIR": "clips", "OUT": "runs/out", "FILE": "prompts.txt", "RUN": "runs/mine",
+    "RUNS": "runs", "FULL.yaml": "run.yaml", "HOST": "localhost", "NAME": "wan-tiny-localdpo",
+}  # fmt: skip
+"""Words that stand for the reader's own, and something for each."""
 FENCE = re.compile(
     r"(?:^(?P<mark>[ ]*<!-- not run: (?P<reason>[^>]+) -->)\n)?"
     r"^(?P<indent>[ ]*)```(?P<kind>[\w.-]*)[ ]*\n(?P<text>.*?)^(?P=indent)```[ ]*$",
@@ -29,6 +34,12 @@ class Block:
     @property
     def place(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def filled_in(self) -> str:
+        """With something for each word that stands for the reader's own."""
+        words = "|".join(map(re.escape, PLACEHOLDERS))
+        return re.sub(rf"\b({words})\b", lambda found: PLACEHOLDERS[found[1]], self.text)
 
 
 def blocks_of(page: Path) -> list[Block]:

@@ -5,9 +5,13 @@ import re
 from collections import defaultdict
 
 import pytest
+import yaml
 from doc_blocks import PAGES, ROOT, all_blocks, blocks_of
 
+from alignkit.stores.pairs import PairStore
+
 KINDS = {"bash", "python", "yaml", "json", "text"}
+CONFIG = ROOT / "configs" / "wan-tiny-localdpo.yaml"
 RUN = {"start.md"}
 """Pages whose commands are run, on settings of seconds; those of others are read by the command line and the reader."""
 ELSEWHERE = {"kernels.md"}
@@ -33,7 +37,7 @@ def test_blocks_that_cannot_be_run_are_as_many_as_the_documentation_says():
 def test_commands_are_known_and_their_configurations_read(page, shell, really):
     for block in blocks_of(page):
         if block.kind == "bash" and block.reason is None:
-            shell(block.text, *([really] if page.name in RUN else []))
+            shell(block.filled_in, *([really] if page.name in RUN else []))
 
 
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=lambda block: block.place)
@@ -68,11 +72,31 @@ def test_python_of_a_page_runs(page, command, shell, really, workspace):
     blocks = python_by_page()[page]
     code = "\n".join(block.text for block in blocks)
     if "runs/mine/export" in code:  # by the story of the first page, which is run once
-        shell("".join(b.text for b in blocks_of(ROOT / "docs" / "start.md") if b.kind == "bash" and "output.dir" in b.text), really)
+        (story,) = (b.text for b in blocks_of(ROOT / "docs" / "start.md") if "output.dir=runs/mine" in b.text)
+        shell(story, really)
     done = command(python=("-c", f"import os; os.chdir({str(workspace)!r})\n{code}"))
     assert done.returncode == 0, done.stderr[-2000:]
     printed = [b.text for b in blocks_of(page) if b.kind == "text"] if done.stdout else []
     assert not done.stdout or done.stdout in printed, f"the page prints something else:\n{done.stdout}"
+
+
+def test_two_sizes_in_a_chain_make_pairs_of_both_and_train_on_them(command, overrides, clips, tmp_path):
+    """The page says that this is run: its configuration, a step a stage."""
+    (block,) = (b for b in all_blocks("yaml") if b.page.name == "mixed.md")
+    said = yaml.safe_load(block.text.replace("wide", str(clips)).replace("upright", str(clips)).replace("40", "1"))
+    keys = [f"{section}={json.dumps(value)}" for section, value in said.items()]
+    out = tmp_path / "run"
+    own = [key for key in overrides(out)[2:] if not key.startswith("data.")]
+    for name in ("pairs", "train"):
+        done = command(name, CONFIG, *keys, *own, f"output.dir={out}", "train.steps=1")
+        assert done.returncode == 0, done.stderr[-2000:]
+    folders = out / "pairs" / "train", out / "stages" / "02-offline" / "pairs" / "train"
+    sizes = [tuple(PairStore(folder)[0].winner.shape[-2:]) for folder in folders]
+    assert sizes[0] == sizes[1][::-1] != sizes[1] and (out / "export" / "model_index.json").exists()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
 
 
 def test_the_story_for_your_own_videos_runs(shell, really):
