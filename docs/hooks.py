@@ -32,7 +32,7 @@ def on_page_markdown(markdown, page, config, files):
     folder = Path(page.file.abs_src_path).parent
 
     def link(found: re.Match) -> str:
-        label, text, target, anchor = found[1], found[2], found[3], found[4] or ""
+        mark, text, target, anchor = found[1], found[2], found[3], found[4] or ""
         if re.match(r"[a-z]+:", target):
             return found[0]
         place = Path(os.path.normpath(folder / target))
@@ -44,7 +44,7 @@ def on_page_markdown(markdown, page, config, files):
         uri = PAGES.get(name) or (name.removeprefix("docs/") if name.startswith(("docs/", "examples/")) else None)
         if uri is None or files.get_file_from_path(uri) is None:
             return text
-        return f"{label}({os.path.relpath(uri, Path(page.file.src_uri).parent)}{anchor})"
+        return f"{mark}[{text}]({os.path.relpath(uri, Path(page.file.src_uri).parent)}{anchor})"
 
     return "".join(
         part if part.startswith("```") else LINK.sub(link, part) for part in FENCE.split(markdown)
