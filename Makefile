@@ -55,8 +55,8 @@ reference: setup
 	$(BIN)/python -m alignkit.reference
 
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "the site: out/site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "the site: out/site/index.html; with its search: $(BIN)/python -m http.server -d out/site"
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
