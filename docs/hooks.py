@@ -46,6 +46,4 @@ def on_page_markdown(markdown, page, config, files):
             return text
         return f"{mark}[{text}]({os.path.relpath(uri, Path(page.file.src_uri).parent)}{anchor})"
 
-    return "".join(
-        part if part.startswith("```") else LINK.sub(link, part) for part in FENCE.split(markdown)
-    )
+    return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in FENCE.split(markdown))

@@ -2,8 +2,8 @@
 
     python examples/benchmark_kernels.py        the numbers are compared before they are timed
 
-On a GPU the kernels run, on Wan2.1 480p latents; without one their reference in plain torch, on small ones. `make bench` is
-the whole benchmark: every op, shape and dtype, gradients verified against fp64, L2 cold.
+On a GPU the kernels run, on Wan2.1 480p latents; without one their reference in plain torch, on small ones. `make
+bench` is the whole benchmark: every op, shape and dtype, gradients verified against fp64, L2 cold.
 """
 
 from statistics import median
@@ -33,7 +33,8 @@ def inputs() -> dict[str, Tensor]:
         x |= {f"clean_{side}": clean, f"reference_{side}": reference, f"pred_{side}": reference + normal(0.03)}
     x = {name: value.to(DTYPE) for name, value in x.items()}
     mask = torch.rand(SHAPE[0], 1, *SHAPE[2:], generator=draws, device=DEVICE) < 0.1
-    return x | {"regions": mask.to(torch.uint8), "coefficients": flow_coefficients(torch.full(SHAPE[:1], SIGMA, device=DEVICE))}
+    rows = flow_coefficients(torch.full(SHAPE[:1], SIGMA, device=DEVICE))
+    return x | {"regions": mask.to(torch.uint8), "coefficients": rows}
 
 
 def eager(x: dict[str, Tensor]) -> Tensor:
@@ -86,7 +87,8 @@ if __name__ == "__main__":
     with count_launches() as launched:
         once(fused, x)
     path = "kernels" if launched else "their reference in torch"
-    print(f"{torch.cuda.get_device_name() if GPU else 'CPU'}, {list(SHAPE)} {str(DTYPE).removeprefix('torch.')}, fused: {path}")
+    device, dtype = torch.cuda.get_device_name() if GPU else "CPU", str(DTYPE).removeprefix("torch.")
+    print(f"{device}, {list(SHAPE)} {dtype}, fused: {path}")
     print(f"loss {value:.6f}, equal in all; forward and backward, median of {ROUNDS}:")
     for name, loss in losses.items():
         print(f"  {name:14} {1000 * seconds(loss, x):8.3f} ms")

@@ -33,6 +33,7 @@ from alignkit.stores.rollouts import RolloutStore
 from alignkit_kernels import NoiseKey, Stream, add_keyed_noise, flow_coefficients
 
 HERE = Path(__file__).parent
+ROUND = "round,pad=0.1,rounding_size=0.5"
 INK, GREY, GOOD, BAD, BASE = "#1b1b2f", "#6c6c80", "#1a7f5a", "#c2255c", "#5c6bc0"
 plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "white"}
 
@@ -114,8 +115,10 @@ def pair(runs: Path) -> None:
     for i, at in enumerate(frames):
         panels[i, 0].set_ylabel(f"frame {at}", color=GREY)
     write("localdpo-pair", figure)
-    print(f"pair {pair.id}: {pair.prompt}; {pair.steps} of {len(schedule)} steps; "
-          f"equal outside: {torch.equal(loser[0][:, ~pair.mask[0].bool()], pair.winner[:, ~pair.mask[0].bool()])}")
+    print(
+        f"pair {pair.id}: {pair.prompt}; {pair.steps} of {len(schedule)} steps; "
+        f"equal outside: {torch.equal(loser[0][:, ~pair.mask[0].bool()], pair.winner[:, ~pair.mask[0].bool()])}"
+    )
 
 
 @torch.no_grad()
@@ -154,12 +157,14 @@ def loss(runs: Path, draws: int = 64, sigma: float = 0.6) -> None:
     bar.set_label("squared error, aligned − base", color=GREY)
     write("localdpo-loss", figure)
     inside = mask.astype(bool)
-    print("mean gap inside and outside:", [(round(float(g[inside].mean()), 4), round(float(g[~inside].mean()), 4)) for g in gaps])
+    for gap, name in zip(gaps, ("winner", "loser"), strict=True):
+        print(f"{name}: mean gap {gap[inside].mean():+.4f} inside, {gap[~inside].mean():+.4f} outside")
 
 
 def curves(runs: Path) -> None:
     """The demo's curves, and those of a rate ten times too high without the anchor."""
-    both = {name: [json.loads(line) for line in (runs / name / "train" / "metrics.jsonl").open()] for name in ("demo", "fast")}
+    files = {name: runs / name / "train" / "metrics.jsonl" for name in ("demo", "fast")}
+    both = {name: [json.loads(line) for line in file.open()] for name, file in files.items()}
     titles = {"demo": "as the demo has it", "fast": "ten times the rate,\nno SFT term"}
     figure, panels = plt.subplots(2, 4, figsize=(12.5, 5), sharex=True)
     for row, (name, lines) in enumerate(both.items()):
@@ -204,7 +209,8 @@ def rollouts(runs: Path) -> None:
     of_prompt = [number for number in store.ids if store.prompt_of(number) == row["prompt"]]
     best = store.by_id(row["chosen"])
     figure = plt.figure(figsize=(12, 6.2))
-    figure.suptitle(f"“{row['prompt']}”: {len(of_prompt)} rollouts from {len(of_prompt)} keyed noises", fontsize=11, y=0.97)
+    count = len(of_prompt)
+    figure.suptitle(f"“{row['prompt']}”: {count} rollouts from {count} keyed noises", fontsize=11, y=0.97)
     grid = figure.add_gridspec(2, 1, height_ratios=[1, 1], hspace=0.18)
     top = grid[0].subgridspec(2, 2 * len(of_prompt), wspace=0.05, hspace=0.05)
     names = {row["chosen"]: ("the best: winner", GOOD), row["rejected"]: ("the worst: loser", BAD)}
@@ -220,27 +226,40 @@ def rollouts(runs: Path) -> None:
     for j, (at, state) in enumerate(zip(shown, best.path.states, strict=True)):
         frame = model.decode_video(state[None])[0].numpy()[8]
         show(figure.add_subplot(bottom[j]), frame, f"its state at step {at + 1} of {steps}", GREY)
-    show(figure.add_subplot(bottom[len(shown)]), model.decode_video(best.latents[None])[0].numpy()[8], "its video", GOOD)
+    video = model.decode_video(best.latents[None])[0].numpy()
+    show(figure.add_subplot(bottom[len(shown)]), video[8], "its video", GOOD)
     write("apo-rollouts", figure)
 
 
 def stages(runs: Path) -> None:
     """Which pairs each stage trains on."""
+    rounds = "K rollouts a round"
     entries = [
         ("offline", "pairs that are\nranked already", "the store", "no sampling"),
-        ("half_online", "an anchor: a good video\nagainst a fresh rollout", "the anchor wins, or\nthe pair is dropped", "K rollouts a round"),
-        ("online", "the best against the worst\nof K fresh rollouts", "a ranker", "K rollouts a round"),
+        (
+            "half_online",
+            "an anchor: a good video\nagainst a fresh rollout",
+            "the anchor wins, or\nthe pair is dropped",
+            rounds,
+        ),
+        ("online", "the best against the worst\nof K fresh rollouts", "a ranker", rounds),
         ("distill", "teacher's states at the\nstudent's few steps", "no preference", "one round"),
-        ("drift_correction", "the teacher's video against\nthe student's, same noise", "the teacher wins", "rounds, in turn\nwith distillation"),
+        (
+            "drift_correction",
+            "the teacher's video against\nthe student's, same noise",
+            "the teacher wins",
+            "rounds, in turn\nwith distillation",
+        ),
     ]
     figure, panel = plt.subplots(figsize=(12.5, 3.1))
     panel.set(xlim=(0, 50), ylim=(0, 12))
     panel.axis("off")
     for i, (name, pairs, judge, costs) in enumerate(entries):
         left, colour = 0.2 + 10 * i, (BASE if i < 3 else "#b7791f")
-        panel.add_patch(FancyBboxPatch((left, 0.3), 8.6, 10.7, boxstyle="round,pad=0.1,rounding_size=0.5", fc=colour + "14", ec=colour))
+        panel.add_patch(FancyBboxPatch((left, 0.3), 8.6, 10.7, boxstyle=ROUND, fc=colour + "14", ec=colour))
         panel.text(left + 4.3, 10.1, name, ha="center", va="center", fontsize=11, color=colour, family="monospace")
-        for at, head, text in ((8.7, "trains on", pairs), (5.7, "who says which is better", judge), (2.9, "costs", costs)):
+        parts = (8.7, "trains on", pairs), (5.7, "who says which is better", judge), (2.9, "costs", costs)
+        for at, head, text in parts:
             panel.text(left + 4.3, at, head, ha="center", va="center", fontsize=7.5, color=GREY)
             panel.text(left + 4.3, at - 0.5, text, ha="center", va="top", fontsize=8.2, color=INK)
         if i:
@@ -253,10 +272,12 @@ ROOMS = {
     "planning": "memory, time, disk before", "experiments": "arms, rates, seeds", "stages": "a chain of runs",
     "evaluation": "held-out pairs, samples, verdict", "report": "the HTML page", "rankers": "who is asked",
     "training": "engine, a step, the loop, references, checkpoints, export", "localdpo": "masks, corruption, pairs",
-    "apo": "rollouts, their pairs, inversions", "given": "ranked videos", "objectives": "noise sources, laws, heads, terms",
-    "stores": "block stores of pairs and rollouts", "models": "a family, one file", "schedules": "(a, s, c, d) of samplers",
+    "apo": "rollouts, their pairs, inversions", "given": "ranked videos",
+    "objectives": "noise sources, laws, heads, terms", "stores": "block stores of pairs and rollouts",
+    "models": "a family, one file", "schedules": "(a, s, c, d) of samplers",
     "media": "videos, captions, masks", "tiny": "the small models", "config": "every key", "launch": "processes",
-    "sharing": "locks", "files": "whole or not at all", "progress": "what is said", "errors": "one line", "reference": "docs/reference/",
+    "sharing": "locks", "files": "whole or not at all", "progress": "what is said", "errors": "one line",
+    "reference": "docs/reference/",
 }  # fmt: skip
 
 
@@ -285,20 +306,23 @@ def rooms(runs: Path) -> None:
         for j, name in enumerate(layer):
             draw_room(panel, left + width * j, len(layers) - 1 - i, width, name, ROOMS[name], lines(name), BASE)
         if i:
-            panel.annotate("", (50, len(layers) - i - 0.04), (50, len(layers) - i + 0.15), arrowprops={"arrowstyle": "->", "color": GREY})
+            at = len(layers) - i
+            panel.annotate("", (50, at - 0.04), (50, at + 0.15), arrowprops={"arrowstyle": "->", "color": GREY})
     kernels = sum(len(file.read_text().splitlines()) for file in (package.parent / "kernels").rglob("*.py"))
-    draw_room(panel, 15, -1.3, 70, "alignkit_kernels", "a distribution of its own: keyed noise, errors, losses; torch and triton alone", kernels, BAD)
+    about = "a distribution of its own: keyed noise, errors, losses; torch and triton alone"
+    draw_room(panel, 15, -1.3, 70, "alignkit_kernels", about, kernels, BAD)
     write("rooms", figure)
 
 
 def draw_room(panel, left: float, bottom: float, width: float, name: str, about: str, lines: int, colour: str) -> None:
-    box = FancyBboxPatch((left + 0.5, bottom + 0.1), width - 1, 0.74, boxstyle="round,pad=0,rounding_size=0.25", fc=colour + "14", ec=colour)
-    box.set_mutation_aspect(0.1)
+    corner, style = (left + 0.5, bottom + 0.1), "round,pad=0,rounding_size=0.25"
+    box = FancyBboxPatch(corner, width - 1, 0.74, boxstyle=style, mutation_aspect=0.1, fc=colour + "14", ec=colour)
     panel.add_patch(box)
-    panel.text(left + width / 2, bottom + 0.6, name, ha="center", va="center", fontsize=10.5, color=colour, family="monospace")
+    words = {"ha": "center", "va": "center"}
+    panel.text(left + width / 2, bottom + 0.6, name, fontsize=10.5, color=colour, family="monospace", **words)
     room = int(width * 1.25)
     about = about if len(about) <= room else "\n".join(textwrap.wrap(about, room))
-    panel.text(left + width / 2, bottom + 0.3, about, ha="center", va="center", fontsize=7, color=INK)
+    panel.text(left + width / 2, bottom + 0.3, about, fontsize=7, color=INK, **words)
     panel.text(left + width - 0.9, bottom + 0.74, f"{lines:,}", ha="right", va="center", fontsize=6, color=GREY)
 
 

@@ -1,4 +1,4 @@
-"""Every block of code in the documentation is run, or read by what would run it; what cannot be is marked and counted."""
+"""Every block of code in the documentation is run, or read by what would run it; what cannot be is marked, counted."""
 
 import json
 import re
@@ -23,7 +23,16 @@ def test_every_block_says_what_it_is_and_none_is_by_indentation_alone():
         kinds = {block.place: block.kind for block in blocks_of(page)}
         assert set(kinds.values()) <= KINDS, {place: kind for place, kind in kinds.items() if kind not in KINDS}
         assert len(re.findall(r"^ *```", page.read_text(), re.M)) == 2 * len(kinds), page
-        assert not re.search(r"\n\n    [^\s`<\-]", re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.M | re.S)), page
+        prose = re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.M | re.S)
+        assert not re.search(r"\n\n    [^\s`<\-]", prose), page
+
+
+def test_files_that_pages_name_are_there():
+    for page in [*PAGES, *(ROOT / "docs" / "reference").glob("*.md")]:
+        for name in re.findall(
+            r"`((?:tests|alignkit|benchmarks|configs|examples|docs|kernels)/[\w./-]+)`", page.read_text()
+        ):
+            assert (ROOT / name).exists() or (ROOT / "kernels" / name).exists(), f"{page.name}: {name}"
 
 
 def test_blocks_that_cannot_be_run_are_as_many_as_the_documentation_says():
@@ -112,4 +121,5 @@ def test_the_benchmark_of_the_examples_compares_before_it_times(command):
 
 def test_every_example_is_run_by_a_test():
     examples = {path.name for path in (ROOT / "examples").iterdir()} - {"__pycache__"}
-    assert examples == {"another_trainer", "own_videos.sh", "benchmark_kernels.py"}  # the first: tests/kernels/test_recipes.py
+    in_their_own = {"another_trainer"}  # tests/kernels/test_recipes.py
+    assert examples == {"own_videos.sh", "benchmark_kernels.py"} | in_their_own
