@@ -28,10 +28,9 @@ def test_every_block_says_what_it_is_and_none_is_by_indentation_alone():
 
 
 def test_files_that_pages_name_are_there():
+    named = re.compile(r"`((?:tests|alignkit|benchmarks|configs|examples|docs|kernels)/[a-z0-9_./-]+)`")
     for page in [*PAGES, *(ROOT / "docs" / "reference").glob("*.md")]:
-        for name in re.findall(
-            r"`((?:tests|alignkit|benchmarks|configs|examples|docs|kernels)/[\w./-]+)`", page.read_text()
-        ):
+        for name in named.findall(page.read_text()):
             assert (ROOT / name).exists() or (ROOT / "kernels" / name).exists(), f"{page.name}: {name}"
 
 
