@@ -5,6 +5,7 @@
 # make lint   ruff, which mends what it can, and mypy
 # make bench  sets everything up, times the kernels (on a machine without a GPU: their reference), draws the plot
 # make reference  writes docs/reference/ anew from the code
+# make docs   builds the documentation's site into out/site, offline; a dead link or anchor fails
 # make setup  the set-up alone: .venv with the tested versions; a second call installs nothing
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPES = $(BIN)/mypy --config-file kernels/pyproject.toml kernels/alignkit_kernels && $(BIN)/mypy
 
-.PHONY: setup demo test matrix faults lint reference bench bench-step clean
+.PHONY: setup demo test matrix faults lint reference docs bench bench-step clean
 
 setup: $(STAMP)
 
@@ -21,7 +22,7 @@ $(STAMP): pyproject.toml kernels/pyproject.toml constraints.txt .ci/check_machin
 	@command -v $(PYTHON) >/dev/null || { echo "make setup: $(PYTHON) is missing; install Python 3.11 or newer, or call make PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) .ci/check_machine.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e ./kernels -e '.[train,rank,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e ./kernels -e '.[train,rank,bench,docs,dev]'
 	@$(BIN)/python -m alignkit.training.distributed
 	@touch $@
 
@@ -52,6 +53,10 @@ lint: setup
 
 reference: setup
 	$(BIN)/python -m alignkit.reference
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "the site: out/site/index.html; with its search: $(BIN)/python -m http.server -d out/site"
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

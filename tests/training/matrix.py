@@ -4,8 +4,9 @@
     python tests/training/matrix.py zero2 ema    those that have all of these words
 
 Each combination runs unbroken, and a copy of it goes on from what it had saved after two steps; both must end in the
-same metrics and the same export, which must be finite and not the base. What a run that was stopped has found is kept in out/matrix.json; a
-combination that cannot work must be refused by a sentence, which is in the table. Exits with 1 otherwise.
+same metrics and the same export, which must be finite and not the base. What is found before a stop is kept in
+out/matrix.json; a combination that cannot work must be refused by a sentence, which is in the table. Exits with 1
+otherwise.
 """
 
 import itertools

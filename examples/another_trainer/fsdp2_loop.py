@@ -1,52 +1,47 @@
-"""LocalDPO in a loop under DeepSpeed ZeRO-3, policy and reference both partitioned.
+"""LocalDPO in a loop under FSDP2, policy and reference both sharded.
 
-    deepspeed docs/recipes/deepspeed_loop.py        (or torchrun, or plain python for one process)
+    torchrun --nproc-per-node 2 examples/another_trainer/fsdp2_loop.py        (or plain python for one process)
 
-The reference goes through an engine with the policy's configuration: only then do the two agree bit for bit at
-the first step, and every logit is exactly 0 there.
+The reference is sharded as the policy is: only then do the two agree bit for bit at the first step, and every logit
+is exactly 0 there. Predictions leave the network as plain tensors, which is what the loss takes.
 """
 
 import copy
 import os
 
-import deepspeed
 import torch
+from torch.distributed.fsdp import fully_shard
 from toy import Denoiser, Pairs
 
 from alignkit_kernels import NoiseKey, Stream, add_keyed_noise, flow_coefficients, keyed_rand, preference_loss
 
 SEED, BETA = 0, 500.0
-CONFIG = {
-    "train_micro_batch_size_per_gpu": 4,
-    "zero_optimization": {"stage": 3},
-    "gradient_clipping": 1.0,
-    "bf16": {"enabled": torch.cuda.is_available()},
-}
 
 for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
     os.environ.setdefault(name, value)
-os.environ.setdefault("MASTER_PORT", "29533")
-deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+os.environ.setdefault("MASTER_PORT", "29535")
+kind = "cuda" if torch.cuda.is_available() else "cpu"
+device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+mesh = torch.distributed.device_mesh.init_device_mesh(kind, (int(os.environ["WORLD_SIZE"]),))
 
 torch.manual_seed(SEED)
-model = Denoiser()
-frozen = copy.deepcopy(model).requires_grad_(False)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-policy, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
-reference, *_ = deepspeed.initialize(model=frozen, config=CONFIG)
-reference.eval()
+policy = Denoiser().to(device)
+reference = copy.deepcopy(policy).requires_grad_(False)
+for network in (policy, reference):
+    fully_shard(network, mesh=mesh)
+optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
 
 pairs = Pairs()
 sampler = torch.utils.data.distributed.DistributedSampler(pairs, shuffle=False)
 for epoch in range(2):
     for batch in torch.utils.data.DataLoader(pairs, batch_size=4, sampler=sampler):
-        batch = {name: x.to(policy.device) for name, x in batch.items()}
+        batch = {name: x.to(device) for name, x in batch.items()}
         ids, clean_w, clean_l = batch["pair_id"], batch["clean_w"], batch["clean_l"]
         sigma = keyed_rand(ids.shape, NoiseKey(SEED, ids, epoch, Stream.TIMESTEP))
         rows = flow_coefficients(sigma)
         noise = NoiseKey(SEED, ids, epoch, Stream.TRAINING)
         noisy = torch.cat([add_keyed_noise(clean, rows, noise) for clean in (clean_w, clean_l)])
-        noisy = noisy.to(next(policy.parameters()).dtype)
 
         pred = policy(noisy, sigma.repeat(2))
         with torch.no_grad():
@@ -55,9 +50,11 @@ for epoch in range(2):
             pred, reference_w=ref_w, reference_l=ref_l, clean_w=clean_w, clean_l=clean_l, coefficients=rows,
             noise_w=noise, regions=batch["mask"], beta=BETA,
         )  # fmt: skip
-        policy.backward(got.loss)
-        policy.step()
-        if policy.global_rank == 0:
+        got.loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if torch.distributed.get_rank() == 0:
             print(f"epoch {epoch} loss {got.loss.item():.5f} logit {got.logits_region.mean().item():+.5f}", flush=True)
 
 torch.distributed.destroy_process_group()

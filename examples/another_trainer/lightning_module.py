@@ -1,6 +1,6 @@
 """Diffusion-DPO on the whole latent as a Lightning module, from `pair_region_errors` and a head of `losses`.
 
-python docs/recipes/lightning_module.py        (needs `pip install lightning`)
+python examples/another_trainer/lightning_module.py        (needs `pip install lightning`)
 """
 
 import copy

@@ -1,6 +1,6 @@
 """LocalDPO in a plain diffusers training loop: a small Wan transformer and its frozen copy.
 
-python docs/recipes/diffusers_loop.py
+python examples/another_trainer/diffusers_loop.py
 """
 
 import copy

@@ -1,6 +1,6 @@
 """LocalDPO in a loop under accelerate.
 
-    accelerate launch docs/recipes/accelerate_loop.py        (or plain python)
+    accelerate launch examples/another_trainer/accelerate_loop.py        (or plain python)
 
 Noise is keyed by the pair's id, so any number of processes trains on the same numbers.
 """
