@@ -34,6 +34,15 @@ def test_files_that_pages_name_are_there():
             assert (ROOT / name).exists() or (ROOT / "kernels" / name).exists(), f"{page.name}: {name}"
 
 
+def test_links_of_the_readme_lead_somewhere():
+    """`make docs` looks after those of all other pages."""
+    for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (ROOT / "README.md").read_text()):
+        target = ROOT / (file or "README.md")
+        assert target.exists(), file
+        headings = re.findall(r"^#+ (.+)$", target.read_text(), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, anchor
+
+
 def test_blocks_that_cannot_be_run_are_as_many_as_the_documentation_says():
     marked = [block for block in all_blocks() if block.reason]
     print(*(f"{block.place}: {block.reason}" for block in marked), sep="\n")
