@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from alignkit.config import Config
 from alignkit.models import family_module
@@ -115,7 +116,8 @@ def _states(config: Config, run: Regime, count: Parameters) -> dict[str, tuple[f
 def _first_input(outline: Outline, config: Config, run: Regime) -> float:
     """What goes into the first block, which each GPU has the whole of before it takes its tokens. Of a text that is not
     split there is more, of hundreds of tokens beside tens of thousands: not counted."""
-    data, network = config.data, outline.network(1, run.dtype).config
+    data = config.data
+    network: Any = outline.network(1, run.dtype).config
     grid = outline.model.latent_grid(data.num_frames, data.height, data.width)
     lengths = family_module(config.model.family).split_lengths(network, grid, config.model.max_sequence_length)
     width = network.num_attention_heads * network.attention_head_dim
