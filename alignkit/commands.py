@@ -239,13 +239,15 @@ def _cache_reference(config: Config) -> None:
 
 def _train(config: Config) -> None:
     from alignkit.planning.preset import resolved
+    from alignkit.planning.rate import seconds_at_peak
     from alignkit.stages.chain import run_chain
     from alignkit.training.loop import train
 
     process = start_process()
     with group_lock(process, config.output.dir, "train"):
         config = resolved(config, process)
-        done = run_chain(config, process) if config.stages else train(config, process)
+        run = run_chain if config.stages else train
+        done = run(config, process, at_peak=seconds_at_peak)
     if not done:
         raise SystemExit(0)
 

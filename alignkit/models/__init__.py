@@ -38,6 +38,9 @@ class VideoModel(Protocol):
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The same with channels, in the family's layout."""
 
+    def video_tokens(self, num_frames: int, height: int, width: int) -> int:
+        """What the network makes of one video's latents; text is not counted."""
+
     def region_layout(self, mask: Tensor) -> Tensor:
         """A mask [F, H, W] in the family's layout, with one channel."""
 

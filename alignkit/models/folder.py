@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +66,13 @@ class ModelFolder:
     @property
     def vae(self) -> Any:
         return self.pipeline.vae
+
+    def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        raise NotImplementedError
+
+    def video_tokens(self, num_frames: int, height: int, width: int) -> int:
+        """Of one video, as the network sees it: both families' patches are 2×2 latents of a frame."""
+        return math.prod(self.latent_grid(num_frames, height, width)) // 4
 
     def encode_text(self, prompts: list[str]) -> list[Tensor]:
         """Text embeddings as `pad_text` takes them, fp32 [tokens, D] each on CPU; the last prompts are remembered."""

@@ -8,9 +8,10 @@ from alignkit.errors import ConfigError
 @dataclass(frozen=True)
 class Gpu:
     """peak: dense bf16, without sparsity. fp32: without TF32, which torch has to be asked for.
-    host: to and from the main memory, one way."""
+    host: to and from the main memory, one way. device: what its driver calls it; boards on PCIe have other peaks."""
 
     name: str
+    device: str
     memory: float
     peak: float
     fp32: float
@@ -20,11 +21,11 @@ class Gpu:
 GPUS = {
     # NVIDIA H100 Tensor Core GPU data sheet, SXM: 80 GB, 1,979 TFLOPS bf16 with sparsity (half without it), 67
     # TFLOPS fp32, PCIe Gen5 128 GB/s both ways
-    "H100": Gpu("H100", 80e9, 989e12, 67e12, 64e9),
+    "H100": Gpu("H100", "NVIDIA H100 80GB HBM3", 80e9, 989e12, 67e12, 64e9),
     # NVIDIA H200 Tensor Core GPU data sheet, SXM: 141 GB, the rest as the H100
-    "H200": Gpu("H200", 141e9, 989e12, 67e12, 64e9),
+    "H200": Gpu("H200", "NVIDIA H200", 141e9, 989e12, 67e12, 64e9),
     # NVIDIA A100 Tensor Core GPU data sheet, 80 GB SXM: 312 TFLOPS bf16, 19.5 TFLOPS fp32, PCIe Gen4 64 GB/s both ways
-    "A100-80G": Gpu("A100-80G", 80e9, 312e12, 19.5e12, 32e9),
+    "A100-80G": Gpu("A100-80G", "NVIDIA A100-SXM4-80GB", 80e9, 312e12, 19.5e12, 32e9),
 }
 GPUS_A_NODE = 8  # DGX and HGX boards of all three
 

@@ -20,6 +20,7 @@ class Run:
     config_text: str | None
     config: dict
     metrics: list[dict]
+    timings: list[dict]
     evaluation: dict
     pairs: list[Path]
     samples: list[dict]
@@ -49,7 +50,8 @@ def read_run(folder: Path) -> Run:
         summary=_summary(folder / "summary.json"),
         config_text=config_text,
         config=_yaml(config_text),
-        metrics=_metrics(folder, _yaml(config_text)),
+        metrics=_logged(folder, _yaml(config_text), "metrics"),
+        timings=_logged(folder, _yaml(config_text), "timings"),
         evaluation=_object(_text(folder / "eval.json")),
         pairs=sorted((folder / "report_pairs").glob("*.npz")),
         samples=_lines(folder / "samples" / "samples.jsonl"),
@@ -58,13 +60,13 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _metrics(folder: Path, config: dict) -> list[dict]:
-    """Of the run, or of a chain's stages one after the other, their steps counted on."""
+def _logged(folder: Path, config: dict, name: str) -> list[dict]:
+    """NAME.jsonl of the run, or of a chain's stages one after the other, their steps counted on."""
     rows: list[dict] = []
     stages = config.get("stages")
     names = [stage.get("name") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     runs = [folder / "stages" / f"{number:02d}-{name}" for number, name in enumerate(names, 1)] or [folder]
-    for file in [run / "train" / "metrics.jsonl" for run in runs]:
+    for file in [run / "train" / f"{name}.jsonl" for run in runs]:
         before = number(rows[-1], "step") or 0 if rows else 0
         rows += [row | {"step": row["step"] + before} for row in _lines(file) if number(row, "step") is not None]
     return rows

@@ -1,6 +1,7 @@
 """The parts of the report that are words and numbers: the verdict, the measures, the costs, the settings."""
 
 from html import escape
+from statistics import median
 
 from alignkit.report.plots import percent, short, signed_percent, strip_plot
 from alignkit.report.run import Run, number, numbers
@@ -272,7 +273,23 @@ def _costs(run: Run) -> str:
     device = run.summary.get("device")
     facts = f"Memory at most: {MISSING if memory is None else f'{memory:.2f} GB'}."
     facts += f" Machine: {escape(str(device))}." if device else ""
-    return f"{table if stages else f'<p>Seconds by stage: {MISSING}</p>'}<p>{facts}</p>"
+    return f"{table if stages else f'<p>Seconds by stage: {MISSING}</p>'}<p>{facts}</p>{_step(run)}"
+
+
+def _step(run: Run) -> str:
+    """How fast training was, by the median of its steps, and where the time went."""
+    names = dict.fromkeys(name for row in run.timings for name in row)
+    found = {name: [value for row in run.timings if (value := number(row, name)) is not None] for name in names}
+    middle = {name: median(values) for name, values in found.items() if values}
+    if "seconds" not in middle:
+        return ""
+    said = [f"{short(middle['seconds'])} s"]
+    said += [f"{short(middle[f'{thing}_per_second'])} {thing} a second"
+             for thing in ("pairs", "tokens") if f"{thing}_per_second" in middle]  # fmt: skip
+    said += [f"{percent(middle['mfu'])} of the devices’ peak (MFU)"] if "mfu" in middle else []
+    parts = {name.partition("/")[2]: value for name, value in middle.items() if name.startswith("seconds/")}
+    shares = ", ".join(f"{escape(part)} {percent(value / middle['seconds'])}" for part, value in parts.items())
+    return f"<p>A training step (median): {', '.join(said)}.{f' Of its time: {shares}.' if shares else ''}</p>"
 
 
 def _duration(seconds: float) -> str:

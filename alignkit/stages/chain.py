@@ -22,14 +22,16 @@ from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.training.distributed import Process, on_main
 from alignkit.training.export import export_folder
-from alignkit.training.loop import Link, train, train_folder
+from alignkit.training.loop import AtPeak, Link, train, train_folder
 from alignkit.training.masters import handed_on
 from alignkit.training.supply import Supply
 
 
-def run_chain(config: Config, process: Process) -> bool:
+def run_chain(config: Config, process: Process, at_peak: AtPeak = lambda *_: None) -> bool:
     """Train every stage of `config.stages` that is not done; the last one exports to output.dir/export. Every process
-    calls this. False if a signal ended it early, or a stage waits for somebody; the same call goes on where it was."""
+    calls this. False if a signal ended it early, or a stage waits for somebody; the same call goes on where it was.
+
+    at_peak: as for `train`."""
     stages = stage_configs(config)
     check_chain(stages)  # the last one's faults too, before the first one trains
 
@@ -49,7 +51,7 @@ def run_chain(config: Config, process: Process) -> bool:
             build_own_pairs(stage, process)
         last, few = number == len(stages), config.few_step_sampler
         link = Link(before, export_folder(config) if last else None, keep_settings, few.num_steps if few else None)
-        if not train(stage, process, link, supply):
+        if not train(stage, process, link, supply, at_peak):
             return False
         if process.main:
             say(f"stage {name} took {time.monotonic() - begun:.0f} s")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from alignkit.training.engine import (
     process_put_back,
 )
 from alignkit.training.export import averaged, export, export_folder, export_lora, export_record
+from alignkit.training.health import timings
 from alignkit.training.heartbeat import Pulse, heartbeat
 from alignkit.training.masters import MASTERS, hand_on, handed_on
 from alignkit.training.metrics import MetricsLog
@@ -67,14 +67,25 @@ class Link:
     few_steps: int | None = None
 
 
+AtPeak = Callable[[Config, Process, bool], float | None]
+"""Seconds of a step's arithmetic at the devices' peak, of a later stage or not; None where no peak is known."""
+
+
 @process_put_back()
-def train(config: Config, process: Process, link: Link | None = None, supply: Supply | None = None) -> bool:
+def train(
+    config: Config,
+    process: Process,
+    link: Link | None = None,
+    supply: Supply | None = None,
+    at_peak: AtPeak = lambda *_: None,
+) -> bool:
     """Train from the newest whole checkpoint to `train.steps`, then export; returns True. Every process calls this.
 
     SIGTERM or an interrupt ends it after the micro-batch under way, with a checkpoint of the last whole step; it then
     returns False. As a stage
     (`link`) it starts from the weights of the stage before and hands its own on; once it has, it is not run again.
-    supply: makes the pairs along the way; they are else those of the configuration.
+    supply: makes the pairs along the way; they are else those of the configuration. at_peak: what the log's `mfu` is
+    taken from.
     """
     accumulation_steps(config, process.world_size)  # refused before anything loads
     check_optimizer(config)
@@ -82,10 +93,12 @@ def train(config: Config, process: Process, link: Link | None = None, supply: Su
         check_reference(config)
     check_shared(process, config.output.dir)
     with group_lock(process, config.output.dir, "train"), heartbeat(process, config.train.stuck_seconds) as pulse:
-        return _train(config, process, link, supply, pulse)
+        return _train(config, process, link, supply, pulse, at_peak)
 
 
-def _train(config: Config, process: Process, link: Link | None, supply: Supply | None, pulse: Pulse) -> bool:
+def _train(
+    config: Config, process: Process, link: Link | None, supply: Supply | None, pulse: Pulse, at_peak: AtPeak
+) -> bool:
     folder = train_folder(config)
     store = None if supply else PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)
@@ -114,7 +127,8 @@ def _train(config: Config, process: Process, link: Link | None, supply: Supply |
     del start  # the first process may hold a copy
     run.pulse = pulse
     try:
-        if not _iterate(run, folder, terms, link, supply):
+        ideal = at_peak(config, process, bool(link and link.start)) if process.main else None
+        if not _iterate(run, folder, terms, link, supply, ideal):
             return False
         pulse.at("exporting")
         target = link.export if link else export_folder(config)
@@ -214,8 +228,12 @@ def _too_far(folder: Path, done: int, steps: int) -> str:
     return f"{folder}: this stage was trained for {done} steps, more than its train.steps, {steps}; put it back"
 
 
-def _iterate(run: Run, folder: Path, terms: dict, link: Link | None, supply: Supply | None) -> bool:
-    """Every step that is left, each logged, some of them saved; False if a signal ended it early."""
+def _iterate(
+    run: Run, folder: Path, terms: dict, link: Link | None, supply: Supply | None, at_peak: float | None
+) -> bool:
+    """Every step that is left, each logged, some of them saved; False if a signal ended it early.
+
+    at_peak: seconds of a step's arithmetic at the devices' peak."""
     process, policy, train = run.process, run.policy, run.config.train
     done, changed, reshaped = checkpoints.load_latest(policy, folder / "checkpoints", terms, run.parts, train)
     if supply:
@@ -231,6 +249,8 @@ def _iterate(run: Run, folder: Path, terms: dict, link: Link | None, supply: Sup
             link.accepted()
     log = MetricsLog(folder, done) if process.main else None
     saved, bad_in_a_row = Saved(-1 if reshaped else done), 0
+    data = run.config.data
+    tokens = run.model.video_tokens(data.num_frames, data.height, data.width)
 
     def save(step: int) -> None:
         if step == saved.step:
@@ -253,6 +273,8 @@ def _iterate(run: Run, folder: Path, terms: dict, link: Link | None, supply: Sup
                     run.pulse.at(f"making pairs for step {number + 1}")
                     supplied = supply.refresh(run, number)
                 stepping = time.perf_counter()
+                videos = run.sides * train.global_batch_size
+                peak = None if run.distils else at_peak
                 step = run.step(number)
             except (Waiting, Abandoned) as reason:
                 save(number)
@@ -262,7 +284,9 @@ def _iterate(run: Run, folder: Path, terms: dict, link: Link | None, supply: Sup
             run.pulse.took(time.perf_counter() - stepping)
             bad_in_a_row = 0 if step.applied else bad_in_a_row + 1
             if log:
-                log.write(number + 1, _printable(step.metrics | supplied), _timings(begun, len(step.rows)))
+                step.seconds["data"] += stepping - begun
+                health = timings(time.perf_counter() - begun, step.seconds, len(step.rows), videos * tokens, peak)
+                log.write(number + 1, _printable(step.metrics | supplied), health)
                 bar.advance(note=f"loss {step.metrics['loss']:.4f}  winner's error {step.metrics['error_w']:.4f}")
                 if not step.applied:
                     say(f"step {number + 1} is skipped, its loss or gradient is not finite: {_at_fault(run, step)}")
@@ -308,14 +332,6 @@ def _printable(metrics: dict) -> dict:
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()
     }
-
-
-def _timings(start: float, pairs: int) -> dict[str, float]:
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    return {"seconds": seconds, "pairs_per_second": pairs / seconds, "peak_memory_gb": peak / 1e9}
 
 
 def _stop_diverged(run: Run, folder: Path, number: int, rows: list) -> None:

@@ -22,6 +22,7 @@ from alignkit.training.average import Average
 from alignkit.training.branches import Sides, backward_apart, predict_sides
 from alignkit.training.distributed import Process, any_process, gather
 from alignkit.training.engine import accumulation_steps, release, start_policy
+from alignkit.training.health import Clock
 from alignkit.training.heartbeat import Pulse
 from alignkit.training.order import global_batch, rank_share
 from alignkit.training.references import Reference, start_reference
@@ -41,12 +42,13 @@ class Abandoned(Exception):
 @dataclass(frozen=True)
 class Step:
     """What came of one step: means over the global batch, its (row, epoch) pairs, whether the optimizer took it, and if
-    not, the rows of pairs whose own numbers are not finite."""
+    not, the rows of pairs whose own numbers are not finite; and where this process's time went, seconds by part."""
 
     metrics: dict
     rows: list[tuple[int, int]]
     applied: bool
     bad_rows: tuple[int, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,6 +79,15 @@ class Run:
     average: Average | None = None
     stop: Callable[[], bool] = lambda: False
     pulse: Pulse = field(default_factory=lambda: Pulse(math.inf))
+    clock: Clock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.process.device)
+
+    @property
+    def sides(self) -> int:
+        """Videos of a pair that the next step learns from."""
+        return 1 if self.reference is None or self.distils else 2
 
     @property
     def parts(self) -> dict[str, object]:
@@ -122,10 +133,12 @@ class Run:
                 if hasattr(part, "observe") and not self.distils:
                     part.observe(metrics | signals)
             if self.reference is not None and hasattr(self.reference, "after_step"):
+                self.clock.at("reference")
                 self.reference.after_step(self.policy)
             if self.average is not None:
                 self.average.after_step()
-        return Step(metrics, rows, applied, () if applied else self._bad_rows(numbers, share))
+        bad_rows = () if applied else self._bad_rows(numbers, share)
+        return Step(metrics, rows, applied, bad_rows, self.clock.stop())
 
     def keep_optimizer_settings(self) -> None:
         """The optimizer's settings are the file's; a checkpoint that was loaded has put its own in their place."""
@@ -150,13 +163,18 @@ class Run:
         sides: the policy's predictions, where they are there already."""
         if self.reference is None:
             return supervised_loss(predictions(self.model, self.policy, states, slice(len(batch))), batch, states)
+        self.clock.at("reference")
         references = self.reference.answer(batch, states)
+        self.clock.at("policy")
         beta = None if self.beta is None else self.beta.value
         winner, loser = sides or predictions(self.model, self.policy, states).chunk(2)
         loss = preference_loss(self.config.objective, (winner, loser), references, batch, states, beta)
         if self.teacher is None:
             return loss
-        return loss.beside(self.teacher.distance(loser, states, self.store.negative_text), self.teacher.weight)
+        self.clock.at("teacher")
+        distance = self.teacher.distance(loser, states, self.store.negative_text)
+        self.clock.at("policy")
+        return loss.beside(distance, self.teacher.weight)
 
     def distillation(self, batch: PairBatch, epochs: Tensor) -> tuple[TrainingLoss, States]:
         """The loss of a micro-batch in a step that distils, and the states that it was taken at."""
@@ -165,15 +183,18 @@ class Run:
         return supervised_loss(predictions(self.model, self.policy, states), taught, states), states
 
     def _forward_backward(self, micro: list[tuple[int, int]], number: int) -> dict[str, Tensor]:
+        self.clock.at("data")
         batch = load_rows(self.store, [row for row, _ in micro], self.process.device)
         epochs = torch.tensor([epoch for _, epoch in micro])
         sides = None
         if self.distils:
+            self.clock.at("policy")
             result, states = self.distillation(batch, epochs)
         else:
             states = self.states(batch, epochs)
             if self.few_step:
                 batch = with_next_steps(self.law, batch, epochs)
+            self.clock.at("policy")
             if self.config.train.branches == "apart" and self.reference is not None:
                 sides = predict_sides(self.model, self.policy, states)
             result = self.loss(batch, states, sides)
@@ -184,7 +205,9 @@ class Run:
             self.policy.backward(loss)
         else:
             backward_apart(self.model, self.policy, states, sides, loss)
+        self.clock.at("optimizer")
         self.policy.step()
+        self.clock.at("policy")
         numbers = diagnostics(self.config.objective, result, states)
         if self.store.inverted:
             numbers |= inversion_numbers(batch, self.config.noise.max_inversion_error)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from alignkit import config
 from alignkit.errors import DataError
+from alignkit.files import write_lines
 from alignkit.report import write_report
 from alignkit.report.run import read_run
 from alignkit.report.tables import OBJECTIVES
@@ -245,6 +246,17 @@ def test_a_half_written_last_line_of_metrics_is_passed_over(run):
     file = run / "train" / "metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 61, "loss": 0.')
     assert "in 60 steps" in page_of(run).text
+
+
+def test_how_fast_a_step_was_and_where_its_time_went_is_said(run):
+    parts = {"seconds/policy": 3.0, "seconds/optimizer": 1.0}
+    rows = [{"step": i, "seconds": s, "pairs_per_second": 16 / s, **parts} for i, s in enumerate((9.0, 4.0, 4.0), 1)]
+    write_lines(run / "train" / "timings.jsonl", rows)
+    page = write_report(run).read_text()
+    assert "A training step (median): 4.000 s, 4.000 pairs a second." in page
+    assert "Of its time: policy 75.0 %, optimizer 25.0 %." in page
+    write_lines(run / "train" / "timings.jsonl", [row | {"mfu": 0.384} for row in rows])
+    assert "4.000 pairs a second, 38.4 % of the devices’ peak (MFU). Of" in write_report(run).read_text()
 
 
 def test_numbers_that_nobody_knows_are_drawn_too(run):
