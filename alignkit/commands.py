@@ -227,18 +227,20 @@ def _decoded(model, pair: Pair) -> StoredPair:
 
 
 def _cache_reference(config: Config) -> None:
-    from alignkit.planning.preset import resolved
+    from alignkit.planning.preset import check_offload, resolved
 
     process = start_process()
     with group_lock(process, config.output.dir, "cache-reference"):
+        run = resolved(_run_to_cache(config), process)
+        check_offload(run, process)
         config.output.dir.mkdir(parents=True, exist_ok=True)
-        build_cache(resolved(_run_to_cache(config), process), process)
+        build_cache(run, process)
     if config.reference.strategy != "cached" and process.main:
         say("train with reference.strategy=cached to use them")
 
 
 def _train(config: Config) -> None:
-    from alignkit.planning.preset import resolved
+    from alignkit.planning.preset import check_offload, resolved
     from alignkit.planning.rate import seconds_at_peak
     from alignkit.stages.chain import run_chain
     from alignkit.training.loop import train
@@ -246,6 +248,7 @@ def _train(config: Config) -> None:
     process = start_process()
     with group_lock(process, config.output.dir, "train"):
         config = resolved(config, process)
+        check_offload(config, process)
         run = run_chain if config.stages else train
         done = run(config, process, at_peak=seconds_at_peak)
     if not done:

@@ -7,6 +7,7 @@ import torch
 
 from alignkit.config import Config
 from alignkit.doctor.places import memory_limit
+from alignkit.errors import ConfigError
 from alignkit.models import load_model, working_dtype
 from alignkit.planning.constants import FILLED, GPUS_A_NODE, RESERVED, Gpu
 from alignkit.planning.memory import Memory, Parameters, memory, parameters, said
@@ -77,6 +78,28 @@ def choose(config: Config, found: Outline, count: Parameters, room: Room, gpus: 
     return Choice(taken, why if needs[taken] <= room.size else f"{why}; none fits by calculation")
 
 
+def check_offload(config: Config, process: Process) -> None:
+    """Every process calls this. Raises ConfigError where a machine's main memory is less than what `zero3-offload` puts
+    there, by the plan's numbers."""
+    stages = stage_configs(config) if config.stages else [("", config)]
+    offloads = [(name, stage) for name, stage in stages if stage.deepspeed.preset == "zero3-offload"]
+    if not offloads:
+        return
+    there = min(gather(memory_limit()[0]))
+
+    def check() -> None:
+        for name, stage in offloads:
+            needed = sum(_needed_here(stage, process).host.values())
+            if needed > there:
+                raise ConfigError(
+                    f"{f'stage {name}: ' if name else ''}deepspeed.preset=zero3-offload: puts {said(needed)} into a "
+                    f"machine's main memory by calculation, {said(there)} are there; take more machines, "
+                    "train.lora={} or another preset"
+                )
+
+    on_main(process, check)
+
+
 def resolved(config: Config, process: Process) -> Config:
     """`config` with a preset in place of each `auto`, in the entries of its stages where it is a chain: what an earlier
     start of the run was given, here or on another machine; else what its cached errors were computed with; else what
@@ -135,12 +158,23 @@ def _cached_with(config: Config) -> str | None:
 
 
 def _chosen_here(config: Config, room: Room, process: Process, later: bool) -> Choice:
-    section, device = config.model, process.device
+    here, dtype = _as_here(config, process)
+    found = outline(here)
+    return choose(here, found, parameters(found, here, dtype), room, process.world_size, later=later)
+
+
+def _needed_here(config: Config, process: Process) -> Memory:
+    here, dtype = _as_here(config, process)
+    found = outline(here)
+    return memory(found, here, regime(here, process.world_size), parameters(found, here, dtype))
+
+
+def _as_here(config: Config, process: Process) -> tuple[Config, torch.dtype]:
+    """With the dtype that is computed in here, and a model whose sizes are at hand."""
+    section = config.model
     if section.path not in SHIPPED:  # its sizes are there once its files are
         model = load_model(section, with_transformer=False, with_encoders=False)
         section = section.model_copy(update={"path": str(model.local_folder())})
-    dtype = working_dtype(section, device)
-    name = "bf16" if dtype == torch.bfloat16 else "fp32"
-    as_here = config.model_copy(update={"model": section.model_copy(update={"dtype": name})})
-    found = outline(as_here)
-    return choose(as_here, found, parameters(found, as_here, dtype), room, process.world_size, later=later)
+    dtype = working_dtype(section, process.device)
+    section = section.model_copy(update={"dtype": "bf16" if dtype == torch.bfloat16 else "fp32"})
+    return config.model_copy(update={"model": section}), dtype

@@ -9,6 +9,7 @@ import torch
 
 from alignkit.commands import run_command
 from alignkit.config import load_config
+from alignkit.errors import ConfigError
 from alignkit.planning import preset
 from alignkit.planning.constants import FILLED, RESERVED, gpu_named
 from alignkit.planning.memory import memory, parameters
@@ -114,3 +115,33 @@ def test_a_run_that_reads_cached_errors_takes_the_preset_that_they_were_computed
     terms_file(cache_folder(config), HOLDS).write_text(json.dumps(asdict(made)))
     assert resolved(config, start_process()).deepspeed.preset == "zero3"
     assert "auto is zero3: as its cached errors were computed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "cache-reference"])
+def test_offload_into_less_memory_than_it_takes_is_refused_before_anything_is_written(
+    run_with_pairs, monkeypatch, command
+):
+    config = run_with_pairs("run", "deepspeed.preset=zero3-offload")[0]
+    before = sorted(config.output.dir.rglob("*"))
+    monkeypatch.setattr(preset, "memory_limit", lambda: (1, 0))
+    with pytest.raises(ConfigError, match=r"preset=zero3-offload: puts .* main memory by calculation, .* are there"):
+        run_command(command, config)
+    assert [file for file in sorted(config.output.dir.rglob("*")) if file.name != ".run.lock"] == before
+
+
+def test_offload_is_let_be_where_the_plan_says_that_it_fits(small_config, monkeypatch):
+    config, process = small_config("deepspeed.preset=zero3-offload"), start_process()
+    needed = int(sum(preset._needed_here(config, process).host.values()))
+    monkeypatch.setattr(preset, "memory_limit", lambda: (needed + 1, 0))
+    preset.check_offload(config, process)
+    monkeypatch.setattr(preset, "memory_limit", lambda: (needed - 1, 0))
+    with pytest.raises(ConfigError):
+        preset.check_offload(config, process)
+
+
+def test_a_stage_that_offloads_is_named(small_config, monkeypatch):
+    monkeypatch.setattr(preset, "memory_limit", lambda: (1, 0))
+    preset.check_offload(small_config("stages=[sft]"), start_process())
+    chain = small_config("stages=[sft, {name: localdpo, deepspeed: {preset: zero3-offload}}]")
+    with pytest.raises(ConfigError, match=r"stage localdpo: deepspeed\.preset=zero3-offload"):
+        preset.check_offload(chain, start_process())
