@@ -58,9 +58,10 @@ def test_another_number_of_processes_goes_on_with_the_same_curve(
     # the first step after it is of the same weights, states and micro-batches
     for key in ("loss", "error_w", "error_l", "beta", "global/gap_w", "global/gap_l", "noise_level"):
         assert second[4][key] == pytest.approx(first[4][key], rel=1e-9, abs=1e-12), key
-    # then gradients were summed by other processes, which send them in bf16 where the network is
+    # then gradients were summed by other processes, which send them in bf16 where the network is; a forward is some
+    # 10³ fp32 roundings deep
     for key in ("loss", "error_w"):
-        assert second[5][key] == pytest.approx(first[5][key], rel=5e-2 if "bf16" in kind else 1e-4), key
+        assert second[5][key] == pytest.approx(first[5][key], rel=5e-2 if "bf16" in kind else 1e3 * 2**-24), key
     folder = train_folder(config) / "checkpoints"
     manifest = json.loads((folder / "step-00000006" / "manifest.json").read_text())
     assert manifest["world_size"] == manifest["shards"] == after

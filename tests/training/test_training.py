@@ -56,10 +56,11 @@ def test_two_processes_agree_with_one_whoever_starts_them(run_with_pairs, proces
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         # Both sum the same numbers in another order. A forward is some 10³ fp32 roundings deep, so errors agree to
         # 1e3·2⁻²⁴; a logit is β/2 = 2500 times a difference of errors near 1; Adam's first steps are sign-like,
-        # so a weight whose gradient is all rounding may move the other way: 2·lr·steps of it.
+        # so a weight whose gradient is all rounding may move the other way: 2·lr·steps of it. The gradient carries the
+        # factor σ(−logit), whose logarithm has a slope of at most 1: its norm differs by no more than a logit.
         assert a["error_w"] == pytest.approx(b["error_w"], rel=1e3 * 2**-24)
         assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=2500 * 1e3 * 2**-24)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2500 * 1e3 * 2**-24)
     torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "alignkit")
     deepspeed = ("deepspeed.launcher.runner", "--num_gpus", "2", "--module", "alignkit")
     for launcher in (torchrun, deepspeed):
