@@ -218,6 +218,15 @@ class TrainSection(Section):
     restart: bool = Field(False, description="start over where checkpoints exist and none is whole")
     reshape: bool = Field(False, description="convert a checkpoint of another number of processes (--reshape)")
     accept: tuple[str, ...] = Field((), description="settings that may differ from the checkpoint's, by name")
+    validate_every: Positive | None = Field(
+        None, description="steps from one look at the held-out pairs to the next, the first before any; null: none"
+    )
+    validate_samples: Count = Field(4, description="videos sampled at each look, from the same noise every time")
+    max_winner_error: NonNegative | None = Field(
+        None,
+        description="end the run when a look finds the winner's error above where the run began by more than this "
+        "share of it; null: never",
+    )
     lora: LoraSection | None = Field(None, description="train adapters, {} for the defaults; null: every weight")
     max_bad_steps: Positive = Field(5, description="non-finite steps in a row after which the run stops")
     stuck_seconds: Annotated[Number, Field(gt=0)] = Field(
@@ -232,6 +241,12 @@ class TrainSection(Section):
             raise ValueError("min_learning_rate: is where schedule cosine ends; set schedule: cosine, or leave it out")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate: {self.min_learning_rate:g} is above learning_rate")
+        return self
+
+    @model_validator(mode="after")
+    def _looked_at(self) -> "TrainSection":
+        if self.max_winner_error is not None and self.validate_every is None:
+            raise ValueError("max_winner_error: is what looks at held-out pairs find; set validate_every too")
         return self
 
     @model_validator(mode="before")
