@@ -228,6 +228,15 @@ class TrainSection(Section):
     restart: bool = Field(False, description="start over where checkpoints exist and none is whole")
     reshape: bool = Field(False, description="convert a checkpoint of another number of processes (--reshape)")
     accept: tuple[str, ...] = Field((), description="settings that may differ from the checkpoint's, by name")
+    validate_every: Positive | None = Field(
+        None, description="steps from one look at the held-out pairs to the next, the first before any; null: none"
+    )
+    validate_samples: Count = Field(4, description="videos sampled at each look, from the same noise every time")
+    max_winner_error: NonNegative | None = Field(
+        None,
+        description="end the run when a look finds the winner's error above where the run began by more than this "
+        "share of it; null: never",
+    )
     lora: LoraSection | None = Field(None, description="train adapters, {} for the defaults; null: every weight")
     ema: Annotated[Number, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="decay of an average of what is trained, e.g. 0.999, exported beside it; null: none"
@@ -255,6 +264,12 @@ class TrainSection(Section):
                 f"betas: {max(self.betas):g} is too slow for optimizer 'adamw_bf16', whose moments are rounded to 8 "
                 "bits; 0.996 or less, or another optimizer"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _looked_at(self) -> "TrainSection":
+        if self.max_winner_error is not None and self.validate_every is None:
+            raise ValueError("max_winner_error: is what looks at held-out pairs find; set validate_every too")
         return self
 
     @model_validator(mode="before")

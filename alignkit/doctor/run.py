@@ -16,6 +16,10 @@ MARKS = (SETTINGS, RUN_LOCK, "pairs/train/pairs.json", "rollouts/rollouts.json",
          "reference/reference.json", "stages.json")  # fmt: skip
 AFTER = {"sample": "samples/samples.jsonl", "eval": "summary.json", "report": "report.html"}
 NAMED = 3
+BETTER = (
+    "start again in another output.dir with a lower train.learning_rate or a higher objective.weight_sft, or go on "
+    "from there with a higher train.max_winner_error"
+)
 
 
 def diagnose(folder: Path, *, hashed: bool = False) -> list[Finding]:
@@ -72,6 +76,7 @@ class _Run:
     def done(self, training: Training, steps: int | None) -> bool:
         last = training is self.stages[-1][1]
         reached = steps is not None and training.newest is not None and training.newest.step >= steps
+        reached |= training.newest is not None and training.stopped.get("step") == training.newest.step
         if last and not self.exported:
             return False
         return training.handed_on or (reached and last)
@@ -130,6 +135,11 @@ class _Run:
             )
             yield Finding("", text)
         yield from self._saved(training)
+        if training.stopped:
+            change, most = training.stopped["winner_error_change"], training.stopped["max_winner_error"]
+            found = "could not be told" if change is None else f"had changed by {change:+.2%}"
+            text = f"the winner's error on held-out pairs {found}, and train.max_winner_error is {most:.2%}"
+            yield Finding("", f"ended early after step {training.stopped['step']}: {text}", BETTER)
         for batch in training.diverged:
             pairs = pairs_of(batch)
             named = f": pairs {', '.join(pairs[:NAMED])}{', …' * (len(pairs) > NAMED)}" if pairs else ""

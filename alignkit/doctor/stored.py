@@ -91,6 +91,11 @@ class Training:
         """Batches at which it gave up, the last one last."""
         return sorted(self.folder.glob("diverged-step-*.parquet"), key=_number)
 
+    @cached_property
+    def stopped(self) -> dict:
+        """Why it ended early: "step", "winner_error_change" and "max_winner_error"; empty where it did not."""
+        return record(self.folder / "stopped.json")
+
     @property
     def processes(self) -> int:
         return record(self.folder / "run.json").get("processes", 1)

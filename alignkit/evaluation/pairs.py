@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.config import Config
-from alignkit.models import family_module
 from alignkit.objectives.diagnostics import accuracy
-from alignkit.objectives.states import evaluation_states
+from alignkit.objectives.scored import score
+from alignkit.objectives.states import predictions
 from alignkit.progress import progress
 from alignkit.stores.pairs import PairStore
-from alignkit.training.run import load_rows
-from alignkit_kernels import NoiseKey, PairRegionErrors, Stream, losses, pair_region_errors
+from alignkit.training.heldout import Point, points, rows_of, shape_of, shown_at
+from alignkit_kernels import PairRegionErrors, losses
 
 
 @dataclass(frozen=True)
@@ -31,62 +31,43 @@ class PairScores:
     reference_error_l: Tensor
 
 
-@torch.no_grad()
 def score_pairs(
     config: Config, model, store: PairStore, policy: nn.Module, reference: nn.Module, title: str, device: torch.device
 ) -> PairScores:
     """Compare `policy` with `reference` on every pair of `store`, with noise keyed by (seed, pair id, draw)."""
-    evaluation, predict = config.evaluation, family_module(model.family).predict
-    schedule = model.schedule(config.sample.num_inference_steps)
-    rows = [int(position * len(schedule)) for position in evaluation.positions]
-    chunks = [
-        list(range(first, min(first + evaluation.batch_size, len(store))))
-        for first in range(0, len(store), evaluation.batch_size)
-    ]
-    collected: list[dict[str, Tensor]] = []
-    with progress(title, len(rows) * evaluation.draws * len(store)) as bar:
-        for position, row in enumerate(rows):
-            for draw in range(evaluation.draws):
-                for chunk in chunks:
-                    batch = load_rows(store, chunk, device)
-                    count = len(batch)
-                    key = NoiseKey(evaluation.seed, batch.ids, position * evaluation.draws + draw, Stream.EVALUATION)
-                    states = evaluation_states(
-                        model,
-                        batch,
-                        schedule.coefficients[row].expand(count, 4),
-                        schedule.timesteps[row].expand(count),
-                        key,
-                        model.dtype,
-                    )
-                    inputs = (states.inputs, states.timesteps, states.text)
-                    pred_w, pred_l = predict(policy, *inputs).chunk(2)
-                    ref_w, ref_l = predict(reference, *inputs).chunk(2)
-                    errors = pair_region_errors(
-                        pred_w,
-                        pred_l,
-                        batch.winner,
-                        batch.loser,
-                        states.coefficients,
-                        key,
-                        reference_w=ref_w,
-                        reference_l=ref_l,
-                        regions=batch.mask,
-                        num_regions=2,
-                    )
-                    collected.append(_per_pair(errors, config.objective.largest_beta))
-                    bar.advance(count)
-    shape = (len(rows), evaluation.draws, len(store))
+    wanted, collected = points(config, model, store), []
+    with progress(title, sum(len(point.pairs) for point in wanted)) as bar:
+        for point in wanted:
+            collected.append(score_point(config, model, store, policy, reference, point, device))
+            bar.advance(len(point.pairs))
+    return joined(config, model, store, collected)
+
+
+@torch.no_grad()
+def score_point(
+    config: Config, model, store: PairStore, policy: nn.Module, reference: nn.Module, point: Point, device: torch.device
+) -> dict[str, Tensor]:
+    """The numbers of `PairScores` at one point, fp64 [pairs] each, on CPU."""
+    batch, states = shown_at(config, model, store, point, device, model.dtype)
+    winner, loser = predictions(model, policy, states).chunk(2)
+    reference_w, reference_l = predictions(model, reference, states).chunk(2)
+    sums = score((winner, loser), (reference_w, reference_l), batch, states)
+    return _per_pair(sums, config.objective.largest_beta)
+
+
+def joined(config: Config, model, store: PairStore, parts: list[dict[str, Tensor]]) -> PairScores:
+    """What was scored at all `points`, in their order."""
+    schedule, shape = model.schedule(config.sample.num_inference_steps), shape_of(config, store)
     return PairScores(
-        noise_levels=[schedule.coefficients[row, 1].item() for row in rows],
-        **{name: torch.cat([part[name] for part in collected]).cpu().reshape(shape) for name in collected[0]},
+        noise_levels=[schedule.coefficients[row, 1].item() for row in rows_of(config, model)],
+        **{name: torch.cat([part[name] for part in parts]).reshape(shape) for name in parts[0]},
     )
 
 
 def _per_pair(errors: PairRegionErrors, beta: float) -> dict[str, Tensor]:
     assert errors.gap_w is not None and errors.gap_l is not None
     means = losses.pair_means(errors.error_w, errors.error_l, errors.gap_w, errors.gap_l, errors.count)
-    return {
+    numbers = {
         "region_logit": losses.logits_of(means.region_gap_w, means.region_gap_l, beta),
         "global_logit": losses.logits_of(means.gap_w, means.gap_l, beta),
         "error_w": means.error_w,
@@ -94,6 +75,7 @@ def _per_pair(errors: PairRegionErrors, beta: float) -> dict[str, Tensor]:
         "reference_error_w": means.error_w - means.gap_w,
         "reference_error_l": means.error_l - means.gap_l,
     }
+    return {name: number.cpu() for name, number in numbers.items()}
 
 
 def describe(scores: PairScores) -> dict:

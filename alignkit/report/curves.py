@@ -27,7 +27,7 @@ def curves(run: Run) -> str:
 <h2>Curves</h2>
 <h3>Training</h3>
 {body}
-<h3>Held-out pairs by noise level</h3>
+{_while_training(run)}<h3>Held-out pairs by noise level</h3>
 {_by_noise_level(run)}
 </section>
 """
@@ -173,6 +173,42 @@ def _main_plots(run: Run, log: Log) -> list[str]:
     ]
 
 
+def _while_training(run: Run) -> str:
+    """What `train.validate_every` saw; nothing where it did not look."""
+    if not run.validation:
+        return ""
+    log = Log(run.validation)
+    most = number(run.config, "train", "max_winner_error")
+    limit = [Rule(100 * most, "train.max_winner_error")] if most is not None else []
+    changes = [
+        Series(label, [(row["step"], _percents(number(row, f"{side}_error_change"))) for row in log.rows], colour)
+        for side, label, colour in (("winner", "winner", 1), ("loser", "loser", 3))
+    ]
+    figures = [
+        _training(
+            "Accuracy on held-out pairs",
+            "Share of pairs never trained on whose winner is favoured, against the model that the training began with: "
+            "the same noise at every look, so it begins at exactly 0.5.",
+            [log.series("region_accuracy", "region", 1), log.series("global_accuracy", "global", 2)],
+            smooth=False,
+            y_limits=SHARES,
+            rules=[Rule(0.5, "coin toss")],
+        ),
+        _training(
+            "Change of their errors, in percent",
+            "Since the training began. The winner's should not rise: where it does, real videos are unlearned.",
+            changes,
+            smooth=False,
+            rules=[Rule(0.0, "as it began"), *limit],
+        ),
+    ]
+    return f"<h3>Held-out pairs while training</h3>\n{_grid(figures)}\n"
+
+
+def _percents(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
 def _start_of_loss(objective: dict | None) -> tuple[str, list[Rule]]:
     """How to read the loss, and a line at its value while policy and reference agree."""
     name = str(objective.get("name", "local_dpo")) if isinstance(objective, dict) else "local_dpo"
@@ -247,8 +283,7 @@ def _change(row: dict, side: str) -> float | None:
 
 
 def _points(row: dict, side: str) -> float | None:
-    change = _change(row, side)
-    return None if change is None else 100 * change
+    return _percents(_change(row, side))
 
 
 def _table(levels: list[dict]) -> str:

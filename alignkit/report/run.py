@@ -21,6 +21,7 @@ class Run:
     config: dict
     metrics: list[dict]
     timings: list[dict]
+    validation: list[dict]
     evaluation: dict
     pairs: list[Path]
     samples: list[dict]
@@ -52,6 +53,7 @@ def read_run(folder: Path) -> Run:
         config=_yaml(config_text),
         metrics=_logged(folder, _yaml(config_text), "metrics"),
         timings=_logged(folder, _yaml(config_text), "timings"),
+        validation=_logged(folder, _yaml(config_text), "validation"),
         evaluation=_object(_text(folder / "eval.json")),
         pairs=sorted((folder / "report_pairs").glob("*.npz")),
         samples=_lines(folder / "samples" / "samples.jsonl"),
@@ -63,12 +65,14 @@ def read_run(folder: Path) -> Run:
 def _logged(folder: Path, config: dict, name: str) -> list[dict]:
     """NAME.jsonl of the run, or of a chain's stages one after the other, their steps counted on."""
     rows: list[dict] = []
+    before: float = 0
     stages = config.get("stages")
     names = [stage.get("name") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     runs = [folder / "stages" / f"{number:02d}-{name}" for number, name in enumerate(names, 1)] or [folder]
-    for file in [run / "train" / f"{name}.jsonl" for run in runs]:
-        before = number(rows[-1], "step") or 0 if rows else 0
-        rows += [row | {"step": row["step"] + before} for row in _lines(file) if number(row, "step") is not None]
+    for run in [run / "train" for run in runs]:
+        logged = _lines(run / f"{name}.jsonl")
+        rows += [row | {"step": row["step"] + before} for row in logged if number(row, "step") is not None]
+        before += max((number(row, "step") or 0 for row in _lines(run / "metrics.jsonl")), default=0)
     return rows
 
 

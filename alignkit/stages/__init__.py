@@ -56,6 +56,11 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
                 f"{where}: reference.strategy: a cache holds errors of pairs that are there already, and this stage "
                 "makes its own; use copy"
             )
+        if entry.name in SUPPLIED and stage.train.validate_every is not None:
+            raise ConfigError(
+                f"{where}: train.validate_every: a stage that makes its own pairs holds none out; set it to null in "
+                "this entry"
+            )
         if entry.name == "online" and stage.rollout.per_prompt < 2:
             raise ConfigError(f"{where}: rollout.per_prompt: 1 leaves nothing to compare; 2 or more")
         if number > 1 and compares and stage.reference.strategy == "cached":

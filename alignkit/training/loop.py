@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from alignkit.training.references.cached import cache_digest, cache_info, check_
 from alignkit.training.run import Abandoned, Run, Step, start_run
 from alignkit.training.supply import Supply, Waiting
 from alignkit.training.terms import difference, run_terms
+from alignkit.training.validation import STOPPED, check_validation, start_validation
 from alignkit.training.weights import open_start
 
 PAIRS_NAMED = 4
@@ -103,6 +104,7 @@ def _train(
     store = None if supply else PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)
     check_context(config, process, model, store)
+    check_validation(config, model, folder)
     check_checkpointing(config, process, model)
     law = check_noise(config, model)
     if store is not None:
@@ -231,7 +233,8 @@ def _too_far(folder: Path, done: int, steps: int) -> str:
 def _iterate(
     run: Run, folder: Path, terms: dict, link: Link | None, supply: Supply | None, at_peak: float | None
 ) -> bool:
-    """Every step that is left, each logged, some of them saved; False if a signal ended it early.
+    """Every step that is left, each logged, some of them saved; False if a signal ended it early, or a stage of a chain
+    was ended by what it found on held-out pairs.
 
     at_peak: seconds of a step's arithmetic at the devices' peak."""
     process, policy, train = run.process, run.policy, run.config.train
@@ -245,9 +248,13 @@ def _iterate(
         write_json(folder / "run.json", terms | {"processes": process.world_size, "accepted": changed})
         if done:
             say(f"resuming after step {done}")
+        (folder / STOPPED).unlink(missing_ok=True)
         if link:
             link.accepted()
     log = MetricsLog(folder, done) if process.main else None
+    if process.world_size > 1:
+        torch.distributed.barrier()  # what it drops of its files is gone
+    watch = start_validation(run, folder, done, log)
     saved, bad_in_a_row = Saved(-1 if reshaped else done), 0
     data = run.config.data
     tokens = run.model.video_tokens(data.num_frames, data.height, data.width)
@@ -265,7 +272,13 @@ def _iterate(
         save(done)
     with _stop_signals() as stop, progress("training", train.steps, done=done, show=process.main) as bar:
         run.stop = stop
-        for number in range(done, train.steps):
+        ended = None
+        if watch:
+            try:
+                ended = watch.look(done)
+            except Abandoned as reason:
+                return _stopped(process, reason)
+        for number in range(done, done if ended else train.steps):
             begun = time.perf_counter()
             try:
                 supplied = {}
@@ -278,9 +291,7 @@ def _iterate(
                 step = run.step(number)
             except (Waiting, Abandoned) as reason:
                 save(number)
-                if process.main:
-                    say(f"{reason}; the same command continues")
-                return False
+                return _stopped(process, reason)
             run.pulse.took(time.perf_counter() - stepping)
             bad_in_a_row = 0 if step.applied else bad_in_a_row + 1
             if log:
@@ -292,16 +303,29 @@ def _iterate(
                     say(f"step {number + 1} is skipped, its loss or gradient is not finite: {_at_fault(run, step)}")
             if bad_in_a_row >= train.max_bad_steps:
                 _stop_diverged(run, folder, number, step.rows)
+            if watch:
+                with suppress(Abandoned):  # whoever was told to stop still is, and the look will be made up for
+                    ended = watch.look(number + 1)
             stopping, due = any_process(process, stop(), process.main and saved.due(train.checkpoint_minutes))
-            if (number + 1) % train.checkpoint_every == 0 or number + 1 == train.steps or stopping or due:
+            if (number + 1) % train.checkpoint_every == 0 or number + 1 == train.steps or stopping or due or ended:
                 save(number + 1)
             if stopping:
                 if process.main:
                     say(f"stopped after step {number + 1} with a checkpoint; the same command continues")
                 return False
+            if ended:
+                break
     if log:
         log.close()
-    return True
+        if ended:
+            say(ended)
+    return not (ended and link)
+
+
+def _stopped(process: Process, reason: Exception) -> bool:
+    if process.main:
+        say(f"{reason}; the same command continues")
+    return False
 
 
 @dataclass

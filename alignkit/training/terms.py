@@ -7,9 +7,9 @@ from alignkit.stores.pairs import PairStore
 VERSION = 2
 FREE = {
     "steps", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_bad_steps", "restart", "accept",
-    "reshape", "stuck_seconds",
+    "reshape", "stuck_seconds", "validate_every", "validate_samples", "max_winner_error",
 }  # fmt: skip
-"""Of `train`: how long, how often to save, and what to do when something is wrong."""
+"""Of `train`: how long, how often to save and to look at it, and what to do when something is wrong."""
 
 
 def run_terms(config: Config, store: PairStore | None, model) -> dict:

@@ -14,6 +14,7 @@ from alignkit.objectives.preference import preference_loss
 from alignkit.objectives.states import SOURCES, predictions, training_states
 from alignkit.stores.origins import REAL, Origin, Trajectory
 from alignkit.stores.pairs import PairStore, collate
+from alignkit.training.distributed import Process
 from alignkit.training.run import Run
 from alignkit_kernels import NoiseKey, PathState, Stream, add_keyed_noise, keyed_randn, pair_region_errors
 
@@ -234,7 +235,8 @@ def test_a_run_guides_away_from_the_negative_prompt_of_its_rollouts(made_rollout
     assert not torch.equal(store.negative_text, store.empty_text)
     settings = config("noise.guided=true", "noise.path_between=false")
     policy = SimpleNamespace(module=model.transformer)
-    run = Run(settings, None, model, store, policy, None, start_law(settings, model), None)
+    process = Process(0, 1, 0, torch.device("cpu"))
+    run = Run(settings, process, model, store, policy, None, start_law(settings, model), None)
     states = run.states(collate([store[0]]), EPOCHS[:1])
     assert torch.equal(states.negative[0], model.pad_text([store.negative_text])[0])
     assert states.guidance == settings.sampler.guidance > 1

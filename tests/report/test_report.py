@@ -253,10 +253,22 @@ def test_how_fast_a_step_was_and_where_its_time_went_is_said(run):
     rows = [{"step": i, "seconds": s, "pairs_per_second": 16 / s, **parts} for i, s in enumerate((9.0, 4.0, 4.0), 1)]
     write_lines(run / "train" / "timings.jsonl", rows)
     page = write_report(run).read_text()
-    assert "A training step (median): 4.000 s, 4.000 pairs a second." in page
-    assert "Of its time: policy 75.0 %, optimizer 25.0 %." in page
+    said = "A training step (median): 4.000 s, 4.000 pairs a second. Of its time: policy 75.0 %, optimizer 25.0 %."
+    assert said in page
     write_lines(run / "train" / "timings.jsonl", [row | {"mfu": 0.384} for row in rows])
     assert "4.000 pairs a second, 38.4 % of the devices’ peak (MFU). Of" in write_report(run).read_text()
+
+
+def test_what_looks_at_held_out_pairs_found_is_drawn_over_the_steps_of_the_whole_chain(run):
+    assert "Held-out pairs while training" not in page_of(run).text
+    rows = [{"step": step, "region_accuracy": 0.5, "winner_error_change": step / 1000} for step in (0, 40)]
+    write_lines(run / "train" / "validation.jsonl", rows)
+    text = page_of(run).text
+    assert "Held-out pairs while training" in text and "Change of their errors, in percent" in text
+    (run / "config.yaml").write_text("stages: [{name: sft}, {name: localdpo}]\n")
+    for name in ("01-sft", "02-localdpo"):
+        shutil.copytree(run / "train", run / "stages" / name / "train")
+    assert [row["step"] for row in read_run(run).validation] == [0, 40, STEPS, STEPS + 40]
 
 
 def test_numbers_that_nobody_knows_are_drawn_too(run):
