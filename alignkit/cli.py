@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Timer
 from typing import Annotated, Literal, NoReturn
 
@@ -242,6 +243,27 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 def report(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write one self-contained HTML page with curves, pairs, samples and numbers."""
     _run("report", _settings("report", config, overrides))
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's output.dir, sampled.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another, with the same held-out prompts.")],
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the same numbers.")] = None,
+) -> None:
+    """Compare the samples of two runs, drawn from the same prompts and noise: each measure's means, their difference
+    and its 95 % interval, and the settings that differ."""
+    settings = [load_config(run) for run in (first, second)]
+    _quiet_libraries()
+    from alignkit.evaluation.comparison import as_json, described
+    from alignkit.evaluation.comparison import compare as compared
+    from alignkit.files import write_json
+
+    with TemporaryDirectory() as work:
+        found = compared(settings[0], settings[1], Path(work))
+    print(described(found))
+    if out is not None:
+        write_json(out, as_json(found))
 
 
 @app.command()
