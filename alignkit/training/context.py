@@ -39,6 +39,12 @@ def data_ranks(config: Config, world_size: int) -> int:
     return world_size // degree
 
 
+def own_group(config: Config, process: Process) -> tuple[int, int]:
+    """Which of the groups of `data_ranks` this process is in, and how many there are: all processes of a group must
+    show the network the same videos."""
+    return process.rank // config.train.context_parallel, data_ranks(config, process.world_size)
+
+
 def check_context(config: Config, process: Process, model: VideoModel, store: PairStore | None) -> None:
     """Raises ConfigError, before any weight is read, for a network whose heads or tokens cannot be divided, whose
     attention cannot share them, or that diffusers' hooks cannot split as it is.

@@ -20,6 +20,7 @@ from alignkit.objectives.states import States, predictions, training_states
 from alignkit.stores.pairs import PairBatch, PairStore, collate
 from alignkit.training.average import Average
 from alignkit.training.branches import Sides, backward_apart, predict_sides
+from alignkit.training.context import own_group
 from alignkit.training.distributed import Process, any_process, gather
 from alignkit.training.engine import accumulation_steps, release, start_policy
 from alignkit.training.health import Clock
@@ -106,8 +107,7 @@ class Run:
         """
         config, process = self.config, self.process
         rows = self._rows(number)
-        degree = config.train.context_parallel
-        share = rank_share(rows, process.rank // degree, process.world_size // degree)
+        share = rank_share(rows, *own_group(config, process))
         self._set_learning_rate(number)
         micro_batches = _chunks(share, accumulation_steps(config, process.world_size))
         numbers: list[dict[str, Tensor]] = []

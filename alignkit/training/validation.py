@@ -25,6 +25,7 @@ from alignkit.objectives.states import predictions
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.training import manifest
+from alignkit.training.context import own_group
 from alignkit.training.distributed import gather, on_main
 from alignkit.training.heldout import points, shape_of, shown_at
 from alignkit.training.metrics import VALIDATION, MetricsLog, read_metrics
@@ -174,12 +175,13 @@ class Validation:
     @torch.no_grad()
     def _score(self, step: int) -> Errors:
         run, process = self.run, self.run.process
+        group, groups = own_group(run.config, process)
         wanted = points(run.config, run.model, self.store)
         dtype = next(run.policy.module.parameters()).dtype
         own: dict[int, tuple[Tensor, Tensor]] = {}
-        for first in range(0, len(wanted), process.world_size):
+        for first in range(0, len(wanted), groups):
             self._next(step, f"held-out pairs, part {first + 1} of {len(wanted)}")
-            number = min(first + process.rank, len(wanted) - 1)  # one over again where none is left
+            number = min(first + group, len(wanted) - 1)  # one over again where none is left
             batch, states = shown_at(run.config, run.model, self.store, wanted[number], process.device, dtype)
             winner, loser = predictions(run.model, run.policy, states).chunk(2)
             sums = score((winner, loser), None, batch, states)
@@ -220,12 +222,13 @@ class Validation:
         shape = run.model.latent_shape(data.num_frames, data.height, data.width)
         batches = torch.arange(count).split(config.sample.batch_size)
         texts, negative = self._texts()
+        group, groups = own_group(config, process)
         walker = copy.copy(run.model)
         walker.transformer, walker.dtype = run.policy, next(run.policy.module.parameters()).dtype
         own: dict[int, Tensor] = {}
-        for first in range(0, len(batches), process.world_size):
+        for first in range(0, len(batches), groups):
             self._next(step, f"samples, part {first + 1} of {len(batches)}")
-            number = min(first + process.rank, len(batches) - 1)
+            number = min(first + group, len(batches) - 1)
             ids = batches[number]
             key = NoiseKey(config.sample.seeds[0], ids, 0, Stream.ROLLOUT)
             own[number] = walker.sample(

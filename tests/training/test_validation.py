@@ -67,6 +67,21 @@ def test_training_is_the_same_to_the_last_bit_with_and_without(run_with_pairs, t
         assert second[0]["winner_error"] == pytest.approx(second[1]["winner_error"], rel=1e-3)
 
 
+def test_processes_that_share_tokens_look_at_the_same_videos(run_with_pairs, together, process):
+    parts = "evaluation.batch_size=1", "sample.batch_size=1"  # of which a group takes the same
+    of = "train.steps=2", "train.micro_batch_size=1", "train.global_batch_size=2", *parts, *LOOKS
+    (alone, _), (shared, keys) = run_with_pairs("alone", *of), run_with_pairs("shared", *of)
+    train(alone, process)
+    together((2, [("train", [*keys, "train.context_parallel=2"])]))
+    one, two = looks(alone)[0], looks(shared)[0]
+    for name in ("winner_error", "loser_error"):  # the same numbers summed in another order, 10³ roundings deep
+        assert two[name] == pytest.approx(one[name], rel=1e3 * 2**-24), name
+    for i in range(2):
+        videos = [train_folder(config) / f"validation/step-00000000-{i}.mp4" for config in (alone, shared)]
+        first, second = (decode_clip(video, spec_of(alone)).float() for video in videos)
+        assert (first - second).abs().mean() < 1  # a level
+
+
 def test_a_look_is_what_eval_says_of_the_weights_and_its_samples_are_those_of_sample(run_with_pairs, process):
     config, _ = run_with_pairs("run", *LOOKS, "evaluation.positions=[0.3, 0.7]")
     train(config, process)
