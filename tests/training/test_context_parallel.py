@@ -79,7 +79,7 @@ def test_a_run_goes_on_where_it_stopped_and_is_that_of_one_process(run_with_pair
     for ours, theirs in zip(many, one, strict=True):
         # as of two processes and one (test_training): sums of another order, 10³ roundings deep
         assert ours["error_w"] == pytest.approx(theirs["error_w"], rel=1e3 * 2**-24)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=25 * 1e3 * 2**-24)  # β/2 is 25 at most
         assert ours["noise_level"] == pytest.approx(theirs["noise_level"], rel=1e-9)
 
 
