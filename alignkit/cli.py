@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Timer
@@ -255,15 +256,15 @@ def compare(
     and its 95 % interval, and the settings that differ."""
     settings = [load_config(run) for run in (first, second)]
     _quiet_libraries()
-    from alignkit.evaluation.comparison import as_json, described
     from alignkit.evaluation.comparison import compare as compared
+    from alignkit.evaluation.comparison import described
     from alignkit.files import write_json
 
     with TemporaryDirectory() as work:
         found = compared(settings[0], settings[1], Path(work))
     print(described(found))
     if out is not None:
-        write_json(out, as_json(found))
+        write_json(out, asdict(found))
 
 
 @app.command()

@@ -13,14 +13,13 @@ from alignkit.apo.rollouts import build_rollouts, rollouts_folder
 from alignkit.config import Config, dump_config
 from alignkit.errors import ConfigError, DataError
 from alignkit.evaluation.readiness import CLIPS, cannot_draw, explained_share, too_few
-from alignkit.evaluation.samples import PLAYBACK_FPS
 from alignkit.files import no_room, write_atomically, write_json
 from alignkit.given.build import build_given_pairs, find_given
 from alignkit.launch import first_of_several
 from alignkit.localdpo.build import build_pairs, check_settings
 from alignkit.localdpo.sources import Source, check_count, check_masks, find_usable
 from alignkit.media.captions import Problem
-from alignkit.media.videos import decode_clip, write_video
+from alignkit.media.videos import PLAYBACK_FPS, decode_clip, write_video
 from alignkit.models import load_model
 from alignkit.objectives.states.checks import check_noise, check_states
 from alignkit.progress import say

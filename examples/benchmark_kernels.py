@@ -24,7 +24,10 @@ BETA, SIGMA, ROUNDS = 50.0, 0.6, 20
 def inputs() -> dict[str, Tensor]:
     """Predictions near their reference's, a mask of a tenth of the latent, noise that is given as a tensor."""
     draws = torch.Generator(DEVICE).manual_seed(0)
-    normal = lambda scale: scale * torch.randn(SHAPE, generator=draws, device=DEVICE)  # noqa: E731
+
+    def normal(scale: float) -> torch.Tensor:
+        return scale * torch.randn(SHAPE, generator=draws, device=DEVICE)
+
     noise = keyed_randn(SHAPE, NoiseKey(0, torch.arange(SHAPE[0]), 0), device=DEVICE)
     x = {"noise_w": noise}
     for side in "wl":

@@ -1,7 +1,7 @@
 """`alignkit compare`: the samples of two runs of the same prompts and noise, beside each other."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from alignkit.evaluation.scorers import installed
 SHARES = ("samples with a fault", "prompts followed", "good samples")
 """Measures that are so or not of a sample; "good": the prompt is followed and nothing is wrong."""
 PLACES = ("output.dir", "pairs.folder", "rollout.folder")
-"""Settings in which two runs may differ and be of the same."""
+"""Where things are: no setting in which two runs differ."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,3 @@ def described(found: Comparison) -> str:
         word = "" if each.beyond_chance else "  (may be chance)"
         lines.append(f"{each.measure:{width}}  {first:>8}  {second:>8}  {change}{unit}, {low} to {high}{word}")
     return "\n".join(lines)
-
-
-def as_json(found: Comparison) -> dict:
-    return asdict(found)

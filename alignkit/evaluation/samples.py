@@ -10,7 +10,7 @@ from torch import Tensor
 from alignkit.config import Config, Sampler
 from alignkit.errors import DataError
 from alignkit.files import write_lines
-from alignkit.media.videos import VideoSpec, decode_clip, write_video
+from alignkit.media.videos import PLAYBACK_FPS, VideoSpec, decode_clip, write_video
 from alignkit.models import load_model, working_dtype
 from alignkit.progress import progress, say
 from alignkit.stores.folders import pairs_folder
@@ -21,7 +21,6 @@ from alignkit_kernels import NoiseKey, Stream, keyed_randn
 MODELS = ("base", "aligned")
 MAPS = "maps.npz"
 """In the samples' folder: where the judge sees faults, uint8 [count, 5, 12, 12] of each model, 255: certain."""
-PLAYBACK_FPS = 8.0  # of sampled files where the data names no rate
 
 
 def samples_folder(config: Config) -> Path:

@@ -34,6 +34,7 @@ TO_SDR = (
     "ffmpeg -i IN -vf zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
     "zscale=t=bt709:m=bt709:r=tv,format=yuv420p OUT"
 )
+PLAYBACK_FPS = 8.0  # of videos that are sampled, where the data names no rate
 TRANSPARENT = "has transparent pixels; put it on black first: ffmpeg -i IN -vf premultiply=inplace=1,format=yuv420p OUT"
 
 

@@ -13,9 +13,8 @@ import torch
 from alignkit.apo.rollouts import rollouts_folder
 from alignkit.config import Config
 from alignkit.errors import DataError
-from alignkit.evaluation.samples import PLAYBACK_FPS
 from alignkit.files import write_json, write_lines
-from alignkit.media.videos import write_video
+from alignkit.media.videos import PLAYBACK_FPS, write_video
 from alignkit.models import load_model
 from alignkit.progress import progress, say
 from alignkit.rankers import PEOPLE, open_ranker, people

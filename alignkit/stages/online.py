@@ -6,9 +6,8 @@ from pathlib import Path
 from alignkit.apo.prompts import read_prompts
 from alignkit.config import Config
 from alignkit.errors import ConfigError, DataError
-from alignkit.evaluation.samples import PLAYBACK_FPS
 from alignkit.localdpo.sources import check_count, find_usable, split_clips
-from alignkit.media.videos import decode_clip, write_video
+from alignkit.media.videos import PLAYBACK_FPS, decode_clip, write_video
 from alignkit.rankers.protocol import Comparison
 from alignkit.rankers.rollouts import (
     answers_about,

@@ -18,6 +18,7 @@ from torch import Tensor
 from alignkit.config import Config
 from alignkit.errors import CheckpointError, DataError
 from alignkit.files import write_atomically, write_json
+from alignkit.media.videos import PLAYBACK_FPS
 from alignkit.models import VideoModel, load_model
 from alignkit.objectives.diagnostics import accuracy
 from alignkit.objectives.scored import score
@@ -33,7 +34,6 @@ from alignkit.training.run import Run
 from alignkit_kernels import NoiseKey, Stream, keyed_randn, losses
 
 STOPPED = "stopped.json"
-PLAYBACK_FPS = 8.0  # of sampled videos where the data names no rate
 BETA = 2.0  # of logits of which only the sign is read
 
 

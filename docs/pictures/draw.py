@@ -53,6 +53,11 @@ def write(name: str, figure, **options) -> None:
     plt.close(figure)
 
 
+def _gain(row: dict) -> float:
+    """Of a sample by alignment: less of a fault, more of the prompt."""
+    return row["fault_base"] - row["fault_aligned"] + row["followed_aligned"] - row["followed_base"]
+
+
 def hero(runs: Path) -> None:
     """Two pairs and two samples, by rules: the pairs whose regions changed most; the sample that gained most, and the
     one in the middle."""
@@ -61,8 +66,7 @@ def hero(runs: Path) -> None:
     pairs = [read_pair(file) for file in run.pairs]
     pairs.sort(key=lambda pair: -np.abs(pair.winner.astype(float) - pair.loser).mean())
     rows = [row for row in run.sample_rows if row.get("fault_base") is not None]
-    gain = lambda row: row["fault_base"] - row["fault_aligned"] + row["followed_aligned"] - row["followed_base"]  # noqa: E731
-    rows.sort(key=gain, reverse=True)
+    rows.sort(key=_gain, reverse=True)
     samples = [rows[0], rows[len(rows) // 2]]
 
     figure = plt.figure(figsize=(12, 4.6))
