@@ -61,7 +61,11 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     """DeepSpeed's own JSON: the preset, what the other sections imply, then the user's keys on top."""
     train = config.train
-    assert config.deepspeed.preset in PRESETS, "alignkit.planning.preset.resolved puts one in the place of auto"
+    if config.deepspeed.preset not in PRESETS:
+        raise ConfigError(
+            "deepspeed.preset: 'auto' is resolved by alignkit.planning.preset.resolved(config, process), as the "
+            "command does; call it before train()"
+        )
     base = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, process.world_size),

@@ -21,7 +21,7 @@ from alignkit.planning.report import report
 from alignkit.stores.store import StoreInfo, terms_file
 from alignkit.training.distributed import start_process
 from alignkit.training.export import export_folder
-from alignkit.training.loop import train_folder
+from alignkit.training.loop import train, train_folder
 from alignkit.training.references.cached import HOLDS, cache_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -94,6 +94,13 @@ def test_a_run_keeps_what_it_began_with_and_is_the_run_that_names_it(run_with_pa
     run(fresh)
     recorded = json.loads((train_folder(fresh) / "run.json").read_text())
     assert recorded["deepspeed"]["preset"] == "zero3"
+
+
+def test_training_from_python_says_what_resolves_it(run_with_pairs):
+    config = run_with_pairs("run", AUTO)[0]
+    with pytest.raises(ConfigError, match=r"deepspeed\.preset: 'auto' is resolved by .*resolved"):
+        train(config, start_process())
+    assert not train_folder(config).exists()
 
 
 def test_each_stage_of_a_chain_is_given_one_unless_it_names_it(small_config, capfd):
