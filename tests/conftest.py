@@ -23,6 +23,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent))  # modules beside the tests can be imported by them
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "wan-tiny-localdpo.yaml"

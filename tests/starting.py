@@ -55,6 +55,15 @@ class Started:
             self.code = os.waitstatus_to_exitcode(status)
 
 
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    """The single line of a command that was refused, beside which a slow machine may have had a word on its start."""
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("alignkit: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
 def import_everything() -> None:
     """What the commands need, in the order in which they import it: our own settings come before DeepSpeed."""
     for name in (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from starting import one_line
 
 from alignkit import demo
 from alignkit.media.videos import VideoSpec, decode_clip, write_video
@@ -25,15 +26,6 @@ def test_help_lists_every_command_and_each_explains_itself(command):
         own = command(name, "--help")
         assert own.returncode == 0
         assert "CONFIG" in own.stdout or name in ("demo", "configs", "init", "doctor")
-
-
-def one_line(result) -> str:
-    """The single line that a refused command prints."""
-    assert result.returncode == 2, (result.returncode, result.stderr)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("alignkit: ")]
-    assert len(lines) == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    return lines[0]
 
 
 @pytest.mark.parametrize("name", ["pairs", "train", "sample", "eval", "report"])
@@ -130,7 +122,7 @@ def test_a_demo_on_own_videos_does_not_meet_what_the_plain_one_left(monkeypatch,
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(command, config_file, overrides):
     result = command("pairs", config_file, *overrides("/dev/null/run"))
-    assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].startswith("alignkit: /dev/null")
+    assert one_line(result).startswith("alignkit: /dev/null")
 
 
 def test_without_the_extras_the_command_says_what_to_install(command):
