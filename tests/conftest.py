@@ -90,9 +90,26 @@ def clips(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def overrides(clips) -> Callable[..., list[str]]:
+def half_base(tmp_path_factory) -> Path:
+    """The shipped base with half of its blocks."""
+    from halved import halve
+
+    return halve("wan", tmp_path_factory.mktemp("base") / "wan")
+
+
+@pytest.fixture(scope="session")
+def base_weights(half_base) -> dict[str, torch.Tensor]:
+    """Of its transformer."""
+    from safetensors.torch import load_file
+
+    return load_file(next(half_base.glob("transformer/*.safetensors")))
+
+
+@pytest.fixture(scope="session")
+def overrides(clips, half_base) -> Callable[..., list[str]]:
     """`overrides(out, "train.steps=3")`: the demo's configuration cut down to seconds, written under `out`."""
-    return lambda out, *more: [f"data.videos={clips}", f"output.dir={out}", *SMALL, *more]
+    own = f"data.videos={clips}", f"model.path={half_base}"
+    return lambda out, *more: [*own, f"output.dir={out}", *SMALL, *more]
 
 
 @pytest.fixture
@@ -161,7 +178,7 @@ def rollout_overrides(overrides, tmp_path_factory) -> Callable[..., list[str]]:
 
     def make(out, *more):
         own = [*files, f"data.rollouts={out / 'rollouts'}", "data.heldout=0.3", *ROLLOUTS]
-        return [*overrides(out)[1:], *own, *more]  # without data.videos
+        return [*overrides(out)[1:], *own, *more]  # without data.videos, the first
 
     return make
 

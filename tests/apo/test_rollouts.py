@@ -1,11 +1,8 @@
 """Rollouts: the same bits whoever samples them, from noise that their keys give back, with states of their paths."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -170,32 +167,26 @@ if process.main:
 """
 
 
-def run_in_engine(arguments, processes):
+def run_in_engine(start_command, arguments, processes):
     from alignkit.training.distributed import free_port
 
     shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = str(free_port())
     children = [
-        subprocess.Popen(
-            [sys.executable, "-c", IN_ENGINE, *map(str, arguments)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start_command(*arguments, code=IN_ENGINE, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)
     ]
-    answers = [child.communicate(timeout=280) for child in children]
+    answers = [child.communicate() for child in children]
     assert [child.returncode for child in children] == [0] * processes, answers[0][1][-2000:] + answers[-1][1][-2000:]
     return json.loads(answers[0][0].splitlines()[-1])
 
 
-def test_a_training_engine_samples_with_its_own_weights(store, rollout_overrides, config_file, tmp_path):
+def test_a_training_engine_samples_with_its_own_weights(store, rollout_overrides, config_file, start_command, tmp_path):
     """Under ZeRO-3, on two processes with blocks of five and of four rollouts: nobody waits for forwards that the other
     does not run, and the rollouts are those of the plain module but for rounding, since the weights are."""
     settings = rollout_overrides(tmp_path / "run", "deepspeed.preset=zero3", "rollout.block_size=5")
     prompts = [store[row].prompt for row in (0, 3, 6)]
-    regime = run_in_engine([config_file, tmp_path / "made", json.dumps(prompts), *settings], 2)
+    regime = run_in_engine(start_command, [config_file, tmp_path / "made", json.dumps(prompts), *settings], 2)
     assert regime["engine"] == "zero3" and regime["batch"] == 2
     made = RolloutStore(tmp_path / "made")
     assert made.ids == store.ids and [one.origin.key for one in made] == [one.origin.key for one in store]

@@ -52,7 +52,7 @@ class Job:
 
     def words(self, run: Path, world: Path, *changed: str) -> list[str]:
         """The command line of the job in the folder `run`."""
-        places = {"output.dir": run}
+        places = {"output.dir": run, "model.path": world / "base"}
         places |= {"data.prompts": world / "prompts.txt"} if self.prompts else {"data.videos": world / "clips"}
         named = [f"{key}={place}" for key, place in places.items()]
         several = ["--nproc", str(self.processes)] if self.processes > 1 else []
@@ -60,9 +60,12 @@ class Job:
 
 
 def prepare(world: Path) -> None:
-    """What all jobs read: clips and prompts."""
+    """What all jobs read: a small base, clips and prompts."""
+    from halved import halve
+
     from alignkit.tiny.clips import write_clips
 
+    halve("wan", world / "base")
     write_clips(world / "clips", 10, seed=99)
     (world / "prompts.txt").write_text("\n".join(PROMPTS))
 

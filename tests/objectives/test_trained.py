@@ -6,7 +6,6 @@ from safetensors.torch import load_file
 
 from alignkit.config import OBJECTIVES
 from alignkit.errors import CheckpointError
-from alignkit.models import shipped_model
 from alignkit.training import engine
 from alignkit.training.distributed import start_process
 from alignkit.training.export import export_folder
@@ -28,7 +27,7 @@ def metrics_of(config):
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "sft"])
-def test_it_trains_with_the_safeguard_and_starts_where_it_should(name, run_with_pairs, process):
+def test_it_trains_with_the_safeguard_and_starts_where_it_should(name, run_with_pairs, process, base_weights):
     keys = ["objective.loser_safeguard=0.0"] + ["objective.label_smoothing=0.1"] * (name in SMOOTHED)
     config, _ = run_with_pairs("run", f"objective.name={name}", "train.steps=2", "train.micro_batch_size=4", *keys)
     train(config, process)
@@ -39,8 +38,7 @@ def test_it_trains_with_the_safeguard_and_starts_where_it_should(name, run_with_
     assert second["rewards/margins"] != 0.0 and not second["skipped"]
     assert 0.0 <= first["safeguard/factor"] <= 1.0
     weights = load_file(next(export_folder(config).glob("transformer/*.safetensors")))
-    base = load_file(next(shipped_model("wan").glob("transformer/*.safetensors")))
-    assert any(not torch.equal(value, base[key].float()) for key, value in weights.items())
+    assert any(not torch.equal(value, base_weights[key].float()) for key, value in weights.items())
 
 
 def test_sft_spends_nothing_on_a_reference_and_resumes(run_with_pairs, process, monkeypatch):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
 KNOWN = ROOT / "out" / "matrix.json"
 STEPS = 3
 
@@ -80,15 +81,17 @@ def settings_of(row: Row, base: Path, out: Path) -> list[str]:
     more = {"full": [], "lora": ["train.lora={rank: 4, alpha: 8}"], "merged": [f"model.lora=[{base / 'adapters'}]"]}
     reference = {"ema": "reference={strategy: ema, every: 1, decay: 0.5}"}
     return [
-        *SIZES, f"data.videos={base / 'clips'}", f"pairs.folder={base / 'pairs'}", f"output.dir={out}",
+        *SIZES, f"model.path={base / 'model'}", f"data.videos={base / 'clips'}",
+        f"pairs.folder={base / 'pairs'}", f"output.dir={out}",
         f"model.dtype={row.dtype}", f"deepspeed.preset={row.preset}", *more[row.weights],
         reference.get(row.reference, f"reference.strategy={row.reference}"),
     ]  # fmt: skip
 
 
 def prepare(family: str, base: Path) -> None:
-    """Clips, pairs and adapters of a family's small model in the folder `base`."""
+    """A small model of the family, clips, pairs and adapters in the folder `base`."""
     import torch
+    from halved import halve
 
     from alignkit.config import LoraSection, load_config
     from alignkit.files import write_json
@@ -99,7 +102,10 @@ def prepare(family: str, base: Path) -> None:
     from alignkit.training.lora import add_lora
 
     write_clips(base / "clips", 6, seed=99)
-    config = load_config(config_of(family), [*SIZES, f"data.videos={base / 'clips'}", f"output.dir={base}"])
+    model = halve(family, base / "model")
+    config = load_config(
+        config_of(family), [*SIZES, f"model.path={model}", f"data.videos={base / 'clips'}", f"output.dir={base}"]
+    )
     build_pairs(config, torch.device("cpu"), show=False)
     for file in base.glob("pairs/*/pairs.json"):  # pairs that no network made suit the merged base as well
         write_json(file, json.loads(file.read_text()) | {"model": None})
@@ -175,8 +181,6 @@ def run(row: Row, base: Path, folder: Path) -> str:
     import torch
     from safetensors.torch import load_file
 
-    from alignkit.models import shipped_model
-
     whole, broken = folder / "whole", folder / "broken"
     try:
         train_together(config_of(row.family), settings_of(row, base, whole), int(row.processes))
@@ -199,7 +203,7 @@ def run(row: Row, base: Path, folder: Path) -> str:
         assert value.isfinite().all() and torch.equal(value, second[name]), name
     start = {name: torch.zeros(()) for name in first if "lora_B" in name}
     if row.weights != "lora":
-        start = load_file(next(shipped_model(row.family).glob("transformer/*.safetensors")))
+        start = load_file(next(base.glob("model/transformer/*.safetensors")))
     assert any((first[name] != value).any() for name, value in start.items()), "the export is the base"
     shutil.rmtree(folder)
     return "trained"

@@ -15,7 +15,6 @@ from alignkit import cli
 from alignkit.config import load_config
 from alignkit.errors import CheckpointError, ConfigError, DataError
 from alignkit.files import write_json
-from alignkit.models import shipped_model
 from alignkit.stages import stage_configs
 from alignkit.stores.pairs import Pair, PairStore, write_block, write_texts
 from alignkit.stores.store import block_file
@@ -30,10 +29,10 @@ KEYS = ("train.learning_rate=1e-4", "train.steps=3", "train.checkpointing=none")
 
 
 @pytest.fixture(scope="module")
-def home(made_pairs, tmp_path_factory):
+def home(made_pairs, half_base, tmp_path_factory):
     """A base, and pairs that suit any base."""
     folder = tmp_path_factory.mktemp("home")
-    shutil.copytree(shipped_model("wan"), folder / "base")
+    shutil.copytree(half_base, folder / "base")
     shutil.copytree(made_pairs / "pairs", folder / "pairs")
     for file in folder.glob("pairs/*/pairs.json"):
         write_json(file, json.loads(file.read_text()) | {"model": None})

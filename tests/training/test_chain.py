@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from alignkit.config import load_config
 from alignkit.errors import CheckpointError
-from alignkit.models import shipped_model
 from alignkit.models.folder import LORA_FILE
 from alignkit.stages import stage_configs
 from alignkit.stages.chain import run_chain
@@ -43,7 +42,7 @@ def results(config) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("keys", [(), ("model.dtype=bf16",), (LORA,)], ids=["fp32", "bf16", "lora"])
-def test_each_stage_starts_where_the_one_before_ended(run_with_pairs, process, keys):
+def test_each_stage_starts_where_the_one_before_ended(run_with_pairs, process, keys, base_weights):
     config, _ = run_with_pairs("run", *CHAIN, *keys)
     assert run_chain(config, process)
     (_, sft), (_, localdpo) = stage_configs(config)
@@ -66,8 +65,7 @@ def test_each_stage_starts_where_the_one_before_ended(run_with_pairs, process, k
     masters = [load_file(train_folder(stage) / MASTERS) for _, stage in stage_configs(config)]
     assert all(torch.equal(value, masters[1][name]) for name, value in masters[0].items())
     if keys != (LORA,):
-        base = load_file(next(shipped_model("wan").glob("transformer/*.safetensors")))
-        assert any(not torch.equal(value, base[name]) for name, value in masters[1].items())
+        assert any(not torch.equal(value, base_weights[name]) for name, value in masters[1].items())
 
 
 @pytest.mark.parametrize("keys", [("model.dtype=bf16",), (LORA,)], ids=["bf16", "lora"])
@@ -151,7 +149,7 @@ def test_two_processes_run_a_chain_like_one(run_with_pairs, process, command, co
 
 
 @pytest.mark.parametrize("preset", ["zero2", "zero3", "zero3-offload"])
-def test_a_stage_leaves_no_weights_in_memory_for_the_next(run_with_pairs, process, preset):
+def test_a_stage_leaves_no_weights_in_memory_for_the_next(run_with_pairs, process, preset, base_weights):
     """DeepSpeed's hooks keep an engine alive that nobody holds: two stages of 14B would need the memory of both."""
 
     def held() -> int:
@@ -161,8 +159,7 @@ def test_a_stage_leaves_no_weights_in_memory_for_the_next(run_with_pairs, proces
     config, _ = run_with_pairs("run", f"deepspeed.preset={preset}", "train.steps=1")
     train(config, process)
     left = held() - before
-    base = load_file(next(shipped_model("wan").glob("transformer/*.safetensors")))
-    assert left < 0.1 * sum(value.numel() for value in base.values())
+    assert left < 0.1 * sum(value.numel() for value in base_weights.values())
 
 
 def test_fewer_steps_than_a_stage_has_are_refused(run_with_pairs, process):

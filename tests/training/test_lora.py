@@ -5,7 +5,7 @@ import json
 import pytest
 
 from alignkit.errors import ConfigError, ModelError
-from alignkit.models import load_model, shipped_model
+from alignkit.models import load_model
 from alignkit.models.folder import LORA_FILE
 from alignkit.training.distributed import start_process
 from alignkit.training.loop import train, train_folder
@@ -34,7 +34,7 @@ def test_the_reference_is_the_policy_with_its_adapters_off(run_with_pairs, proce
     assert rows[0]["rewards/margins"] == 0.0 and abs(rows[2]["rewards/margins"]) > 0.01
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(run_with_pairs, process):
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(run_with_pairs, process, half_base):
     whole, _ = run_with_pairs("whole", *LORA, "train.steps=4")
     train(whole, process)
     first, _ = run_with_pairs("parts", *LORA, "train.steps=2")
@@ -42,7 +42,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(run_with_pairs, process
     train(first.model_copy(update={"train": first.train.model_copy(update={"steps": 4})}), process)
     assert metrics(first) == metrics(whole)
     files = (train_folder(first) / "checkpoints").glob("step-*/**/*.pt")
-    base = next(shipped_model("wan").glob("transformer/*.safetensors"))
+    base = next(half_base.glob("transformer/*.safetensors"))
     assert sum(file.stat().st_size for file in files) < base.stat().st_size, "a checkpoint must not hold the base"
 
 

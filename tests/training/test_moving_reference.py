@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alignkit.models import shipped_model
 from alignkit.stages import stage_configs
 from alignkit.stages.chain import run_chain
 from alignkit.stores.pairs import Pair, PairStore, write_block
@@ -59,10 +58,6 @@ def shown(reference) -> dict:
     return {name: getattr(value, "ds_tensor", value).flatten() for name, value in network.named_parameters()}
 
 
-def base_weights() -> dict:
-    return load_file(next(shipped_model("wan").glob("transformer/*.safetensors")))
-
-
 @pytest.mark.parametrize(
     ("preset", "dtype", "more"),
     [
@@ -80,11 +75,11 @@ def test_a_reference_that_was_set_equal_computes_what_the_policy_does(run_with_p
 
 
 @pytest.mark.parametrize(("preset", "dtype"), [("zero2", "bf16"), ("zero3", "fp32")])
-def test_an_average_follows_the_fp32_weights(run_with_pairs, process, monkeypatch, preset, dtype):
+def test_an_average_follows_the_fp32_weights(run_with_pairs, process, monkeypatch, preset, dtype, base_weights):
     """At a rate of which bf16 shows next to nothing."""
     keys = f"deepspeed.preset={preset}", f"model.dtype={dtype}", "train.learning_rate=1e-6"
     config, _ = run_with_pairs("run", *EMA, "train.steps=4", *keys)
-    average = {name: value.double() for name, value in base_weights().items()}
+    average = {name: value.double() for name, value in base_weights.items()}
     after_step, moves = Moving.after_step, []
 
     def followed(reference, policy):
@@ -101,7 +96,7 @@ def test_an_average_follows_the_fp32_weights(run_with_pairs, process, monkeypatc
     monkeypatch.setattr(Moving, "after_step", followed)
     train(config, process)
     assert moves == [False, True, False, True]
-    assert sum((average[name] != value.double()).sum().item() for name, value in base_weights().items()) > 1000
+    assert sum((average[name] != value.double()).sum().item() for name, value in base_weights.items()) > 1000
 
 
 def test_a_resumed_run_has_the_reference_that_it_had(run_with_pairs, process, capfd):
@@ -119,7 +114,7 @@ def test_a_resumed_run_has_the_reference_that_it_had(run_with_pairs, process, ca
         assert metrics(parts) == metrics(whole) and not agree(rows_of(whole)[2])
 
 
-def test_on_two_processes_too(run_with_pairs, together):
+def test_on_two_processes_too(run_with_pairs, together, base_weights):
     jobs, compared = [], []
     for preset, dtype in (("zero2", "bf16"), ("zero3", "fp32")):
         keys = f"deepspeed.preset={preset}", f"model.dtype={dtype}", "train.micro_batch_size=1"
@@ -139,9 +134,9 @@ def test_on_two_processes_too(run_with_pairs, together):
         assert metrics(parts) == metrics(whole) and not agree(rows_of(whole)[2])
         files = [train_folder(parts) / "checkpoints/step-00000003" / rank_file(rank) for rank in range(2)]
         held = [sum(value.numel() for value in load_file(file).values()) for file in files]
-        whole_model = sum(value.numel() for value in base_weights().values())
+        whole_model = sum(value.numel() for value in base_weights.values())
         # under ZeRO-3 each tensor is filled up to an even size
-        assert whole_model <= sum(held) <= whole_model + len(base_weights()) and max(held) < 0.6 * whole_model
+        assert whole_model <= sum(held) <= whole_model + len(base_weights) and max(held) < 0.6 * whole_model
     assert all(agree(row) for config in equal for row in rows_of(config))
 
 
@@ -157,7 +152,7 @@ def test_a_step_that_is_skipped_does_not_count(run_with_pairs, process, runs):
     assert runs[0].reference.state() == {"steps": 3}
 
 
-def test_in_a_chain_a_reference_may_begin_at_the_base(run_with_pairs, process, runs):
+def test_in_a_chain_a_reference_may_begin_at_the_base(run_with_pairs, process, runs, base_weights):
     """Also with adapters, which then have the values of new ones, and so no effect."""
     first = {}
     for name, strategy, more in (("copy", "copy", ()), ("full", "sync", ()), ("lora", "sync", (LORA,))):
@@ -172,7 +167,7 @@ def test_in_a_chain_a_reference_may_begin_at_the_base(run_with_pairs, process, r
         assert agree(rows[1]) == (strategy == "sync")
     assert first["copy"] == first["full"]
     copied = shown(runs[1].reference)
-    assert all(torch.equal(copied[name], value.flatten()) for name, value in base_weights().items())
+    assert all(torch.equal(copied[name], value.flatten()) for name, value in base_weights.items())
 
 
 def test_where_both_begin_at_the_base_they_must_agree(run_with_pairs, process, runs):

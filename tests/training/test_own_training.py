@@ -1,8 +1,6 @@
 """Training at each side's own states: the same numbers on 1, 2 and 4 processes, resumed or not, in every mode."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -91,13 +89,14 @@ def settings_of(mode, stores, rollout_overrides, out):
 
 
 @pytest.fixture(scope="module")
-def metrics_on(stores, rollout_overrides, config_file, tmp_path_factory):
+def metrics_on(stores, rollout_overrides, config_file, command, tmp_path_factory):
     """Every mode's metrics of two steps, by the number of processes."""
     folder = tmp_path_factory.mktemp("modes")
     settings = {mode: settings_of(mode, stores, rollout_overrides, folder / mode) for mode in MODES}
     counts = {1: tuple(MODES), **ON_SEVERAL}
     arguments = [config_file, json.dumps(settings), str(STEPS), json.dumps([*counts.items()]), folder]
-    subprocess.run([sys.executable, "-c", IN_EVERY_MODE, *arguments], check=True, timeout=280)
+    result = command(*arguments, python=("-c", IN_EVERY_MODE))
+    assert result.returncode == 0, result.stderr
     return {count: json.loads((folder / f"{count}.json").read_text()) for count in counts}
 
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from alignkit.config import TrainSection, dump_config
 from alignkit.errors import AlignkitError, CheckpointError, ConfigError, DataError
-from alignkit.models import shipped_model
 from alignkit.stores.pairs import Pair, PairStore, write_block
 from alignkit.training import engine
 from alignkit.training.distributed import start_process
@@ -136,8 +135,8 @@ def test_several_bad_steps_in_a_row_stop_the_run_with_the_batch_saved(run_with_p
     assert not export_folder(config).exists()
 
 
-def test_pairs_of_another_model_are_refused(run_with_pairs, process, tmp_path):
-    shutil.copytree(shipped_model("wan"), tmp_path / "other")
+def test_pairs_of_another_model_are_refused(run_with_pairs, process, half_base, tmp_path):
+    shutil.copytree(half_base, tmp_path / "other")
     (weights,) = (tmp_path / "other/transformer").glob("*.safetensors")
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -177,17 +176,16 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(run_with_pairs, 
     assert metrics_of(longer) == metrics_of(whole)
 
 
-def test_a_small_update_survives_a_bf16_run_in_the_export(run_with_pairs, process):
+def test_a_small_update_survives_a_bf16_run_in_the_export(run_with_pairs, process, base_weights):
     """Updates of a tenth of a bf16 ulp are in the fp32 master weights and so in the export."""
     config, _ = run_with_pairs("run", "train.steps=2", "model.dtype=bf16", "train.learning_rate=1e-6")
     train(config, process)
     exported = load_file(next(export_folder(config).glob("transformer/*.safetensors")))
-    base = load_file(next(shipped_model("wan").glob("transformer/*.safetensors")))
     moved = rounded_away = total = 0
     for name, value in exported.items():
         assert value.dtype == torch.float32
-        moved += int((value != base[name].float()).sum())
-        rounded_away += int((value.bfloat16() == base[name].bfloat16()).sum())
+        moved += int((value != base_weights[name].float()).sum())
+        rounded_away += int((value.bfloat16() == base_weights[name].bfloat16()).sum())
         total += value.numel()
     assert moved > 0.9 * total
     assert rounded_away > 0.9 * total

@@ -41,6 +41,7 @@ def folders(command, tmp_path_factory):
 
 @pytest.mark.parametrize("row", ROWS, ids=" ".join)
 def test_losses_and_parameters_are_those_of_the_plain_run(folders, row):
-    apart = ways.distance(row.weights, folders[row], folders[ways.PLAIN[row.weights]])
+    plain = folders[ways.PLAIN[row.weights]]
+    apart = ways.distance(row.weights, folders[row], plain, plain.parent / "base")
     assert apart.numbers <= ways.TOLERANCE and apart.parameters <= ways.TOLERANCE, apart
     assert apart.change > 0, "another order of sums: the very same bits would be the very same run"

@@ -72,7 +72,8 @@ def settings_of(row: Way, base: Path, out: Path, steps: int) -> list[str]:
     """base: the folder that `prepare` filled."""
     lora = "{rank: 4, alpha: 8}" if row.weights == "lora" else "null"
     return [
-        *SETTINGS, f"data.videos={base / 'clips'}", f"pairs.folder={base / 'pairs'}", f"output.dir={out}",
+        *SETTINGS, f"model.path={base / 'model'}", f"data.videos={base / 'clips'}",
+        f"pairs.folder={base / 'pairs'}", f"output.dir={out}",
         f"train.steps={steps}", f"train.lora={lora}", f"train.branches={row.branches}",
         f"train.checkpointing={row.checkpointing}", f"train.context_parallel={row.context}",
         f"reference.strategy={row.reference}", f"deepspeed.preset={row.preset}",
@@ -83,11 +84,10 @@ def run(row: Way, base: Path, out: Path, steps: int) -> None:
     train_together(config_of("wan"), settings_of(row, base, out, steps), int(row.processes))
 
 
-def distance(weights: str, out: Path, plain: Path) -> Distance:
-    """Of the run in `out` to the one in `plain`."""
+def distance(weights: str, out: Path, plain: Path, base: Path) -> Distance:
+    """Of the run in `out` to the one in `plain`, which both began at what `prepare` put into `base`."""
     from safetensors.torch import load_file
 
-    from alignkit.models import shipped_model
     from alignkit.training.metrics import read_metrics
 
     rows = [read_metrics(folder / "train" / "metrics.jsonl") for folder in (out, plain)]
@@ -96,7 +96,7 @@ def distance(weights: str, out: Path, plain: Path) -> Distance:
     )
     part = "." if weights == "lora" else "transformer"
     ours, theirs = (load_file(next((folder / "export" / part).glob("*.safetensors"))) for folder in (out, plain))
-    start = load_file(next(shipped_model("wan").glob("transformer/*.safetensors"))) if weights == "full" else {}
+    start = load_file(next(base.glob("model/transformer/*.safetensors"))) if weights == "full" else {}
 
     def whole(of) -> float:
         return sum(of(name).double().square().sum() for name in theirs).sqrt().item()
@@ -131,7 +131,7 @@ def main() -> int:
             for number, row in enumerate(row for row in rows if row.weights == weights):
                 out = Path(scratch, f"{weights}-{number}")
                 run(row, base, out, given.steps)
-                found[row] = distance(weights, out, plain)
+                found[row] = distance(weights, out, plain, base)
                 print(" ".join(row), *(f"{value:.1e}" for value in found[row]), flush=True)
     print(table(found))
     far = [row for row, one in found.items() if max(one.numbers, one.parameters) > TOLERANCE]
