@@ -24,7 +24,7 @@ from alignkit.config import (
     shipped_configs,
 )
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.launch import first_of_several, launched, run_processes, slurm_group
+from alignkit.launch import SHARING, first_of_several, launched, run_processes, slurm_group
 
 app = typer.Typer(
     add_completion=False,
@@ -52,7 +52,6 @@ Reshape = Annotated[
 
 EXPERIMENTS = Path("runs/experiment")
 NOTICE_S = 0.4  # until a command that is not over says that it starts
-SHARING = ("rollout", "pairs")  # whose processes share files out and form no group
 
 
 def _version(asked: bool) -> None:
@@ -113,10 +112,7 @@ def rollout(config: ConfigFile, overrides: Overrides = None, nproc: Processes = 
 
     Any number of processes share the work, and sampling that was stopped goes on where it was.
     """
-    settings = _settings("rollout", config, overrides)
-    if _to_be_started("rollout", nproc):
-        _start_several("rollout", config, overrides, nproc)
-    _run("rollout", settings)
+    _share("rollout", config, overrides, nproc)
 
 
 @app.command()
@@ -127,10 +123,7 @@ def pairs(config: ConfigFile, overrides: Overrides = None, nproc: Processes = 1)
     numbers. Any number of processes share the work, and a build that was stopped goes on where it was: run the same
     command again, anywhere that sees the folder.
     """
-    settings = _settings("pairs", config, overrides)
-    if _to_be_started("pairs", nproc):
-        _start_several("pairs", config, overrides, nproc)
-    _run("pairs", settings)
+    _share("pairs", config, overrides, nproc)
 
 
 ranking = typer.Typer(no_args_is_help=True, help="Say which of two videos of a prompt is better.")
@@ -229,15 +222,22 @@ def cache_reference(config: ConfigFile, overrides: Overrides = None, nproc: Proc
 
 
 @app.command()
-def sample(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Sample held-out prompts from the base and the aligned model, from the same noise."""
-    _run("sample", _settings("sample", config, overrides))
+def sample(config: ConfigFile, overrides: Overrides = None, nproc: Processes = 1) -> None:
+    """Sample held-out prompts from the base and the aligned model, from the same noise.
+
+    Any number of processes share the work, and sampling that was stopped goes on where it was. What other weights or
+    settings made is deleted, and said so: of the base and of the aligned model apart.
+    """
+    _share("sample", config, overrides, nproc)
 
 
 @app.command("eval")
-def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Measure held-out pairs and samples before and after; say whether alignment was reached."""
-    _run("eval", _settings("eval", config, overrides))
+def evaluate(config: ConfigFile, overrides: Overrides = None, nproc: Processes = 1) -> None:
+    """Measure held-out pairs and samples before and after; say whether alignment was reached.
+
+    Any number of processes share the work of the models, and measuring that was stopped goes on where it was.
+    """
+    _share("eval", config, overrides, nproc)
 
 
 @app.command()
@@ -412,6 +412,14 @@ def _to_be_started(command: str, count: int) -> bool:
 def _start_several(command: str, config: Path, overrides: list[str] | None, count: int) -> NoReturn:
     """Become the launcher of `count` processes of the same command."""
     sys.exit(run_processes([command, str(config), *(overrides or [])], count))
+
+
+def _share(name: str, config: Path, overrides: list[str] | None, nproc: int) -> None:
+    """Run a command of SHARING: as the launcher of `nproc` processes, or as one that may have others beside it."""
+    settings = _settings(name, config, overrides)
+    if _to_be_started(name, nproc):
+        _start_several(name, config, overrides, nproc)
+    _run(name, settings)
 
 
 def _run(name: str, config: Config) -> None:

@@ -15,7 +15,7 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.evaluation.readiness import CLIPS, cannot_draw, explained_share, too_few
 from alignkit.files import no_room, write_atomically, write_json
 from alignkit.given.build import build_given_pairs, find_given
-from alignkit.launch import first_of_several
+from alignkit.launch import SHARING, first_of_several
 from alignkit.localdpo.build import build_pairs, check_settings
 from alignkit.localdpo.sources import Source, check_count, check_masks, find_usable
 from alignkit.media.captions import Problem
@@ -37,7 +37,6 @@ from alignkit.training.references import check_reference
 from alignkit.training.supply import Waiting
 
 PAIRS_IN_REPORT = 6
-SHARING = ("rollout", "pairs")  # any number of them share a folder's files out
 TOGETHER = ("train", "cache-reference")  # of one process group, which learns together whether it has the lock
 
 
@@ -255,18 +254,21 @@ def _train(config: Config) -> None:
 
 
 def _sample(config: Config) -> None:
+    """One of any number of processes that sample the videos between them; the first one speaks for all."""
     from alignkit.evaluation.samples import sample
 
-    set_threads(1)
-    sample(config, _device())
+    worker = lone_worker()
+    sample(config, worker.device, show=worker.main)
 
 
 def _eval(config: Config) -> None:
+    """One of any number of processes that measure between them; the first one concludes."""
     from alignkit.evaluation.summary import evaluate, summary_file
 
-    set_threads(1)
-    summary = evaluate(config, _device())
-    write_json(summary_file(config), summary | _costs(config))
+    worker = lone_worker()
+    summary = evaluate(config, worker.device, conclude=worker.main)
+    if summary is not None:
+        write_json(summary_file(config), summary | _costs(config))
 
 
 def _report(config: Config) -> None:

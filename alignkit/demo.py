@@ -36,7 +36,7 @@ def run_demo(family: Family, videos: Path | None, out: Path | None, overrides: l
 
 
 def run(config: Config) -> None:
-    """Pairs, train, sample, eval and report. Every process calls this; the first one does what is after the training.
+    """Pairs, train, sample, eval and report. Every process calls this; the first one writes the report.
 
     A chain of stages without videos or pairs of its own, whose stages bring what they train on, is only trained.
     """
@@ -46,7 +46,7 @@ def run(config: Config) -> None:
     main = lone_worker().main
     with run_lock(config.output.dir, "run") if main else nullcontext():  # from the first command to the last
         for number, name in enumerate(names, 1):
-            if main or name in ("pairs", "train"):
+            if main or name != "report":
                 if main:
                     say(f"\n[{number}/{len(names)}] {name}")
                 run_command(name, config)

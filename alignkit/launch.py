@@ -16,6 +16,7 @@ PARENT = "ALIGNKIT_LAUNCHER_PID"
 WORKER, WORKERS = "ALIGNKIT_WORKER", "ALIGNKIT_WORKERS"  # of processes that share work and form no group
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", PARENT)
 PR_SET_PDEATHSIG = 1
+SHARING = ("rollout", "pairs", "sample", "eval")  # commands whose processes share files out and form no group
 FIRST_PORT, PORTS = 20_000, 10_000
 
 

@@ -8,19 +8,23 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from alignkit.errors import ConfigError, DataError
-from alignkit.files import made
+from alignkit.files import made, write_json
+from alignkit.progress import say
 
 POLL_SECONDS = 1.0  # between looks at files that other processes are making
+LEAVING_SECONDS = 0.2  # in which the last of those that share a lock is gone
 
 RUN_LOCK = ".run.lock"
+TERMS, TERMS_LOCK = "terms.json", ".terms.lock"
 _held: set[Path] = set()  # the folders whose run this process writes
 
 
@@ -104,6 +108,41 @@ def share_out(files: list[Path], make: Callable[[int], None], looked: Callable[[
 
 
 @contextmanager
+def shared_folder(folder: Path, terms: dict, command: str) -> Iterator[None]:
+    """The right to make files in `folder`, had by any number of processes that make them under the same terms (JSON, by
+    name). What was made there under others is deleted, and it is said which of them changed.
+
+    Raises ConfigError while others make files in it under other terms.
+    """
+    terms = json.loads(json.dumps(terms))
+    with ExitStack() as held:
+        with one_at_a_time(folder / TERMS_LOCK):  # none is between looking and beginning
+            before = _terms_of(folder)
+            changed = [name for name in {**before, **terms} if before.get(name) != terms.get(name)]
+            if changed:
+                with run_lock(folder, command):
+                    _empty(folder, ", ".join(changed) if before else "settings that it does not tell")
+                    write_json(folder / TERMS, terms)
+            held.enter_context(run_lock(folder, command, shared=True))
+        yield
+
+
+def _terms_of(folder: Path) -> dict:
+    try:
+        return dict(json.loads((folder / TERMS).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _empty(folder: Path, why: str) -> None:
+    old = [path for path in folder.iterdir() if path.name not in (RUN_LOCK, TERMS_LOCK)]
+    if any(path.suffix != ".lock" and path.name != TERMS for path in old):
+        say(f"{folder}: what is there was made under other terms ({why}); it is deleted")
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
 def one_at_a_time(file: Path) -> Iterator[None]:
     """Processes enter one after the other, on this machine or any other that sees `file`."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -117,11 +156,11 @@ def _locked(file: Path, mode: int) -> Iterator[TextIO | None]:
     one has the lock."""
     stream = file.open("a")
     try:
-        fcntl.flock(stream, mode)
+        _flock(stream, mode)
         while not _same_file(stream.fileno(), file):  # its last holder deleted what we have been waiting for
             stream.close()
             stream = file.open("a")
-            fcntl.flock(stream, mode)
+            _flock(stream, mode)
     except BlockingIOError:
         stream.close()
         yield None
@@ -140,6 +179,15 @@ def _locked(file: Path, mode: int) -> Iterator[TextIO | None]:
         if not mode & fcntl.LOCK_SH or _alone(stream):
             file.unlink(missing_ok=True)
         stream.close()
+
+
+def _flock(stream: TextIO, mode: int) -> None:
+    end = time.monotonic() + (LEAVING_SECONDS if mode & fcntl.LOCK_SH else 0)
+    while time.monotonic() < end:  # who leaves a shared lock last has it alone until the file is gone
+        with suppress(BlockingIOError):
+            return fcntl.flock(stream, mode)
+        time.sleep(0.01)
+    fcntl.flock(stream, mode)
 
 
 def _alone(stream: TextIO) -> bool:
