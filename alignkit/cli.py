@@ -80,8 +80,13 @@ def demo(
         Path | None,
         typer.Option(help="Where everything is written; by itself runs/demo, or runs/demo-cogvideox, -videos."),
     ] = None,
+    nproc: Processes = 1,
 ) -> None:
     """Run every stage on a small model that comes with alignkit, on this machine, and write a report."""
+    if _to_be_started("demo", nproc):
+        options = {"--family": family, "--videos": videos, "--out": out}
+        words = [str(word) for option in options.items() if option[1] is not None for word in option]
+        sys.exit(run_processes(["demo", *words, *(overrides or [])], nproc))
     _quiet_libraries()
     from alignkit.demo import run_demo
 

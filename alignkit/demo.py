@@ -19,7 +19,8 @@ CLIPS_SEED = 20_260  # other clips than the shipped weights were trained on
 
 
 def run_demo(family: Family, videos: Path | None, out: Path | None, overrides: list[str]) -> None:
-    """Draw clips (unless `videos` names a folder), then pairs, train, sample, eval and report, all under `out`.
+    """Draw clips (unless `videos` names a folder), then pairs, train, sample, eval and report, all under `out`. Every
+    process calls this.
 
     Run again with the same folder it continues where it was stopped.
     """
@@ -61,17 +62,17 @@ def with_drawn_clips(config: Config) -> Config:
     if config.model.path != "tiny" or data.videos or data.pairs or data.prompts or own:
         return config
     folder = config.output.dir / "clips"
-    with one_at_a_time(folder.with_name(".clips.lock")):
-        draw_clips(folder)
+    draw_clips(folder)
     return config.model_copy(update={"data": data.model_copy(update={"videos": folder})})
 
 
 def draw_clips(folder: Path) -> None:
-    """The demo's real videos: mp4 files and captions.jsonl, drawn once."""
-    if (folder / "captions.jsonl").exists():
-        return
-    with progress("drawing clips", CLIPS) as bar:
-        write_clips(folder, CLIPS, CLIPS_SEED, written=bar.advance)
+    """The demo's real videos: mp4 files and captions.jsonl, drawn once, by whichever process comes first."""
+    with one_at_a_time(folder.with_name(".clips.lock")):
+        if (folder / "captions.jsonl").exists():
+            return
+        with progress("drawing clips", CLIPS) as bar:
+            write_clips(folder, CLIPS, CLIPS_SEED, written=bar.advance)
 
 
 def _conclude(config: Config) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from starting import one_line
 
-from alignkit import demo
+from alignkit import cli, demo
 from alignkit.media.videos import VideoSpec, decode_clip, write_video
 from alignkit.stores.pairs import PairStore
 
@@ -118,6 +118,21 @@ def test_a_demo_on_own_videos_does_not_meet_what_the_plain_one_left(monkeypatch,
     names = ["demo", "demo-videos", "demo-cogvideox", "demo-cogvideox-videos"]
     stages = ("pairs", "train", "sample", "eval", "report")
     assert ran == [(stage, Path.cwd() / "runs" / name) for name in names for stage in stages]
+
+
+def test_all_of_a_demos_processes_take_part_in_all_but_the_report(monkeypatch, clips, tmp_path):
+    started, ran = [], []
+    monkeypatch.setattr(cli, "run_processes", lambda words, count: started.append((words, count)) or 0)
+    for name in ("draw_clips", "_conclude"):
+        monkeypatch.setattr(demo, name, lambda _: None)
+    monkeypatch.setattr(demo, "run_command", lambda name, config: ran.append((name, config.output.dir)))
+    with pytest.raises(SystemExit):
+        cli.app(["demo", "--nproc", "2", "--videos", str(clips), "train.steps=3", "--out", str(tmp_path / "out")])
+    ((words, count),) = started
+    assert words[0] == "demo" and count == 2
+    monkeypatch.setenv("RANK", "1")
+    cli.app([*words, "--nproc", "2"], standalone_mode=False)
+    assert ran == [(stage, tmp_path / "out") for stage in ("pairs", "train", "sample", "eval")]
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(command, config_file, overrides):

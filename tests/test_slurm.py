@@ -39,7 +39,7 @@ def sbatch(tmp_path):
 
 
 def test_there_is_one_for_each_stage_of_many_processes():
-    assert [file.stem for file in TEMPLATES] == ["pairs", "rollouts", "train"]
+    assert [file.stem for file in TEMPLATES] == ["pairs", "rollouts", "samples", "train"]
 
 
 @pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)
@@ -49,6 +49,15 @@ def test_each_is_whole_and_says_how_it_is_used(file, tmp_path):
     assert all(line.split()[1].startswith("--") for line in lines) and len(lines) > 5
     result = subprocess.run(["bash", str(file)], capture_output=True, text=True)
     assert result.returncode != 0 and f"usage: sbatch {file.name} CONFIG" in result.stderr
+
+
+def test_each_job_samples_and_then_measures(sbatch, tmp_path):
+    """That the jobs of an array share either's work: tests/evaluation/test_shared_work.py."""
+    (tmp_path / "programs" / "alignkit").write_text("#!/bin/bash\necho alignkit $*\n")
+    job = sbatch("samples", "runs/mine", "sample.count=2", SLURM_NTASKS=1)
+    words = "runs/mine sample.count=2"
+    assert job.communicate(timeout=60)[0].splitlines() == [f"alignkit {name} {words}" for name in ("sample", "eval")]
+    assert job.returncode == 0
 
 
 def test_two_tasks_train_as_one_run(sbatch, run_with_pairs, config_file):

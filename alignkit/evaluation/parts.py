@@ -45,8 +45,8 @@ class Parts:
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.folder = config.output.dir / "measured"
-        self.sections = {"base": config.model, "aligned": aligned_section(config)}
         self.store = PairStore(pairs_folder(config, "heldout"))
+        self.sections = {"base": config.model, "aligned": aligned_section(config)}
         self.shown = [] if config.few_step_sampler else shown_pairs(self.store)  # regions are redone in many steps
         self.sampled = self.store.info.kind == "rollouts"  # both sides: there are no files of real videos
         self._outline = load_model(config.model, with_transformer=False, with_encoders=False)

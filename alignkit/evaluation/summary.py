@@ -37,11 +37,11 @@ def evaluate(config: Config, device: torch.device, conclude: bool = True) -> dic
     Any number of processes may call this at once: they share the work of networks and VAE (`Parts`), and one of them is
     to `conclude`; the others return None as soon as all is measured.
     """
+    parts = Parts(config, device)
     with ExitStack() as held, one_thread(device):
         for name in MODELS:  # nobody samples others under other terms meanwhile
             held.enter_context(run_lock(samples_folder(config) / name, "eval", shared=True))
         listed_samples(config)
-        parts = Parts(config, device)
         held.enter_context(parts.held())
         parts.make(show=conclude)
         if not conclude:
