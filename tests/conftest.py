@@ -352,3 +352,23 @@ def cogvideox_folders(build_cogvideox, tmp_path_factory):
     """Folder by kind."""
     root = tmp_path_factory.mktemp("cogvideox")
     return {kind: build_cogvideox(root / kind, kind) for kind in COGVIDEOX_KINDS}
+
+
+BOUNDARY = 0.8  # of four steps at a flow shift of 3 two are on each side: 999, 900; 750, 500
+
+
+@pytest.fixture(scope="session")
+def two_experts(tmp_path_factory) -> Path:
+    """A WanPipeline of two networks of one layer and random weights; all else is the shipped small one's."""
+    from alignkit.models import family_module, shipped_model
+
+    folder, shipped = tmp_path_factory.mktemp("experts") / "model", shipped_model("wan")
+    shutil.copytree(shipped, folder, ignore=shutil.ignore_patterns("transformer"))
+    config = json.loads((shipped / "transformer/config.json").read_text()) | {"num_layers": 1}
+    for seed, part in enumerate(("transformer", "transformer_2")):
+        torch.manual_seed(seed)
+        family_module("wan").build_transformer(config).save_pretrained(folder / part)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"boundary_ratio": BOUNDARY, "transformer_2": index["transformer"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

@@ -28,7 +28,7 @@ def run(tmp_path):
 def test_the_list_has_every_configuration_of_a_run_with_a_line_that_says_what_it_is(command):
     lines = command("configs").stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(shipped_configs())
-    assert len(lines) == 2 * 6, "of each method: two small models, four full ones"
+    assert len(lines) == 2 * 6 + 1, "of each method: two small models, four full ones; one of a model with two experts"
     for line in lines:
         assert line.endswith(".") and 40 < len(line) < 150, "the first line of a file is a sentence of its own"
 

@@ -26,7 +26,7 @@ def inversion_terms(config: Config, model: VideoModel) -> dict:
     """What stored inversions depend on, for a store's terms."""
     noise = config.noise.model_dump(mode="json", exclude={"guided", "max_inversion_error"})
     return {
-        "noise": noise,
+        "noise": noise | ({"expert": config.model.expert} if config.model.expert else {}),  # whose steps they are at
         "inverted_on": model.schedule(config.sampler.num_steps).fingerprint,
         "inverted_by": {
             "network": model.fingerprint(),

@@ -173,6 +173,8 @@ def store_info(sampling: Sampling) -> StoreInfo:
     rollout, noise = config.rollout, config.noise
     kept = ("source", "timesteps", "interval", "path_steps", "path_between")
     states = {key: noise.model_dump(mode="json")[key] for key in kept} if noise.stores_states else None
+    if states and config.model.expert:
+        states["expert"] = config.model.expert  # whose steps they are at
     if sampling.rows is not None:
         states = {"source": "path", "rows": list(sampling.rows), "path_between": noise.path_between}
     regime, libraries = sampling.recipe["regime"], sampling.recipe["versions"]

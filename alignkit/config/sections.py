@@ -40,7 +40,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which base model is aligned."""
 
-    family: Family = Field("wan", description="wan: Wan2.1; cogvideox: CogVideoX, 2B and 5B")
+    family: Family = Field("wan", description="wan: Wan2.1, Wan2.2's A14B; cogvideox: CogVideoX, 2B and 5B")
     path: str = Field("tiny", description="a diffusers folder, a hub id, or 'tiny' for the shipped small model")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: the hub's main branch")
     variant: str | None = Field(
@@ -55,7 +55,21 @@ class ModelSection(Section):
         "named one that does not run is an error",
     )
     lora: tuple[Place, ...] = Field((), description="LoRA folders to merge into the weights, in this order")
+    expert: Literal["high", "low"] | None = Field(
+        None,
+        description="of Wan2.2's A14B, which has two: the one that is trained, and that lora is of; high: at noise "
+        "from the model's boundary on; low: below; null: of a model with one network",
+    )
+    guidance_scale_2: NonNegative | None = Field(
+        None, description="of the low expert, wherever another guidance_scale is above 1; null: that one too"
+    )
     max_sequence_length: Positive = Field(512, description="text tokens that the network attends to, padding included")
+
+    @model_validator(mode="after")
+    def _two_scales_of_two(self) -> "ModelSection":
+        if self.guidance_scale_2 is not None and self.expert is None:
+            raise ValueError("guidance_scale_2: is the low expert's, of a model with two; set model.expert too")
+        return self
 
 
 class DataSection(Section):

@@ -179,6 +179,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_expert_at_hand(self) -> "Config":
+        if self.model.expert is None:
+            return self
+        if self.train.validate_every is not None and self.train.validate_samples:
+            raise ValueError(
+                "train.validate_samples: a run holds one of two experts (model.expert), and samples need both; set it "
+                "to 0, and use alignkit sample when it is over"
+            )
+        if self.noise.path_between:
+            raise ValueError("noise.path_between: not with model.expert: between two steps another expert may begin")
+        if self.noise.guided and self.model.guidance_scale_2 is not None:
+            raise ValueError("noise.guided: has one scale, not with model.guidance_scale_2; leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _masks_of_one_source(self) -> "Config":
         if self.data.pairs and self.pairs.mask.files:
             raise ValueError("pairs.mask.files: is for data.videos; with data.pairs give masks in its column 'mask'")

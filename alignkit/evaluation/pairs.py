@@ -57,7 +57,7 @@ def score_point(
 
 def joined(config: Config, model, store: PairStore, parts: list[dict[str, Tensor]]) -> PairScores:
     """What was scored at all `points`, in their order."""
-    schedule, shape = model.schedule(config.sample.num_inference_steps), shape_of(config, store)
+    schedule, shape = model.schedule(config.sample.num_inference_steps), shape_of(config, model, store)
     return PairScores(
         noise_levels=[schedule.coefficients[row, 1].item() for row in rows_of(config, model)],
         **{name: torch.cat([part[name] for part in parts]).reshape(shape) for name in parts[0]},

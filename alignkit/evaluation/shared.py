@@ -15,10 +15,11 @@ PARTS = ("transformer", "vae", "text_encoder")
 def model_terms(section: ModelSection, num_steps: int) -> dict[str, Any]:
     """What a model's results depend on by name: its weights, its schedule of so many steps, and how it is run."""
     model = load_model(section, with_transformer=False, with_encoders=False)
+    run_as = {"dtype", "attention", "max_sequence_length", "expert", "guidance_scale_2"}
     return {
         **{part: model.fingerprint(part) for part in PARTS},
         "schedule": model.schedule(num_steps).fingerprint,
-        **section.model_dump(mode="json", include={"dtype", "attention", "max_sequence_length"}),
+        **section.model_dump(mode="json", include=run_as),
     }
 
 

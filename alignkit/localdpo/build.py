@@ -21,7 +21,7 @@ from alignkit.media.masks import mask_digest, mask_on_grid, read_mask
 from alignkit.media.videos import VideoFacts, decode_with_facts
 from alignkit.models import VideoModel, family_module, load_model, working_dtype
 from alignkit.objectives.laws import Law
-from alignkit.objectives.states.checks import check_noise
+from alignkit.objectives.states.checks import check_noise, expert_terms
 from alignkit.progress import say
 from alignkit.stores.blocks import Made, build_store
 from alignkit.stores.folders import (
@@ -130,6 +130,7 @@ def _store_info(config: Config, model) -> StoreInfo:
             "attention": model.attention,
             "max_sequence_length": config.model.max_sequence_length,
             "schedule": model.schedule(pairs.num_inference_steps).fingerprint,
+            **expert_terms(config),
             "videos": config.data.model_dump(mode="json", include={"height", "width", "num_frames", "fps", "heldout"}),
         }
         | (inversion_terms(config, model) if config.noise.source == "inversion" else {}),

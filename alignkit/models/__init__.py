@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from alignkit.config import ModelSection, check_model_place
 from alignkit.models.attention import set_attention
+from alignkit.models.experts import Experts
 from alignkit.models.folder import Watch, unwatched
 from alignkit.schedules import Schedule
 
@@ -26,9 +27,24 @@ class VideoModel(Protocol):
     pipeline: Any
     dtype: torch.dtype
     attention: str | None
+    expert: str | None
+    """Of two, the one that is trained, "high" or "low"; None of a model with one network. `transformer` is then both,
+    `experts.Experts`, where the model is loaded whole."""
 
     @property
     def vae(self) -> Any: ...
+
+    @property
+    def part(self) -> str:
+        """The folder of the network that is trained."""
+
+    @property
+    def own_timesteps(self) -> tuple[float, float]:
+        """[first, end): those that the network which is trained is for."""
+
+    @property
+    def network(self) -> Any:
+        """Of `transformer`, what is trained: one of two experts, where it is both."""
 
     def to(self, device: torch.device | str) -> Self: ...
 
@@ -99,13 +115,13 @@ class VideoModel(Protocol):
         """
 
     def merge_lora(self, folder: Path) -> None:
-        """Add the adapters of `folder` to the transformer's weights."""
+        """Add the adapters of `folder` to the weights of `network`."""
 
     def local_folder(self) -> Path:
         """The model's files on this machine."""
 
     def fingerprint(self, part: str = "transformer") -> str:
-        """Identifies the weights of a part: "transformer", "vae" or "text_encoder"."""
+        """Identifies the weights of a part: "transformer" (all that make videos), "vae" or "text_encoder"."""
 
 
 class Family(Protocol):
@@ -131,10 +147,12 @@ class Family(Protocol):
         with_transformer: bool,
         with_encoders: bool,
         dtype: torch.dtype,
+        expert: str | None,
     ) -> VideoModel:
         """The transformer in `dtype`, the rest in fp32, on CPU.
 
-        Raises ModelError naming what is missing, damaged or of another family.
+        Raises ModelError naming what is missing, damaged or of another family, ConfigError for an `expert` that the
+        model has not, or that it needs.
         """
 
     def build_transformer(self, config: dict) -> nn.Module:
@@ -203,7 +221,10 @@ def load_model(
         with_transformer=with_transformer,
         with_encoders=with_encoders,
         dtype=dtype,
+        expert=section.expert,
     )
+    if isinstance(model.transformer, Experts):
+        model.transformer.low_guidance = section.guidance_scale_2
     for folder in section.lora:
         model.merge_lora(folder)
     if device is not None:

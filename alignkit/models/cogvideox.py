@@ -328,12 +328,13 @@ def load(
     with_transformer: bool,
     with_encoders: bool,
     dtype: torch.dtype = torch.float32,
+    expert: str | None = None,
 ) -> CogVideoXModel:
     """Load a CogVideoX folder or hub id on CPU, the transformer in `dtype`, the rest in fp32.
 
     Raises ModelError naming what is missing or wrong, ConfigError for a text length that the model cannot take.
     """
-    with loading(path, CogVideoXPipeline, revision):
+    with loading(path, CogVideoXPipeline, revision, expert):
         scheduler, stochastic = _load_scheduler(path, revision)
         config = CogVideoXTransformer3DModel.load_config(path, subfolder="transformer", revision=revision)
         if config.get("patch_size_t") is not None:

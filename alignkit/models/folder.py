@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError, ConfigError, ModelError
+from alignkit.models.experts import PARTS, Experts, boundary_of
 from alignkit.models.weights import check_weight_files, file_digest, fingerprint_of
 from alignkit.progress import say
 from alignkit.schedules import Schedule, one_step
@@ -38,7 +39,8 @@ class ModelFolder:
     schedule and the training path need the scheduler alone, the latents' sizes `vae_config`.
 
     dtype: the transformer's, and that of the text and states it is given; the other parts are fp32.
-    attention: the backend that the transformer runs on, where one was chosen.
+    attention: the backend that the transformer runs on, where one was chosen. expert: which of two experts is trained,
+    "high" or "low", boundary: the first timestep of the high one; None of a model with one network.
     """
 
     path: str
@@ -52,6 +54,8 @@ class ModelFolder:
     attention: str | None = None
     lora: tuple[Path, ...] = ()
     variant: str | None = None
+    expert: str | None = None
+    boundary: float | None = None
     _embeddings: dict[str, Tensor] = field(default_factory=dict)
 
     family: ClassVar[str]
@@ -66,6 +70,23 @@ class ModelFolder:
     @property
     def vae(self) -> Any:
         return self.pipeline.vae
+
+    @property
+    def part(self) -> str:
+        """The folder of the network that is trained."""
+        return PARTS[self.expert] if self.expert else "transformer"
+
+    @property
+    def own_timesteps(self) -> tuple[float, float]:
+        """[first, end): those that the network which is trained is for."""
+        if self.boundary is None:
+            return 0.0, math.inf
+        return (self.boundary, math.inf) if self.expert == "high" else (0.0, self.boundary)
+
+    @property
+    def network(self) -> Any:
+        """Of `transformer`, what is trained: one of two experts, where it is both."""
+        return getattr(self.transformer, self.part) if isinstance(self.transformer, Experts) else self.transformer
 
     def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         raise NotImplementedError
@@ -110,29 +131,33 @@ class ModelFolder:
         folder = Path(self.path)
         if folder.is_dir():
             found = fingerprint_of(folder / part, self.variant)
+            if part == "transformer" and self.boundary is not None:  # both make videos
+                both = [found, fingerprint_of(folder / PARTS["low"], self.variant), self.boundary]
+                found = hashlib.sha256(json.dumps(both).encode()).hexdigest()[:16]
         else:
             where = json.dumps([self.path, self.local_folder().name])  # …/snapshots/COMMIT
             found = hashlib.sha256(where.encode()).hexdigest()[:16]
         if part != "transformer" or not self.lora:
             return found
         adapters = b"".join(file_digest(adapter / LORA_FILE) for adapter in self.lora)
-        return hashlib.sha256(found.encode() + adapters).hexdigest()[:16]
+        return hashlib.sha256(found.encode() + adapters + (self.expert or "").encode()).hexdigest()[:16]
 
     def merge_lora(self, folder: Path) -> None:
-        """Add the adapters of `folder` to the weights. Raises ModelError where they do not fit or are missing."""
+        """Add the adapters of `folder` to the weights of `network`. Raises ModelError where they are missing or do not
+        fit."""
         if not (folder / LORA_FILE).is_file():
             raise ModelError(f"model.lora: {folder / LORA_FILE}: no such file")
         self.lora = (*self.lora, folder)
         if self.transformer is None:
             return
         try:
-            self.transformer.load_lora_adapter(str(folder), weight_name=LORA_FILE, prefix="transformer")
+            self.network.load_lora_adapter(str(folder), weight_name=LORA_FILE, prefix="transformer")
         except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
             problem = " ".join(str(error).split())[:300]
             raise ModelError(f"model.lora: {folder / LORA_FILE}: cannot load: {problem}") from error
-        self.transformer.fuse_lora()
-        self.transformer.unload_lora()
-        frozen(self.transformer)
+        self.network.fuse_lora()
+        self.network.unload_lora()
+        frozen(self.network)
 
 
 def unwatched(i: int, state: Tensor) -> None:
@@ -190,17 +215,19 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def load_transformer(kind: Any, path: str, revision: str | None, variant: str | None, dtype: torch.dtype) -> nn.Module:
-    """A folder's transformer, frozen. Raises ModelError where it lacks a weight, which diffusers would draw anew."""
+def load_transformer(
+    kind: Any, path: str, revision: str | None, variant: str | None, dtype: torch.dtype, part: str = "transformer"
+) -> nn.Module:
+    """A folder's network, frozen. Raises ModelError where it lacks a weight, which diffusers would draw anew."""
     if Path(path).is_dir():
-        check_weight_files(Path(path) / "transformer", variant)
+        check_weight_files(Path(path) / part, variant)
     network, report = kind.from_pretrained(
-        path, subfolder="transformer", revision=revision, variant=variant, torch_dtype=dtype, output_loading_info=True
+        path, subfolder=part, revision=revision, variant=variant, torch_dtype=dtype, output_loading_info=True
     )
     missing = sorted(report["missing_keys"])
     if missing:
         more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""
-        raise ModelError(f"model.path: {path}/transformer: holds no {missing[0]}{more}")
+        raise ModelError(f"model.path: {path}/{part}: holds no {missing[0]}{more}")
     return frozen(network)
 
 
@@ -211,16 +238,17 @@ def settings_of(part: Any, path: str, subfolder: str, revision: str | None) -> d
 
 
 @contextmanager
-def loading(path: str, pipeline: type[DiffusionPipeline], revision: str | None) -> Iterator[None]:
-    """Turn whatever loading raises into a ModelError that names `path`; refuse a folder of another pipeline first, and
-    a hub model that cannot be had."""
+def loading(path: str, pipeline: type[DiffusionPipeline], revision: str | None, expert: str | None) -> Iterator[dict]:
+    """Turn whatever loading raises into a ModelError that names `path`; refuse a folder of another pipeline first, a
+    hub model that cannot be had, and an `expert` that is none. Yields its model_index.json."""
     try:
         if not Path(path).is_dir():
             _check_hub(path, pipeline.config_name, revision)
         index = pipeline.load_config(path, revision=revision)
         if index.get("_class_name") != pipeline.__name__:
             raise ModelError(f"model.path: {path}: a {index.get('_class_name')}, not a {pipeline.__name__}")
-        yield
+        boundary_of(path, index, expert)
+        yield index
     except AlignkitError:
         raise
     except Exception as error:  # diffusers, safetensors and json each raise their own kinds for damaged files

@@ -1,4 +1,4 @@
-"""Wan2.1: flow matching, latents [B, C, F, H, W], UMT5 text, UniPC with flow sigmas.
+"""Wan2.1 and the two experts of Wan2.2: flow matching, latents [B, C, F, H, W], UMT5 text, UniPC with flow sigmas.
 
 Wraps diffusers' own classes; the arithmetic of encoding, text and guidance is that of `WanPipeline`, which
 is the oracle in the tests.
@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from torch import Tensor, nn
 
 from alignkit.errors import ConfigError, ModelError
+from alignkit.models.experts import PARTS, Experts, boundary_timestep
 from alignkit.models.folder import (
     ModelFolder,
     Watch,
@@ -34,7 +35,7 @@ CONTEXT_PLAN = {name: part for name, part in WanTransformer3DModel._cp_plan.item
 
 
 class WanModel(ModelFolder):
-    """The parts of a Wan2.1 folder."""
+    """The parts of a Wan folder."""
 
     family = "wan"
 
@@ -179,12 +180,14 @@ def guided(
     if guidance <= 1:
         return conditional
     unconditional = predict(transformer, state, timesteps, negative)
+    if isinstance(transformer, Experts):
+        guidance = transformer.guidance(guidance, timesteps)
     return unconditional + guidance * (conditional - unconditional)
 
 
 def dynamic_guidance(guidance: float, timestep: float, num_steps: int) -> float:
     """Wan's pipeline guides all steps alike: raises ConfigError."""
-    raise ConfigError("dynamic_guidance: Wan2.1 has none; leave it off")
+    raise ConfigError("dynamic_guidance: Wan has none; leave it off")
 
 
 def split_lengths(config: Any, grid: tuple[int, ...], text_length: int) -> dict[str, int]:
@@ -212,25 +215,38 @@ def load(
     with_transformer: bool,
     with_encoders: bool,
     dtype: torch.dtype = torch.float32,
+    expert: str | None = None,
 ) -> WanModel:
-    """Load a Wan2.1 folder or hub id on CPU, the transformer in `dtype`, the rest in fp32.
+    """Load a Wan folder or hub id on CPU, the transformer, or both experts, in `dtype`, the rest in fp32.
 
     Raises ModelError naming what is missing or wrong.
     """
-    with loading(path, WanPipeline, revision):
+    with loading(path, WanPipeline, revision, expert) as index:
+        if index.get("expand_timesteps"):
+            raise ModelError(f"model.path: {path}: expand_timesteps is on: Wan2.2's 5B is not supported")
         scheduler = UniPCMultistepScheduler.from_pretrained(path, subfolder="scheduler", revision=revision)
         if scheduler.config.use_dynamic_shifting:
             raise ModelError(f"model.path: {path}/scheduler: use_dynamic_shifting is on: Wan's shift is one number")
         if not scheduler.config.use_flow_sigmas:
             raise ModelError(f"model.path: {path}/scheduler: use_flow_sigmas is off, so its states are not Wan's")
         vae_config = settings_of(AutoencoderKLWan, path, "vae", revision)
-        transformer = None
+        boundary = None
+        if expert:
+            boundary = boundary_timestep(index["boundary_ratio"], scheduler.config.num_train_timesteps)
+        transformer: Any = None
         if with_transformer:
-            transformer = load_transformer(WanTransformer3DModel, path, revision, variant, dtype)
+            high, *low = (
+                load_transformer(WanTransformer3DModel, path, revision, variant, dtype, part)
+                for part in (PARTS.values() if expert else ["transformer"])
+            )
+            transformer = high if boundary is None else Experts(high, *low, boundary=boundary)
         pipeline = None
         if with_encoders:
-            pipeline = WanPipeline.from_pretrained(path, revision=revision, variant=variant, transformer=None)
+            pipeline = WanPipeline.from_pretrained(
+                path, revision=revision, variant=variant, transformer=None, transformer_2=None
+            )
             frozen(pipeline.vae.float()), frozen(pipeline.text_encoder.float())
         return WanModel(
-            path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision, variant=variant
-        )
+            path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision,
+            variant=variant, expert=expert, boundary=boundary,
+        )  # fmt: skip

@@ -39,7 +39,7 @@ class PathPoints:
 
 
 class Law(Protocol):
-    """allowed: the rows of the schedule that lie in `noise.interval`, int64, ascending."""
+    """allowed: the rows of the schedule that lie in `noise.interval` and are the trained expert's, int64, ascending."""
 
     model: VideoModel
     schedule: Schedule
@@ -67,8 +67,20 @@ class _Law:
         self.schedule = model.schedule(config.sampler.num_steps)
         share = self.schedule.timesteps / model.scheduler.config.num_train_timesteps
         low, high = config.noise.bounds
-        self.allowed = ((share >= low) & (share <= high)).nonzero()[:, 0]
-        """The rows of the schedule that lie in `noise.interval`."""
+        first, end = model.own_timesteps
+        own = (self.schedule.timesteps >= first) & (self.schedule.timesteps < end)
+        self.allowed = ((share >= low) & (share <= high) & own).nonzero()[:, 0]
+
+    @property
+    def no_rows(self) -> ConfigError:
+        """None of the schedule's is allowed."""
+        rows, expert = f"none of the sampler's {len(self.schedule)} steps", self.model.expert
+        if expert is None:
+            return ConfigError(f"noise.interval: {rows} lies in it; widen it")
+        return ConfigError(
+            f"noise.interval: {rows} lies in it and in the range of model.expert {expert}; widen it, or take more "
+            "(rollout.num_inference_steps)"
+        )
 
     def uniform(self, ids: Tensor, epochs: Tensor) -> Tensor:
         key = NoiseKey(self.config.train.seed, ids, epochs, Stream.TIMESTEP)
@@ -97,7 +109,7 @@ class OnSchedule(_Law):
     def __init__(self, config: Config, model: VideoModel):
         super().__init__(config, model)
         if not len(self.allowed):
-            raise ConfigError(f"noise.interval: none of the sampler's {len(self.schedule)} steps lies in it; widen it")
+            raise self.no_rows
 
     def draw(self, ids: Tensor, epochs: Tensor, among: Tensor | None = None) -> PathPoints:
         among = self.allowed.expand(len(ids), -1) if among is None else among
@@ -169,13 +181,19 @@ class _OnPath(_Law):
         super().__init__(config, model)
         trained = model.scheduler.config.num_train_timesteps
         low, high = config.noise.bounds
+        first, end = model.own_timesteps
         self.low, self.high = 0.0, 1.0
-        if config.noise.interval is not None:
+        self.bounded = config.noise.interval is not None or model.expert is not None
+        if self.bounded:
             ends = torch.tensor([low, high], dtype=torch.float64) * trained
-            self.low = _first(lambda u: self._timestep(u) >= ends[:1]).item()
-            self.high = _first(lambda u: self._timestep(u) > ends[1:]).item()
+            self.low = _first(lambda u: self._timestep(u) >= ends[:1].clamp(min=first)).item()
+            self.high = _first(lambda u: (self._timestep(u) > ends[1:]) | (self._timestep(u) >= end)).item()
             if not self.low < self.high:
-                raise ConfigError(f"noise.interval: no timestep of the model lies in [{low:g}, {high:g}]; widen it")
+                raise ConfigError(
+                    f"noise.interval: no timestep of the model lies in [{low:g}, {high:g}]"
+                    + (f" and in the range of model.expert {model.expert}" if model.expert else "")
+                    + "; widen it"
+                )
 
     def _timestep(self, u: Tensor) -> Tensor:
         return self.model.training_path(u)[1]
@@ -208,7 +226,7 @@ class _OnPath(_Law):
         masses = torch.zeros_like(timesteps)
         masses[self.allowed] = (edges[:-1] - edges[1:])[self.allowed]
         if not masses.sum() > 0:
-            raise ConfigError(f"noise.interval: none of the sampler's {len(self.schedule)} steps lies in it; widen it")
+            raise self.no_rows
         return masses / masses.sum()
 
 
@@ -226,7 +244,7 @@ class LogitNormal(_OnPath):
     """The sigmoid of a standard normal (arXiv 2403.03206) on the model's own path."""
 
     def position(self, ids: Tensor, epochs: Tensor) -> Tensor:
-        if self.config.noise.interval is None:
+        if not self.bounded:
             key = NoiseKey(self.config.train.seed, ids, epochs, Stream.TIMESTEP)
             normal = keyed_randn((len(ids), 1), key, device="cpu", dtype=torch.float64)[:, 0]
             return torch.sigmoid(normal)

@@ -144,10 +144,10 @@ def _of_the_loss(outline: Outline, config: Config, run: Regime) -> float:
 
 
 def pairs_memory(outline: Outline, count: Parameters, run: Regime) -> dict[str, float]:
-    """On a GPU that builds pairs or samples: the network, and VAE and text encoder in fp32; what the VAE makes of a
-    video is not counted."""
+    """On a GPU that builds pairs or samples: the network, or both experts, and VAE and text encoder in fp32; what the
+    VAE makes of a video is not counted."""
     return {
-        "network": run.width * count.all,
+        "network" if outline.networks == 1 else "both experts": run.width * count.all * outline.networks,
         "text encoder, fp32": 4.0 * outline.text,
         "VAE, fp32": 4.0 * outline.vae,
         "CUDA": RESERVED,

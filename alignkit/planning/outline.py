@@ -11,22 +11,32 @@ from torch import nn
 from alignkit.config import Config, ModelSection, shipped_config
 from alignkit.errors import ModelError
 from alignkit.models import VideoModel, family_module, shipped_model
+from alignkit.models.experts import boundary_of
 from alignkit.training.lora import add_lora
 
 SHIPPED = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-1.3b",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-14b",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan2.2-a14b",
     "THUDM/CogVideoX-2b": "cogvideox-2b",
     "THUDM/CogVideoX-5b": "cogvideox-5b",
 }
 """Models of the hub whose sizes come with alignkit, in configs/architectures."""
+EXPERTS = {
+    "wan2.2-a14b": {
+        "boundary_ratio": 0.875,
+        **{part: ["diffusers", "WanTransformer3DModel"] for part in ("transformer", "transformer_2")},
+    }
+}
+"""Of their model_index.json, what makes two networks of one architecture."""
 PARTS = ("transformer", "vae", "text_encoder")
 
 
 @dataclass(frozen=True)
 class Outline:
-    """architecture: of the transformer. model: its family's, with nothing loaded. vae, text: their parameters.
-    counted: activations that were counted already, by all that they depend on."""
+    """architecture: of the network that is trained. model: its family's, with nothing loaded. vae, text: their
+    parameters. networks: 2 where it is one of two experts, which sample together. counted: activations that were
+    counted already, by all that they depend on."""
 
     section: ModelSection
     architecture: dict
@@ -34,6 +44,7 @@ class Outline:
     vae: int
     text: int
     text_width: int
+    networks: int = 1
     counted: dict[tuple, float] = field(default_factory=dict)
 
     @property
@@ -56,7 +67,8 @@ class Outline:
 def outline(config: Config) -> Outline:
     """Raises ModelError where a model's sizes are not on this machine."""
     section = config.model
-    transformer, vae, text = _configs(section)
+    index, transformer, vae, text = _configs(section)
+    experts = boundary_of(section.path, index, section.expert) is not None
     family = family_module(section.family)
     _check_class(section, transformer)
     with torch.device("meta"):
@@ -65,29 +77,33 @@ def outline(config: Config) -> Outline:
         text = AutoConfig.for_model(text.pop("model_type"), **text)
         encoder = AutoModelForTextEncoding.from_config(text)
         model, decoder = family.outline(vae, section.max_sequence_length)
-    return Outline(section, transformer, model, _size(decoder), _size(encoder), text.d_model)
+    return Outline(section, transformer, model, _size(decoder), _size(encoder), text.d_model, 1 + experts)
 
 
 def _configs(section: ModelSection) -> list[dict]:
+    """The model's index and its PARTS."""
     if section.path in SHIPPED:
-        names = (SHIPPED[section.path], *(f"{part}-{_of_family(SHIPPED[section.path])}" for part in ("vae", "text")))
-        return [json.loads(shipped_config(f"architectures/{name}.json").read_text()) for name in names]
+        family = _of_family(SHIPPED[section.path])
+        names = (f"{part}-{family}" for part in ("vae", "text"))
+        found = [_read(shipped_config(f"architectures/{name}.json")) for name in (SHIPPED[section.path], *names)]
+        return [EXPERTS.get(SHIPPED[section.path], {}), *found]
     folder = shipped_model(section.family) if section.path == "tiny" else Path(section.path).expanduser()
+    files = ["model_index.json", *(f"{part}/config.json" for part in PARTS)]
     if folder.is_dir():
-        return [_read(folder / part / "config.json") for part in PARTS]
-    known = (try_to_load_from_cache(section.path, f"{part}/config.json", revision=section.revision) for part in PARTS)
-    found = [file for file in known if isinstance(file, str)]
-    if len(found) < len(PARTS):
+        return [_read(folder / file) for file in files]
+    known = (try_to_load_from_cache(section.path, file, revision=section.revision) for file in files)
+    cached = [file for file in known if isinstance(file, str)]
+    if len(cached) < len(files):
         raise ModelError(
             f"model.path: {section.path}: its sizes do not come with alignkit and are not in this machine's cache; "
-            f"where there is a network: hf download {section.path} --include '*/config.json'"
+            f"where there is a network: hf download {section.path} --include '*/config.json' model_index.json"
         )
-    return [_read(Path(file)) for file in found]
+    return [_read(Path(file)) for file in cached]
 
 
 def _of_family(name: str) -> str:
-    """ "cogvideox-2b" to "cogvideox": sizes of one family share VAE and text encoder."""
-    return name.rpartition("-")[0]
+    """ "cogvideox-2b" to "cogvideox": sizes of one family share VAE and text encoder; Wan2.2's A14B has Wan2.1's."""
+    return name.rpartition("-")[0].replace("wan2.2", "wan2.1")
 
 
 def _read(file: Path) -> dict:

@@ -21,7 +21,8 @@ def _lines(whole: Plan) -> Iterator[str]:
     kind = f"{gpu.memory / 1e9:.0f} GB, {gpu.peak / 1e12:.0f} TFLOPS bf16"
     yield f"{config.model.path} on {whole.gpus} × {gpu.name} ({kind}): calculated, nothing was loaded"
     trained = "all trained" if count.trained == count.all else f"{count.trained:,} trained"
-    yield _row("parameters", f"{count.all:,}, {trained}")
+    expert = f", of the {config.model.expert} of two experts" if config.model.expert else ""
+    yield _row("parameters", f"{count.all:,}, {trained}{expert}")
     for each in whole.stages:
         if each.choice:
             yield _row("deepspeed.preset", f"{f'{each.name}: ' if len(whole.stages) > 1 else ''}{each.choice}")

@@ -114,7 +114,8 @@ def checkpoint_bytes(config: Config, run: Regime, count: Parameters) -> float:
 
 
 def export_bytes(outline: Outline, config: Config, count: Parameters) -> float:
-    """A diffusers folder in fp32, its VAE and text encoder as they are (counted in fp32); or the adapters. Twice with
-    an average beside it."""
-    one = 4 * count.trained if config.train.lora else 4 * (count.all + outline.vae + outline.text)
+    """A diffusers folder in fp32, its VAE, text encoder and other expert as they are (counted in fp32); or the
+    adapters. Twice with an average beside it."""
+    whole = outline.networks * count.all + outline.vae + outline.text
+    one = 4 * (count.trained if config.train.lora else whole)
     return 2 * one if config.train.ema else one

@@ -56,6 +56,11 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
                 f"{where}: reference.strategy: a cache holds errors of pairs that are there already, and this stage "
                 "makes its own; use copy"
             )
+        if entry.name in SUPPLIED and stage.model.expert:
+            raise ConfigError(
+                f"{where}: model.expert: this stage samples through the network that it trains, and of two experts a "
+                "run holds one; rank rollouts instead (alignkit rollout), or build pairs of videos"
+            )
         if entry.name in SUPPLIED and stage.train.validate_every is not None:
             raise ConfigError(
                 f"{where}: train.validate_every: a stage that makes its own pairs holds none out; set it to null in "

@@ -46,7 +46,8 @@ def aligned_section(config: Config) -> ModelSection:
 
 
 def export(model, weights: dict[str, Tensor], target: Path, few_steps: int | None = None) -> None:
-    """Write `target` as a diffusers folder: `model`'s own with the transformer's weights replaced by `weights` (fp32).
+    """Write `target` as a diffusers folder: `model`'s own with the weights of the network that was trained replaced by
+    `weights` (fp32); of two experts the other one stays as it was.
 
     In bf16 most of a small update would round back to the base. few_steps: of a student, whose pipeline then samples as
     it was trained to, with that `num_inference_steps` and guidance_scale=1.
@@ -55,13 +56,13 @@ def export(model, weights: dict[str, Tensor], target: Path, few_steps: int | Non
         shutil.copytree(
             model.local_folder(),
             partial,
-            ignore=lambda _, names: [n for n in names if n in ("transformer", ".cache")],
+            ignore=lambda _, names: [n for n in names if n in (model.part, ".cache")],
         )
         with torch.device("meta"):
-            fresh = type(model.transformer).from_config(model.transformer.config)
+            fresh = type(model.network).from_config(model.network.config)
         result = fresh.load_state_dict(weights, strict=True, assign=True)
         assert not result.missing_keys and not result.unexpected_keys
-        fresh.save_pretrained(partial / "transformer")
+        fresh.save_pretrained(partial / model.part)
         if few_steps:
             scheduler = model.few_step_scheduler(few_steps)
             scheduler.save_pretrained(partial / "scheduler")
@@ -71,7 +72,8 @@ def export(model, weights: dict[str, Tensor], target: Path, few_steps: int | Non
 
 
 def export_lora(model, weights: dict[str, Tensor], section: LoraSection, target: Path) -> None:
-    """Write `target/pytorch_lora_weights.safetensors` (fp32), with its alpha, for `pipe.load_lora_weights(target)`."""
+    """Write `target/pytorch_lora_weights.safetensors` (fp32), with its alpha, for `pipe.load_lora_weights(target)`; of
+    a low expert with `load_into_transformer_2=True`."""
     pipeline = diffusers.DiffusionPipeline.load_config(str(model.local_folder()))["_class_name"]
     layers, settings = peft_weights(model.transformer, weights, section)
     with _appearing_whole(target) as partial:

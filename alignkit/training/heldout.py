@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from alignkit.config import Config
+from alignkit.errors import ConfigError
 from alignkit.models import VideoModel
 from alignkit.objectives.states import States, evaluation_states
 from alignkit.stores.pairs import PairBatch, PairStore
@@ -33,14 +34,23 @@ def points(config: Config, model: VideoModel, store: PairStore) -> list[Point]:
 
 
 def rows_of(config: Config, model: VideoModel) -> list[int]:
-    """The rows of the schedule that `evaluation.positions` are."""
-    steps = len(model.schedule(config.sample.num_inference_steps))
-    return [int(position * steps) for position in config.evaluation.positions]
+    """The rows of the schedule that `evaluation.positions` are; of two experts, those of the trained one. Raises
+    ConfigError where none is."""
+    timesteps = model.schedule(config.sample.num_inference_steps).timesteps
+    first, end = model.own_timesteps
+    rows = [int(position * len(timesteps)) for position in config.evaluation.positions]
+    own = [row for row in rows if first <= timesteps[row] < end]
+    if not own:
+        raise ConfigError(
+            f"evaluation.positions: none is in the range of model.expert {model.expert}; add "
+            f"{'lower' if model.expert == 'high' else 'higher'} ones"
+        )
+    return own
 
 
-def shape_of(config: Config, store: PairStore) -> tuple[int, int, int]:
+def shape_of(config: Config, model: VideoModel, store: PairStore) -> tuple[int, int, int]:
     """(positions, draws, pairs) of what is joined from all `points`."""
-    return len(config.evaluation.positions), config.evaluation.draws, len(store)
+    return len(rows_of(config, model)), config.evaluation.draws, len(store)
 
 
 def shown_at(

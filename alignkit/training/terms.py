@@ -24,6 +24,7 @@ def run_terms(config: Config, store: PairStore | None, model) -> dict:
     return {
         "version": VERSION,
         "model": model.fingerprint(),
+        **({"model.expert": model.expert} if model.expert else {}),
         **({"pairs": store.fingerprint} if store is not None else {}),
         **{f"train.{key}": value for key, value in train.items()},
         **({"train.steps": config.train.steps} if config.train.schedule == "cosine" else {}),

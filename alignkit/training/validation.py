@@ -28,7 +28,7 @@ from alignkit.stores.pairs import PairStore
 from alignkit.training import manifest
 from alignkit.training.context import own_group
 from alignkit.training.distributed import gather, on_main
-from alignkit.training.heldout import points, shape_of, shown_at
+from alignkit.training.heldout import points, rows_of, shape_of, shown_at
 from alignkit.training.metrics import VALIDATION, MetricsLog, read_metrics
 from alignkit.training.run import Run
 from alignkit_kernels import NoiseKey, Stream, keyed_randn, losses
@@ -52,6 +52,7 @@ def check_validation(config: Config, model: VideoModel, folder: Path) -> None:
     if config.train.validate_every is None:
         return
     terms = _terms(config, model, _heldout(config))
+    rows_of(config, model)
     if manifest.candidates(folder / "checkpoints") and not config.train.restart:
         _read_start(folder, terms)
 
@@ -198,7 +199,7 @@ class Validation:
         before_w, before_l = means.error_w - means.gap_w, means.error_l - means.gap_l
         region = losses.logits_of(means.region_gap_w, means.region_gap_l, BETA)
         whole = losses.logits_of(means.gap_w, means.gap_l, BETA)
-        levels = shape_of(self.run.config, self.store)[0]
+        levels = shape_of(self.run.config, self.run.model, self.store)[0]
         return {
             "region_accuracy": accuracy(region).mean().item(),
             "global_accuracy": accuracy(whole).mean().item(),

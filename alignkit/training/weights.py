@@ -74,23 +74,24 @@ def open_start(config: Config, model, handed: Path | None = None) -> Start:
 
 
 def base_weights(section: ModelSection, model) -> StartingWeights:
-    """The weights of `model`'s own transformer, with the adapters of `section.lora` added; every process calls this.
+    """The weights of `model`'s own network that is trained, with the adapters of `section.lora` added; every process
+    calls this.
 
     With adapters to merge the first process holds one whole copy for as long as the result is kept; without, none
     does. Raises ModelError for files that are missing or damaged.
     """
     if section.lora:
-        network = _agree(lambda: load_model(section, with_encoders=False).transformer, share=False)
+        network = _agree(lambda: load_model(section, with_encoders=False).network, share=False)
         merged = {} if network is None else {name: value.detach() for name, value in network.named_parameters()}
         return StartingWeights(merged.__getitem__)
     names = [name for name, _ in empty_network(model).named_parameters()]
-    places = _agree(lambda: _places(model.local_folder() / "transformer", section.variant, names))
+    places = _agree(lambda: _places(model.local_folder() / model.part, section.variant, names))
     return StartingWeights(lambda name: _read_file(places[name], name))
 
 
 def empty_network(model) -> nn.Module:
-    """`model`'s transformer with every parameter on the meta device, and its buffers."""
-    file = model.local_folder() / "transformer" / "config.json"
+    """The network of `model` that is trained with every parameter on the meta device, and its buffers."""
+    file = model.local_folder() / model.part / "config.json"
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:

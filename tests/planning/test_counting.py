@@ -18,6 +18,7 @@ TINY = "wan-tiny-localdpo.yaml"
 SIZES = {  # parameters as diffusers builds them; tokens of a video, with the text where attention sees both
     "wan2.1-1.3b": (1_418_996_800, 21 * 30 * 52, 5.68e9),
     "wan2.1-14b": (14_288_491_584, 21 * 30 * 52, 5.68e9),
+    "wan2.2-a14b": (14_288_491_584, 21 * 30 * 52, 5.68e9),  # one of its two experts
     "cogvideox-2b": (1_693_783_872, 13 * 30 * 45 + 226, 4.76e9),
     "cogvideox-5b": (5_570_283_072, 13 * 30 * 45 + 226, 4.76e9),
 }

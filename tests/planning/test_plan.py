@@ -172,7 +172,7 @@ def test_what_a_run_would_be_refused_for_is_refused():
 
 
 FULL = [f"{name}-{kind}.yaml" for name in ("wan2.1-1.3b", "wan2.1-14b", "cogvideox-2b", "cogvideox-5b")
-        for kind in ("localdpo", "apo")]  # fmt: skip
+        for kind in ("localdpo", "apo")] + ["wan2.2-a14b-localdpo.yaml"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -163,7 +163,13 @@ def test_what_does_not_divide_is_refused_before_weights_are_read(
 
 @pytest.mark.parametrize(
     ("name", "possible"),
-    [("wan2.1-1.3b", [2, 3, 4, 6, 12]), ("wan2.1-14b", [2, 4, 5, 8, 10]), ("cogvideox-2b", [2]), ("cogvideox-5b", [2])],
+    [
+        ("wan2.1-1.3b", [2, 3, 4, 6, 12]),
+        ("wan2.1-14b", [2, 4, 5, 8, 10]),
+        ("wan2.2-a14b", [2, 4, 5, 8, 10]),
+        ("cogvideox-2b", [2]),
+        ("cogvideox-5b", [2]),
+    ],
 )
 def test_the_degrees_of_the_full_models_at_480p(name, possible):
     config = load_config(shipped_config(f"{name}-localdpo.yaml"), ["data.videos=clips", "output.dir=out"])

@@ -62,7 +62,13 @@ def sampler_terms(config: Config, model: VideoModel) -> dict:
         "guidance": sampler.guidance,
         "dynamic": sampler.dynamic,
         "negative_prompt": sampler.negative_prompt,
+        **expert_terms(config),
     }
+
+
+def expert_terms(config: Config) -> dict:
+    """The same of what a model with two experts is sampled by beside that; empty of one with one network."""
+    return {"guidance_scale_2": config.model.guidance_scale_2} if config.model.expert else {}
 
 
 def check_origins(config: Config, model: VideoModel, law: Law, store: PairStore) -> None:

@@ -76,6 +76,7 @@ def cache_info(config: Config, process: Process, model: VideoModel, store: PairS
     content = store.content()
     made = {
         "model": model.fingerprint(),
+        **({"model.expert": model.expert} if model.expert else {}),
         "family": model.family,
         "dtype": next(name for name, known in LATENT_DTYPES.items() if known == dtype),
         "attention": set_attention(
