@@ -448,7 +448,9 @@ def run() -> None:
             message = f"{error.filename}: {error.strerror}"
         if not first_of_several():
             time.sleep(2)  # what all processes stumble over, the first one says; the launcher ends the others
-        print(f"alignkit: {message}", file=sys.stderr)
+        from alignkit.progress import say
+
+        say(f"alignkit: {message}")
         sys.exit(2)
 
 

@@ -1,6 +1,7 @@
 """What each `alignkit` command does, timed: each reads what the one before left in `output.dir`."""
 
 import json
+import re
 import resource
 import time
 from functools import partial
@@ -22,7 +23,7 @@ from alignkit.media.captions import Problem
 from alignkit.media.videos import PLAYBACK_FPS, decode_clip, write_video
 from alignkit.models import load_model
 from alignkit.objectives.states.checks import check_noise, check_states
-from alignkit.progress import say
+from alignkit.progress import progress, say
 from alignkit.report.pictures import StoredPair, write_pair, write_preview
 from alignkit.sharing import run_lock
 from alignkit.stages import SUPPLIED, stage_configs
@@ -190,17 +191,21 @@ def _rank(config: Config) -> None:
 
 
 def _preview_rollouts(config: Config, model, store: RolloutStore) -> None:
-    """Some rollouts as videos for people to check: previews/ID.mp4 beside them."""
+    """Some rollouts as videos for people to check: previews/ID-PROMPT.mp4 beside them."""
     folder = store.folder / "previews"
     folder.mkdir(exist_ok=True)
     rollouts = [store[i] for i in range(min(config.rollout.previews, len(store)))]
-    missing = {folder / f"{rollout.id:06d}.mp4": rollout for rollout in rollouts}
-    missing = {file: rollout for file, rollout in missing.items() if not file.exists()}
+    files = {folder / f"{rollout.id:06d}-{_in_a_name(rollout.prompt)}.mp4": rollout for rollout in rollouts}
+    missing = {file: rollout for file, rollout in files.items() if not file.exists()}
     for file, rollout in missing.items():
         video = model.decode_video(rollout.latents[None].to(model.vae.device))[0]
         write_video(file, video, config.data.fps or PLAYBACK_FPS)
     if missing:
-        say(f"previews: {folder}")
+        say(f"previews, named after their prompts: {folder}")
+
+
+def _in_a_name(prompt: str) -> str:
+    return re.sub(r"\W+", "-", prompt)[:40].strip("-")
 
 
 def _preview_pairs(config: Config, model, store: PairStore) -> None:
@@ -213,7 +218,7 @@ def _preview_pairs(config: Config, model, store: PairStore) -> None:
     for file, pair in missing.items():
         write_preview(file, _decoded(model, pair))
     if missing:
-        say(f"previews: {folder}")
+        say(f"previews, winner above region above loser: {folder}")
 
 
 def _decoded(model, pair: Pair) -> StoredPair:
@@ -288,8 +293,11 @@ def _decode_pairs(config: Config) -> None:
     folder.mkdir(exist_ok=True)
     model = load_model(config.model, with_transformer=False, device=_device())
     store = PairStore(pairs_folder(config, "heldout"))
-    for i in range(min(PAIRS_IN_REPORT, len(store))):
-        write_pair(folder / f"{i:03d}.npz", _decoded(model, store[i]))
+    count = min(PAIRS_IN_REPORT, len(store))
+    with progress("decoding held-out pairs", count) as bar:
+        for i in range(count):
+            write_pair(folder / f"{i:03d}.npz", _decoded(model, store[i]))
+            bar.advance()
 
 
 def _costs(config: Config) -> dict:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from alignkit.errors import DataError
 from alignkit.files import write_atomically
 from alignkit.media.videos import read_video
 
+ROWS, LABEL_HEIGHT = ("winner", "region", "loser"), 14  # of a preview
 GAP = 2  # transparent pixels between panels
 MASK_COLOUR = (255, 0, 170)
 PANEL_WIDTH = 144  # pixels on the page that a small panel is magnified to, about
@@ -73,14 +74,23 @@ def write_pair(file: Path, pair: StoredPair) -> None:
 
 
 def write_preview(file: Path, pair: StoredPair, columns: int = 6) -> None:
-    """A PNG for people to check a pair by: some frames of the winner, of the winner with the mask, of the loser."""
+    """A PNG for people to check a pair by: some frames of the winner, of the winner with the mask, of the loser, each
+    row under its name."""
     winner, loser = _shrunk(pair.winner), _shrunk(pair.loser)
     chosen = np.linspace(0, len(winner) - 1, min(columns, len(winner))).round().astype(int)
     rows = [video[chosen] for video in (winner, with_mask(winner, pair.mask), loser)]
     framed = [np.concatenate([np.pad(frame, ((1, 1), (1, 1), (0, 0))) for frame in row], axis=1) for row in rows]
+    strips = [np.concatenate([_label(name, row.shape[1]), row]) for name, row in zip(ROWS, framed, strict=True)]
     content = io.BytesIO()
-    Image.fromarray(np.concatenate(framed)).save(content, "PNG")
+    Image.fromarray(np.concatenate(strips)).save(content, "PNG")
     write_atomically(file, content.getvalue())
+
+
+def _label(words: str, width: int) -> np.ndarray:
+    """White on black, uint8 [LABEL_HEIGHT, width, 3]."""
+    strip = Image.new("RGB", (width, LABEL_HEIGHT))
+    ImageDraw.Draw(strip).text((3, 1), words, fill="white")
+    return np.asarray(strip)
 
 
 def pair_picture(pair: StoredPair, fps: float) -> Picture:

@@ -54,6 +54,14 @@ def timings(
     }
 
 
+def in_short(metrics: dict, timings: dict[str, float]) -> str:
+    """What a terminal shows of a step beside its errors."""
+    accuracy = metrics.get("region/accuracy", metrics.get("rewards/accuracies"))
+    memory = timings.get("gpu_peak_memory_gb", timings.get("process_peak_memory_gb", 0.0))
+    said = "" if accuracy is None else f"accuracy {100 * accuracy:.0f} %  "
+    return f"{said}{timings['pairs_per_second']:.3g} pairs/s  {memory:.3g} GB at most"
+
+
 def _peak_memory() -> dict[str, float]:
     """The most so far: of tensors on this process's GPU; without one, of the process's whole resident memory."""
     if torch.cuda.is_available():

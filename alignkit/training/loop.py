@@ -30,7 +30,7 @@ from alignkit.training.engine import (
     process_put_back,
 )
 from alignkit.training.export import averaged, export, export_folder, export_lora, export_record
-from alignkit.training.health import timings
+from alignkit.training.health import in_short, timings
 from alignkit.training.heartbeat import Pulse, heartbeat
 from alignkit.training.masters import MASTERS, hand_on, handed_on
 from alignkit.training.metrics import MetricsLog
@@ -298,7 +298,8 @@ def _iterate(
                 step.seconds["data"] += stepping - begun
                 health = timings(time.perf_counter() - begun, step.seconds, len(step.rows), videos * tokens, peak)
                 log.write(number + 1, _printable(step.metrics | supplied), health)
-                bar.advance(note=f"loss {step.metrics['loss']:.4f}  winner's error {step.metrics['error_w']:.4f}")
+                noted = f"loss {step.metrics['loss']:.4f}  winner's error {step.metrics['error_w']:.4f}"
+                bar.advance(note=noted, beside=in_short(step.metrics, health))
                 if not step.applied:
                     say(f"step {number + 1} is skipped, its loss or gradient is not finite: {_at_fault(run, step)}")
             if bad_in_a_row >= train.max_bad_steps:
