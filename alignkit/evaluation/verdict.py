@@ -69,12 +69,12 @@ def change_of(before: np.ndarray, after: np.ndarray) -> dict:
 def _frechet_check(frechet: dict | None) -> dict:
     if frechet is None:
         text = "the distance of samples to real clips cannot be measured with fewer than two held-out clips"
-        return _check("frechet distance", None, None, False, text)
+        return _check("Fréchet distance", None, None, False, text)
     base, aligned = (torch.tensor(frechet[name], dtype=torch.float64) for name in ("base", "aligned"))
     spread = (base.max() - base.min()).item()
     limit = base.mean().item() + spread
     return _check(
-        "frechet distance",
+        "Fréchet distance",
         aligned.mean().item(),
         limit,
         aligned.mean().item() <= limit,

@@ -5,6 +5,7 @@ from html import escape
 
 from alignkit.report.plots import Rule, Series, line_plot, percent, short, signed_percent
 from alignkit.report.run import Run, number
+from alignkit.report.tables import wide
 
 LN2 = math.log(2)
 TRL_NAMES = {"global/accuracy": "rewards/accuracies", "global/logit": "rewards/margins"}
@@ -18,18 +19,24 @@ def curves(run: Run) -> str:
         log = Log(run.metrics)
         body = (
             "<p>One value a step, on the batch of pairs it was trained on: thin as it is, thick the moving average, "
-            f"in the legend where that ends.</p>{_grid(_main_plots(run, log))}"
+            f"in the legend where that ends.{_constant_rate(log)}</p>{_grid(_main_plots(run, log))}"
         )
         rest = [_training(name, "As logged.", [log.series(name, name, 1)]) for name in log.others()]
         if any(rest):
             body += f"<details><summary>Everything else that was logged</summary>{_grid(rest)}</details>"
+    groups = {
+        "Training": body,
+        "Held-out pairs while training": _while_training(run),
+        "Held-out pairs by noise level": _by_noise_level(run),
+    }
+    folded = "".join(
+        f'<details class="group" open><summary><h3>{title}</h3></summary>{group}</details>\n'
+        for title, group in groups.items()
+        if group
+    )
     return f"""<section id="curves">
 <h2>Curves</h2>
-<h3>Training</h3>
-{body}
-{_while_training(run)}<h3>Held-out pairs by noise level</h3>
-{_by_noise_level(run)}
-</section>
+{folded}</section>
 """
 
 
@@ -164,13 +171,23 @@ def _main_plots(run: Run, log: Log) -> list[str]:
             "Before clipping. Single spikes are harmless; a steady climb says that the learning rate is too high.",
             [log.series("grad_norm", "gradient norm", 1)],
         ),
-        _training(
-            "Learning rate",
-            "As it was set at each step.",
-            [log.series("lr", "learning rate", 1)],
-            smooth=False,
-        ),
+        _learning_rate(log),
     ]
+
+
+def _rates(log: Log) -> set[float]:
+    return {y for _, y in log.series("lr", "", 1).points if y is not None}
+
+
+def _learning_rate(log: Log) -> str:
+    series = log.series("lr", "learning rate", 1)
+    moves = len(_rates(log)) > 1
+    return _training("Learning rate", "As it was set at each step.", [series], smooth=False) if moves else ""
+
+
+def _constant_rate(log: Log) -> str:
+    rates = _rates(log)
+    return f" The learning rate was {short(rates.pop())} throughout." if len(rates) == 1 else ""
 
 
 def _while_training(run: Run) -> str:
@@ -202,7 +219,7 @@ def _while_training(run: Run) -> str:
             rules=[Rule(0.0, "as it began"), *limit],
         ),
     ]
-    return f"<h3>Held-out pairs while training</h3>\n{_grid(figures)}\n"
+    return _grid(figures)
 
 
 def _percents(share: float | None) -> float | None:
@@ -300,4 +317,4 @@ def _table(levels: list[dict]) -> str:
         ]
         rows += "<tr>" + "".join(f"<td>{value}</td>" for value in values) + "</tr>"
     head = "".join(f"<th>{column}</th>" for column in columns)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return wide(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>", "Held-out pairs by noise level")

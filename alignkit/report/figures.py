@@ -24,17 +24,25 @@ SAMPLE_BYTES, PAIR_BYTES, REGION_BYTES = 3_800_000, 2_000_000, 900_000
 DEFAULT_FPS = 8.0
 
 
-def pictures(run: Run) -> str:
-    fps = number(run.config, "data", "fps") or DEFAULT_FPS
-    return f"""<section id="pictures">
-<h2>Pictures</h2>
-<h3>What a pair looks like</h3>
-{_pairs(run, fps)}
-<h3>Samples before and after</h3>
-{_samples(run, fps)}
-{_regions(run, fps)}
+def pairs(run: Run) -> str:
+    return f"""<section id="pairs">
+<h2>What a pair looks like</h2>
+{_pairs(run, _fps(run))}
 </section>
 """
+
+
+def effect(run: Run) -> str:
+    return f"""<section id="effect">
+<h2>Samples before and after</h2>
+{_samples(run, _fps(run))}
+{_regions(run, _fps(run))}
+</section>
+"""
+
+
+def _fps(run: Run) -> float:
+    return number(run.config, "data", "fps") or DEFAULT_FPS
 
 
 def _samples(run: Run, fps: float) -> str:
@@ -141,10 +149,11 @@ def _card(picture: Picture, caption: str, labels: tuple[str, ...]) -> str:
     names = "".join(f"<span>{label}</span>" for label in labels)
     sharp = ' class="pixels"' if picture.magnified else ""
     alt = f"{', '.join(labels[:-1])} and {labels[-1]}, moving side by side"
+    motion = f"--frames:{picture.frames};--still:{picture.still};--seconds:{picture.seconds:.4g}s"
     return (
-        f'<figure><div class="panels" style="width:{picture.width}px"><p class="names">{names}</p><picture>'
-        f'<source media="(prefers-reduced-motion: reduce)" srcset="{data_uri(picture.still)}">'
-        f'<img{sharp} src="{data_uri(picture.animation)}" width="{picture.width}" alt="{alt}"></picture></div>'
+        f'<figure><div class="panels" style="width:{picture.width}px"><p class="names">{names}</p>'
+        f'<div class="film" style="aspect-ratio:{picture.width}/{picture.height};{motion}">'
+        f'<img{sharp} src="{data_uri(picture.film)}" alt="{alt}"></div></div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 

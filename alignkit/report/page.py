@@ -4,9 +4,10 @@ from pathlib import Path
 
 from alignkit.files import write_atomically
 from alignkit.report.curves import curves
-from alignkit.report.figures import pictures
+from alignkit.report.figures import effect, pairs
+from alignkit.report.made import configuration, made
 from alignkit.report.run import read_run
-from alignkit.report.tables import configuration, header, numbers_section, skipped, verdict
+from alignkit.report.tables import header, numbers_section, skipped, verdict
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = Path(__file__).with_name("style.css")
@@ -19,7 +20,7 @@ def write_report(run_dir: Path) -> Path:
     missing is said to be not available. Raises DataError if summary.json is missing or cannot be read.
     """
     run = read_run(Path(run_dir))
-    sections = (header, verdict, pictures, numbers_section, curves, skipped, configuration)
+    sections = (header, pairs, effect, verdict, numbers_section, made, curves, skipped, configuration)
     page = f"""<!doctype html>
 <html lang="en">
 <head>

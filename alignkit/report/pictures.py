@@ -1,4 +1,5 @@
-"""Videos for the report: panels side by side in one animated WebP, so that they stay in step."""
+"""Videos for the report: panels side by side and frames one under the other in one WebP, a film that the page's style
+sheet moves: all of them in step, and still where the reader wants it."""
 
 import base64
 import io
@@ -21,24 +22,27 @@ MASK_COLOUR = (255, 0, 170)
 PANEL_WIDTH = 144  # pixels on the page that a small panel is magnified to, about
 LARGEST_PANEL = 240  # pixels; larger videos are shrunk to it
 MOST_FRAMES = 48  # of a longer video every second, third, … is shown
+TALLEST_FILM = 16_383  # pixels, of a WebP
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
-LOSSLESS_PIXELS, LOSSLESS_BYTES = 50_000, 250_000  # above either, a picture is compressed with losses
+LOSSLESS_PIXELS, LOSSLESS_BYTES = 50_000, 250_000  # of a frame, of a film: above either, it loses some of it
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An animated picture, a still of it for people who want no motion, and its size on the page."""
+    """A film, which frame of it people see who want no motion, the seconds of a frame, and its size on the page."""
 
-    animation: bytes
-    still: bytes
+    film: bytes
+    frames: int
+    still: int
+    seconds: float
     width: int
-    panels: int
+    height: int
     magnified: bool
 
     @property
     def size(self) -> int:
         """Bytes that it takes in the page, in base64."""
-        return (len(self.animation) + len(self.still)) * 4 // 3 + 200
+        return len(self.film) * 4 // 3 + 200
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,9 @@ def compose(videos: list[np.ndarray], fps: float, still: int = 0) -> Picture:
     """Videos uint8 [F, H, W, 3] of one shape, side by side with a transparent gap, moving together for ever.
 
     still: the frame for people who want no motion."""
-    every = -(-videos[0].shape[0] // MOST_FRAMES)
+    count = len(videos[0])
+    tallest = _shrunk(videos[0][:1]).shape[1] * count
+    every = max(-(-count // MOST_FRAMES), -(-tallest // TALLEST_FILM))
     videos = [_shrunk(video[::every]) for video in videos]
     frames, height, width = videos[0].shape[:3]
     canvas = np.zeros((frames, height, width * len(videos) + GAP * (len(videos) - 1), 4), np.uint8)
@@ -199,14 +205,14 @@ def compose(videos: list[np.ndarray], fps: float, still: int = 0) -> Picture:
         left = i * (width + GAP)
         canvas[:, :, left : left + width, :3] = video
         canvas[:, :, left : left + width, 3] = 255
-    images = [Image.fromarray(frame) for frame in canvas]
     scale = max(1, min(4, round(PANEL_WIDTH / width)))
-    animation, options = _animated(images, duration=round(1000 * every / fps))
     return Picture(
-        animation=animation,
-        still=_webp(images[still // every], **options),
+        film=_compressed(Image.fromarray(canvas.reshape(-1, *canvas.shape[2:])), frames),
+        frames=frames,
+        still=still // every,
+        seconds=every / fps,
         width=canvas.shape[2] * scale,
-        panels=len(videos),
+        height=height * scale,
         magnified=scale > 1,
     )
 
@@ -223,16 +229,13 @@ def _shrunk(video: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in video])
 
 
-def _animated(images: list[Image.Image], duration: int) -> tuple[bytes, dict]:
-    """The animation and the compression that it needed: none where that is small enough."""
-    motion = {"save_all": True, "append_images": images[1:], "duration": duration, "loop": 0}
-    exact = {"lossless": True, "quality": 60, "method": 4}
-    if images[0].width * images[0].height <= LOSSLESS_PIXELS:
-        content = _webp(images[0], **exact, **motion)
+def _compressed(film: Image.Image, frames: int) -> bytes:
+    """As it is, where that is small enough."""
+    if film.width * film.height <= LOSSLESS_PIXELS * frames:
+        content = _webp(film, lossless=True, quality=60, method=4)
         if len(content) <= LOSSLESS_BYTES:
-            return content, exact
-    lossy = {"quality": 72, "method": 4}
-    return _webp(images[0], **lossy, **motion), lossy
+            return content
+    return _webp(film, quality=72, method=4)
 
 
 def _webp(image: Image.Image, **options) -> bytes:

@@ -40,7 +40,7 @@ def line_plot(
     y_limits: tuple[float, float] | None = None,
     rules: Sequence[Rule] = (),
 ) -> str:
-    """SVG of the curves with a legend above it that names their last values.
+    """SVG of the curves with a legend above it that names their last values, and what the rules are.
 
     smooth: draw the values thin and their moving average over them; else the values, with a mark at each if
     they are few.
@@ -64,8 +64,8 @@ def line_plot(
         )
 
     parts = [_axes(low, high, x_low, x_high, x_label, place)]
-    within = [(rule, place(x_low, rule.y)[1]) for rule in rules if low <= rule.y <= high]
-    for _, y in within:
+    within = [rule for rule in rules if low <= rule.y <= high]
+    for y in (place(x_low, rule.y)[1] for rule in within):
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     frame = f'<svg x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}" '
     frame += f'viewBox="{LEFT} {TOP} {WIDTH - LEFT - RIGHT} {HEIGHT - TOP - BOTTOM}">'  # clips what lies outside
@@ -76,45 +76,21 @@ def line_plot(
     parts += [frame, *curves, "</svg>"]
     if not smooth:
         parts += [_marks(s, place) for s in shown if len(s.points) <= 25]
-    drawn = [_dense(average, place) for average in averages]
-    parts += [_rule_label(rule.label, y, [point for points in drawn for point in points]) for rule, y in within]
     legend = "".join(
         f'<span><i class="c{s.colour}"></i>{escape(s.label)}'
         + (f" <b>{short(_last(average))}</b>" if smooth else "")
         + "</span>"
         for s, average in zip(shown, averages, strict=True)
     )
+    which = [f" ({short(rule.y)})" * (len(within) > 1) for rule in within]  # of two dashed lines
+    legend += "".join(
+        f'<span><i class="dashed"></i>{escape(rule.label)}{value}</span>'
+        for rule, value in zip(within, which, strict=True)
+    )
     return (
         f'<p class="legend">{legend}</p><svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(description)}">{"".join(parts)}</svg>'
     )
-
-
-def _dense(points: list[tuple[float, float | None]], place) -> list[Point]:
-    """Places along a curve, close enough to see whether it runs through a word."""
-    placed = [place(x, y) for x, y in points if y is not None]
-    between = [(a + (c - a) * i / 10, b + (d - b) * i / 10) for (a, b), (c, d) in pairwise(placed) for i in range(10)]
-    return between if len(placed) <= 50 else placed
-
-
-def _rule_label(label: str, y: float, curve: list[Point]) -> str:
-    """The label above or below its line, right or left: where the fewest places of a curve are under it."""
-    length = 6.5 * len(label)
-    spots = [
-        (left, baseline)
-        for left in (WIDTH - RIGHT - length, LEFT + 4)
-        for baseline in (y - 5, y + 14)
-        if baseline - 10 > TOP and baseline < HEIGHT - BOTTOM
-    ]
-
-    def covered(spot: Point) -> int:
-        left, baseline = spot
-        return sum(left - 3 < px < left + length + 3 and baseline - 11 < py < baseline + 4 for px, py in curve)
-
-    left, baseline = min(spots, key=covered, default=(WIDTH - RIGHT - length, y - 5))
-    at_left = left < WIDTH / 2
-    x, anchor = (LEFT + 4, "start") if at_left else (WIDTH - RIGHT, "end")
-    return f'<text class="rule-label" x="{x}" y="{baseline:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
 
 
 def _marks(series: Series, place) -> str:
@@ -215,7 +191,7 @@ def _axes(low: float, high: float, x_low: float, x_high: float, x_label: str, pl
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     if exponent:
         power = str(exponent).translate(SUPERSCRIPTS)
-        parts.append(f'<text x="{LEFT - 8}" y="12" text-anchor="end">×10{power}</text>')
+        parts.append(f'<text x="0" y="12">×10{power}</text>')
     x_ticks = _ticks(x_low, x_high, 6)
     for value, text in zip(x_ticks, _tick_texts(x_ticks, 0), strict=True):
         x = place(value, low)[0]

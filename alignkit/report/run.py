@@ -45,20 +45,20 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Raises DataError if summary.json is missing or is no JSON object."""
-    config_text = _text(folder / "config.yaml")
+    config = read_yaml(folder / "config.yaml")
     return Run(
         folder=folder,
         summary=_summary(folder / "summary.json"),
-        config_text=config_text,
-        config=_yaml(config_text),
-        metrics=_logged(folder, _yaml(config_text), "metrics"),
-        timings=_logged(folder, _yaml(config_text), "timings"),
-        validation=_logged(folder, _yaml(config_text), "validation"),
-        evaluation=_object(_text(folder / "eval.json")),
+        config_text=_text(folder / "config.yaml"),
+        config=config,
+        metrics=_logged(folder, config, "metrics"),
+        timings=_logged(folder, config, "timings"),
+        validation=_logged(folder, config, "validation"),
+        evaluation=read_object(folder / "eval.json"),
         pairs=sorted((folder / "report_pairs").glob("*.npz")),
-        samples=_lines(folder / "samples" / "samples.jsonl"),
+        samples=read_lines(folder / "samples" / "samples.jsonl"),
         regions=sorted((folder / "regions").glob("*.npz")),
-        skipped=_lines(folder / "skipped.jsonl"),
+        skipped=read_lines(folder / "skipped.jsonl"),
     )
 
 
@@ -66,14 +66,18 @@ def _logged(folder: Path, config: dict, name: str) -> list[dict]:
     """NAME.jsonl of the run, or of a chain's stages one after the other, their steps counted on."""
     rows: list[dict] = []
     before: float = 0
+    for run in [run / "train" for run in stage_folders(folder, config) or [folder]]:
+        logged = read_lines(run / f"{name}.jsonl")
+        rows += [row | {"step": row["step"] + before} for row in logged if number(row, "step") is not None]
+        before += max((number(row, "step") or 0 for row in read_lines(run / "metrics.jsonl")), default=0)
+    return rows
+
+
+def stage_folders(folder: Path, config: dict) -> list[Path]:
+    """Those of a chain's stages, in their order; none for a run of one."""
     stages = config.get("stages")
     names = [stage.get("name") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
-    runs = [folder / "stages" / f"{number:02d}-{name}" for number, name in enumerate(names, 1)] or [folder]
-    for run in [run / "train" for run in runs]:
-        logged = _lines(run / f"{name}.jsonl")
-        rows += [row | {"step": row["step"] + before} for row in logged if number(row, "step") is not None]
-        before += max((number(row, "step") or 0 for row in _lines(run / "metrics.jsonl")), default=0)
-    return rows
+    return [folder / "stages" / f"{number:02d}-{name}" for number, name in enumerate(names, 1)]
 
 
 def number(tree: Any, *keys: str) -> float | None:
@@ -113,6 +117,11 @@ def _text(file: Path) -> str | None:
         return None
 
 
+def read_object(file: Path) -> dict:
+    """The JSON object in a file; empty if there is none."""
+    return _object(_text(file))
+
+
 def _object(text: str | None) -> dict:
     try:
         value = json.loads(text or "{}")
@@ -121,15 +130,16 @@ def _object(text: str | None) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _yaml(text: str | None) -> dict:
+def read_yaml(file: Path) -> dict:
+    """The mapping in a file; empty if there is none."""
     try:
-        value = yaml.safe_load(text or "")
+        value = yaml.safe_load(_text(file) or "")
     except yaml.YAMLError:
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def _lines(file: Path) -> list[dict]:
+def read_lines(file: Path) -> list[dict]:
     """The JSON objects of a JSON Lines file, without lines that are none (cut off while being written)."""
     rows = (_object(line) for line in (_text(file) or "").splitlines())
     return [row for row in rows if row]

@@ -28,6 +28,12 @@ STAGES = {
     "drift_correction": "drift correction",
 }
 VERDICTS = {"reached": "reached", "not reached": "unreached", "cannot be judged": "unjudged"}
+MOTION = "".join(
+    f'<label class="motion"><input type="checkbox" id="{name}" aria-label="{then} all videos">'
+    f'<span class="off">{sign} {then} all videos</span><span class="on">{other} {back} all videos</span></label>'
+    for name, sign, then, other, back in (("pause", "❚❚", "Pause", "▶", "Play"), ("play", "▶", "Play", "❚❚", "Stop"))
+)
+"""One of them is seen, by whether the reader wants motion; the style sheet knows which is checked."""
 MISSING = '<span class="missing">not available</span>'
 KINDS = {"real": "real", "real_through_vae": "real after VAE", "base": "base", "aligned": "aligned"}
 
@@ -44,9 +50,10 @@ def header(run: Run) -> str:
 <h1>{escape(_model(run))}, aligned with {escape(_objective(run))}</h1>
 <p class="lead">The model learned{length} {_lesson(run)}.{student} Then it was compared with the model it started from:
 on pairs held out from training, and on videos that both generate from the same noise.</p>
-<nav><a href="#pictures">Pictures</a><a href="#numbers">Numbers</a><a href="#curves">Curves</a>
-<a href="#configuration">Configuration</a></nav>
-</header>
+<p><a class="outcome {VERDICTS[_found(run)]}" href="#verdict">Alignment {_found(run)}</a></p>
+<nav><a href="#pairs">Pairs</a><a href="#effect">Effect</a><a href="#verdict">Verdict</a><a href="#numbers">Numbers</a>
+<a href="#curves">Curves</a><a href="#configuration">Configuration</a></nav>
+{MOTION}</header>
 """
 
 
@@ -81,11 +88,15 @@ def _objective(run: Run) -> str:
     return OBJECTIVES.get(name, name)
 
 
+def _found(run: Run) -> str:
+    found = str(run.summary.get("verdict"))
+    return found if found in VERDICTS else "reached" if run.summary.get("reached") is True else "not reached"
+
+
 def verdict(run: Run) -> str:
     listed = run.summary.get("criteria")
     criteria = [c for c in listed if isinstance(c, dict)] if isinstance(listed, list) else []
-    found = str(run.summary.get("verdict"))
-    found = found if found in VERDICTS else "reached" if run.summary.get("reached") is True else "not reached"
+    found = _found(run)
     failed = [str(c.get("name", "?")) for c in criteria if c.get("reached") is not True]
     unjudged = run.summary.get("unjudged")
     if found == "cannot be judged":
@@ -137,7 +148,8 @@ def _tiles(run: Run) -> str:
         ("Fréchet distance", _arrow(frechet, short), "to real clips; lower is closer"),
         ("Motion", _arrow(motion, short), f"real clips after the VAE: {best}"),
     ]
-    return f'<div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>'
+    by_threes = " threes" * (len(tiles) % 3 == 0)  # else 4, or of a student 2
+    return f'<div class="tiles{by_threes}">{"".join(_tile(*tile) for tile in tiles)}</div>'
 
 
 def _interval(summary: dict, key: str) -> str:
@@ -157,7 +169,7 @@ def _tile(name: str, value: str | None, note: str) -> str:
 
 def _arrow(before_after: list[float | None], written) -> str | None:
     before, after = before_after
-    return None if after is None else f'<span class="before">{written(before)} →</span> {written(after)}'
+    return None if after is None else f'<span class="before">{written(before)} →</span> <span>{written(after)}</span>'
 
 
 def _mean(values: list[float]) -> float | None:
@@ -198,9 +210,8 @@ def _against_real(run: Run) -> str:
         return f"<p>{MISSING}</p>"
     legend = "".join(f'<span><i class="{kind}"></i>{label}</span>' for kind, label in KINDS.items())
     head = "<th>Measure</th><th>from 0</th>" + "".join(f"<th>{label}</th>" for label in KINDS.values())
-    return (
-        f'<p class="legend">{legend}</p><div class="wide"><table class="measures">'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    return f'<p class="legend">{legend}</p>' + wide(
+        f'<table class="measures"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>', "Samples"
     )
 
 
@@ -253,7 +264,7 @@ def _before_after(run: Run) -> str:
     if not rows:
         return f"<p>{MISSING}</p>"
     head = "<thead><tr><th></th><th>before</th><th>after</th><th>change</th></tr></thead>"
-    return f'<div class="wide"><table>{head}<tbody>{rows}</tbody></table></div>'
+    return wide(f"<table>{head}<tbody>{rows}</tbody></table>", "Held-out pairs")
 
 
 def _costs(run: Run) -> str:
@@ -268,7 +279,7 @@ def _costs(run: Run) -> str:
     )
     total = _duration(sum(stages.values()))
     rows += f'<tr class="sum"><th scope="row">together</th><td></td><td>{total}</td></tr>'
-    table = f'<div class="wide"><table class="costs"><tbody>{rows}</tbody></table></div>'
+    table = wide(f'<table class="costs"><tbody>{rows}</tbody></table>', "Seconds by stage")
     memory = number(run.summary, "peak_memory_gb")
     device = run.summary.get("device")
     facts = f"Memory at most: {MISSING if memory is None else f'{memory:.2f} GB'}."
@@ -322,21 +333,10 @@ def skipped(run: Run) -> str:
 """
 
 
+def wide(table: str, name: str) -> str:
+    """A table that may be wider than a phone; it can be scrolled by keyboard too."""
+    return f'<div class="wide" role="region" aria-label="{name}" tabindex="0">{table}</div>'
+
+
 def _words(rows: list[str]) -> str:
-    return f'<div class="wide"><table class="words"><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def configuration(run: Run) -> str:
-    text = f"<pre>{escape(run.config_text)}</pre>" if run.config_text else f"<p>{MISSING}</p>"
-    versions = run.summary.get("versions")
-    items = "".join(
-        f"<span><b>{escape(str(name))}</b> {escape(str(version))}</span>"
-        for name, version in (versions.items() if isinstance(versions, dict) else ())
-    )
-    return f"""<section id="configuration">
-<h2>Configuration</h2>
-<details><summary>The whole configuration, as it was resolved</summary>{text}</details>
-<h3>Versions</h3>
-<p class="versions">{items or MISSING}</p>
-</section>
-"""
+    return wide(f'<table class="words"><tbody>{"".join(rows)}</tbody></table>', "Left out")

@@ -32,7 +32,7 @@ def test_all_criteria_can_hold():
     [
         ("accuracy", ("after", "region_accuracy"), 0.69),
         ("winner error", ("after", "error_w_after"), 0.5051),
-        ("frechet distance", ("frechet", "aligned"), [1.2, 1.4, 1.5]),
+        ("Fréchet distance", ("frechet", "aligned"), [1.2, 1.4, 1.5]),
         ("motion", ("motion", "aligned"), 2.9),
         ("faults", ("fault_rate", "aligned"), 0.21),
         ("prompt followed", ("prompt_following", "aligned"), 0.79),
@@ -64,7 +64,7 @@ def test_a_base_with_few_faults_has_nothing_to_halve():
 
 def test_what_cannot_be_measured_is_not_reached():
     checks = reached(pictures={**PICTURES, "frechet": None, "fault_rate": None, "prompt_following": None})
-    assert checks == {"accuracy": True, "winner error": True, "frechet distance": False, "motion": True}
+    assert checks == {"accuracy": True, "winner error": True, "Fréchet distance": False, "motion": True}
 
 
 def test_good_numbers_that_show_nothing_are_no_verdict():

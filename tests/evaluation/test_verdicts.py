@@ -56,7 +56,7 @@ def test_a_collapse_is_not_reached(config_file, drawn_pairs):
     summary = summary_of(settings(config_file, drawn_pairs, "collapsed", *collapse))
     assert summary["verdict"] == "not reached" and summary["unjudged"] == []
     failed = {check["name"] for check in summary["criteria"] if not check["reached"]}
-    assert {"winner error", "frechet distance"} <= failed
+    assert {"winner error", "Fréchet distance"} <= failed
 
 
 def test_one_clip_is_refused_with_what_a_verdict_needs(config_file, tmp_path):

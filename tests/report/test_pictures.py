@@ -31,11 +31,16 @@ def test_long_and_large_videos_are_thinned_at_their_own_speed():
     video = np.zeros((100, 60, 300, 3), np.uint8)
     video[:, :, :, 0] = np.arange(100)[:, None, None]
     picture = compose([video, video], fps=25)
-    animation = Image.open(io.BytesIO(picture.animation))
-    animation.load()
-    assert animation.n_frames == 34 <= MOST_FRAMES  # every third
-    assert animation.info["duration"] == 120, "three frames' worth, so that it plays as fast as before"
-    assert animation.size == (2 * LARGEST_PANEL + 2, 48) and not picture.magnified
+    film = Image.open(io.BytesIO(picture.film))
+    assert picture.frames == 34 <= MOST_FRAMES  # every third
+    assert picture.seconds == 0.12, "three frames' worth, so that it plays as fast as before"
+    assert film.size == (2 * LARGEST_PANEL + 2, 34 * 48) and not picture.magnified
+
+
+def test_a_tall_video_is_thinned_to_what_one_picture_holds():
+    picture = compose([np.zeros((48, 432, 240, 3), np.uint8)], fps=24)
+    assert picture.frames == 24 and picture.seconds == 2 / 24
+    assert Image.open(io.BytesIO(picture.film)).size == (240, 24 * 432)
 
 
 def test_the_still_is_the_frame_that_shows_the_difference():
@@ -44,5 +49,5 @@ def test_the_still_is_the_frame_that_shows_the_difference():
     loser = winner.copy()
     loser[13, 10:30, 10:30] = 0
     picture = pair_picture(StoredPair(winner, loser, np.ones((5, 6, 6), np.uint8), "a circle", None), fps=8)
-    still = np.asarray(Image.open(io.BytesIO(picture.still)).convert("RGB"))
-    assert (still[20, -28] == 0).all()
+    film = np.asarray(Image.open(io.BytesIO(picture.film)).convert("RGB"))
+    assert picture.still == 13 and (film[13 * 48 + 20, -28] == 0).all()

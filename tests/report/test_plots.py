@@ -77,6 +77,15 @@ def test_a_rule_is_in_sight_and_its_words_are_escaped():
     assert 'class="rule"' in svg and "a &lt; b" in svg and "&lt;a&gt;" in svg
 
 
+def test_words_on_a_rule_stand_beside_the_plot_where_no_line_can_cross_them():
+    series = Series("a", [(float(i), (-1.0) ** i) for i in range(100)], 1)
+    html = plot(series, rules=[Rule(0.0, "as it began"), Rule(0.5, "the limit")])
+    legend, svg = html.split("<svg", 1)
+    assert "as it began (0)" in legend and "the limit (0.5000)" in legend
+    assert "as it began" not in svg and svg.count('class="rule"') == 2
+    assert "as it began<" in plot(series, rules=[Rule(0.0, "as it began")]), "one alone needs no value"
+
+
 def test_small_numbers_share_a_power_of_ten_at_the_axis():
     svg = plot(Series("a", [(0.0, 0.0), (1.0, 3e-5)], 1))
     assert "×10⁻⁵" in svg

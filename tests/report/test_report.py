@@ -18,7 +18,21 @@ from alignkit.report.run import read_run
 from alignkit.report.tables import OBJECTIVES
 
 STEPS, FRAMES, SIZE = 60, 9, 32  # of the run that conftest.py makes
-LEFT_OPEN = {"meta", "link", "img", "source", "br", "path", "line", "circle"}
+LEFT_OPEN = {"meta", "link", "img", "input", "br", "path", "line", "circle"}
+
+
+class Film:
+    """A picture whose frames stand one under the other, as its style says."""
+
+    def __init__(self, image: Image.Image, style: str):
+        self.motion = {name: float(number) for name, number in re.findall(r"--(\w+):([\d.]+)", style)}
+        self.image, self.n_frames = image, int(self.motion["frames"])
+        assert image.height % self.n_frames == 0
+        self.size = (image.width, image.height // self.n_frames)
+
+    def frame(self, t: int) -> np.ndarray:
+        width, height = self.size
+        return np.asarray(self.image.crop((0, t * height, width, (t + 1) * height)).convert("RGBA"))
 
 
 class Page(HTMLParser):
@@ -26,7 +40,8 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.tags, self.attributes, self.images, self.stills, self.open = [], [], [], [], []
+        self.tags, self.attributes, self.images, self.open = [], [], [], []
+        self.film = ""
         self.text = ""
         self.feed(html)
         assert not self.open, f"left open: {self.open}"
@@ -35,10 +50,10 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.attributes += attrs
         attrs = dict(attrs)
+        if attrs.get("class") == "film":
+            self.film = attrs["style"]
         if tag == "img":
-            self.images.append(_webp(attrs["src"]))
-        if tag == "source":
-            self.stills.append(_webp(attrs["srcset"]))
+            self.images.append(Film(_webp(attrs["src"]), self.film))
         if tag not in LEFT_OPEN:
             self.open.append(tag)
 
@@ -85,7 +100,7 @@ def test_nothing_is_loaded_from_elsewhere_and_there_is_no_script(run):
 
 def test_every_section_is_there_with_the_run_s_numbers(run):
     page = page_of(run)
-    assert page.ids() >= {"verdict", "pictures", "curves", "numbers", "skipped", "configuration"}
+    assert page.ids() >= {"verdict", "pairs", "effect", "curves", "numbers", "skipped", "configuration"}
     for words in (
         "Tiny Wan2.1, aligned with LocalDPO",
         "in 60 steps of 16 pairs",
@@ -129,15 +144,12 @@ def test_text_of_the_run_cannot_become_markup(run):
 
 def test_samples_move_side_by_side_in_step_and_for_ever(run):
     page = page_of(run)
-    assert len(page.images) == 4 + 2 and len(page.stills) == len(page.images)
+    assert len(page.images) == 4 + 2
     pair, sample = page.images[0], page.images[-1]
-    for image, panels in ((sample, 3), (pair, 3)):
-        assert image.n_frames == FRAMES
-        assert image.info["loop"] == 0
-        image.load()
-        assert image.info["duration"] == 125  # 8 frames a second
-        assert image.size == (panels * SIZE + (panels - 1) * 2, SIZE)
-    assert all(getattr(still, "n_frames", 1) == 1 for still in page.stills)
+    for film, panels in ((sample, 3), (pair, 3)):
+        assert film.n_frames == FRAMES
+        assert film.motion["seconds"] == 0.125  # 8 frames a second
+        assert film.size == (panels * SIZE + (panels - 1) * 2, SIZE)
 
 
 def test_pair_shows_winner_marked_region_and_loser_at_the_same_moment(run):
@@ -145,8 +157,7 @@ def test_pair_shows_winner_marked_region_and_loser_at_the_same_moment(run):
     stored = np.load(run / "report_pairs" / "001.npz")
     size = SIZE
     for t in (0, 4, 8):
-        pair.seek(t)
-        shown = np.asarray(pair.convert("RGBA"))
+        shown = pair.frame(t)
         panels = [shown[:, i * (size + 2) : i * (size + 2) + size, :3].astype(int) for i in range(3)]
         assert np.array_equal(panels[0], stored["winner"][t])
         assert np.array_equal(panels[2], stored["loser"][t])
@@ -160,8 +171,8 @@ def test_pair_shows_winner_marked_region_and_loser_at_the_same_moment(run):
 
 
 def test_samples_of_both_models_keep_their_places(run):
-    image = page_of(run).images[2].convert("RGB")
-    noise = [np.asarray(image)[24:, left : left + 28].astype(float).std() for left in (0, SIZE + 2)]
+    image = page_of(run).images[2].frame(0)[..., :3]
+    noise = [image[24:, left : left + 28].astype(float).std() for left in (0, SIZE + 2)]
     assert noise[0] > 1.5 * noise[1], "the noisier base belongs on the left"
 
 
@@ -184,7 +195,7 @@ def test_a_missing_file_is_said_to_be_not_available(run, name, words):
         assert "skipped" not in page.ids()
     else:
         assert words in page.text and "not available" in page.text.lower()
-    assert page.ids() >= {"verdict", "pictures", "curves", "numbers", "configuration"}
+    assert page.ids() >= {"verdict", "pairs", "effect", "curves", "numbers", "configuration"}
 
 
 def test_an_empty_summary_still_makes_a_page(tmp_path):
@@ -345,7 +356,55 @@ def test_a_chains_stages_are_shown_one_after_the_other(run):
         (run / "stages" / name / "train" / "metrics.jsonl").write_bytes(rows)
     read = read_run(run)
     assert [row["step"] for row in read.metrics] == list(range(1, 2 * STEPS + 1))
-    assert "aligned with supervised fine-tuning and LocalDPO" in page_of(run).text
+    for name, objective, rate in (("01-sft", "sft", "1.0e-5"), ("02-localdpo", "local_dpo", "2.0e-6")):
+        (run / "stages" / name / "config.yaml").write_text(
+            f"objective: {{name: {objective}}}\ntrain: {{steps: {STEPS}, learning_rate: {rate}}}"
+        )
+    text = " ".join(page_of(run).text.split())
+    assert "aligned with supervised fine-tuning and LocalDPO" in text
+    stages = text[text.index("How it was made") : text.index("Curves Training")]
+    assert f"supervised fine-tuningsupervised fine-tuning{STEPS} of {STEPS}1.00·10⁻⁵stored" in stages
+    assert f"LocalDPOLocalDPO{STEPS} of {STEPS}2.00·10⁻⁶stored" in stages and "Rankings" not in stages
+
+
+def test_rankings_are_summed_up_with_who_gave_them(run):
+    assert "How it was made" not in page_of(run).text
+    answers = [{"id": f"0-{i}", "who": "motion <1>", "p": 0.5 + i / 10} for i in range(1, 5)]
+    pairs = [{"prompt": f"prompt {i % 2}", "chosen": i, "rejected": 0, "p": 0.7} for i in range(3)]
+    (run / "rankings").mkdir()
+    write_lines(run / "rankings" / "answers.jsonl", answers)
+    write_lines(run / "rankings" / "ranking.jsonl", pairs)
+    assert "pairsmotion <1>43270.0 %" in page_of(run).text  # 4 comparisons, 3 pairs of 2 prompts
+    shutil.move(run / "rankings", run.parent / "elsewhere")
+    (run / "config.yaml").write_text(f"data: {{pairs: {run.parent / 'elsewhere' / 'ranking.jsonl'}}}\n")
+    assert "pairsmotion <1>43270.0 %" in page_of(run).text
+
+
+def test_the_page_says_what_is_new_against_the_nearest_shipped_configuration(run):
+    shipped = config.load_config("wan-tiny-localdpo", ["output.dir=elsewhere"])
+    (run / "config.yaml").write_text(config.dump_config(shipped))
+    assert "The settings are those of wan-tiny-localdpo" in page_of(run).text
+    own = config.load_config("wan-tiny-localdpo", ["train.learning_rate=1e-5", "data.videos=<mine>"])
+    (run / "config.yaml").write_text(config.dump_config(own))
+    text = page_of(run).text
+    assert "What is new against wan-tiny-localdpo" in text and "train.learning_rate1e-050.0003" in text
+    assert "data.videos<mine>" not in text, "where things are is no setting"
+
+
+def test_a_learning_rate_that_stays_takes_a_sentence_and_no_card(run):
+    assert "Learning rate" in page_of(run).text
+    file = run / "train" / "metrics.jsonl"
+    rows = [json.loads(line) | {"lr": 3e-4} for line in file.read_text().splitlines()]
+    write_lines(file, rows)
+    text = page_of(run).text
+    assert "The learning rate was 3.00·10⁻⁴ throughout." in text and "Learning rate" not in text
+
+
+def test_sections_stand_in_the_order_of_a_reader_s_questions(run):
+    html = write_report(run).read_text()
+    ids = re.findall(r'<section id="(\w+)"', html)
+    assert ids == ["pairs", "effect", "verdict", "numbers", "curves", "skipped", "configuration"]
+    assert html.index('href="#verdict">Alignment reached') < html.index('<section id="pairs"'), "not only far below"
 
 
 def test_a_students_page_says_in_how_few_steps_it_samples_and_shows_no_error_at_others(run):
@@ -359,6 +418,8 @@ def test_a_students_page_says_in_how_few_steps_it_samples_and_shows_no_error_at_
         "a student now, which samples in 4 steps" in text
         and "samples in 4 steps without guidance, the base in 12" in text
     )
+    assert 'class="tiles threes"' in usual and 'class="tiles"' not in usual
+    assert 'class="tiles"' in write_report(run).read_text(), "four tiles: none is alone in a row of three"
     for tile in ("Region accuracy", "Winner’s error"):
         assert (
             f'<p class="tile-name">{tile}' in usual
@@ -411,7 +472,7 @@ def test_where_the_detector_fires_is_shown_on_both_samples_and_what_differs_besi
     page = page_of(run)
     image = page.images[2]
     assert image.size == (5 * SIZE + 4 * 2, SIZE) and "aligned: faults" in page.text
-    shown = np.asarray(image.convert("RGB")).astype(int)
+    shown = image.frame(0)[..., :3].astype(int)
     base, aligned, seen_base, seen_aligned, change = (
         shown[:, i * (SIZE + 2) : i * (SIZE + 2) + SIZE] for i in range(5)
     )
@@ -435,7 +496,7 @@ def test_a_region_is_shown_as_filmed_and_as_both_models_redraw_it(run):
     np.savez(run / "regions" / "000.npz", **videos, mask=np.ones((3, 8, 8), np.uint8), prompt="a region")
     (run / "regions" / "001.npz").write_bytes(b"nothing")
     page = page_of(run)
-    shown = np.asarray(page.images[-1].convert("RGB"))[0, :: SIZE + 2, 0]
+    shown = page.images[-1].frame(0)[0, :: SIZE + 2, 0]
     assert shown[0] == 40 and shown[2] == 90 and shown[3] == 140
     assert page.text.index("What a pair looks like") < page.text.index("Samples before and after")
     assert page.text.index("Samples before and after") < page.text.index("A held-out region, redrawn")
