@@ -33,7 +33,7 @@ def _stages(run: Run) -> str:
         rounds = [read_object(file) for file in sorted(folder.glob("rounds/*/round.json"))]
         made = sum(number(row, "pairs") or 0 for row in rounds)
         last = log[-1] if log else {}
-        accuracy = number(last, "region/accuracy") or number(last, "rewards/accuracies")
+        named = "region/accuracy" if "region/accuracy" in last else "rewards/accuracies"
         cells = (
             STAGES.get(name, OBJECTIVES.get(name, name)),
             OBJECTIVES.get(objective, objective),
@@ -41,7 +41,7 @@ def _stages(run: Run) -> str:
             short(number(config, "train", "learning_rate")),
             f"{made:g} in {len(rounds)} rounds" if rounds else "stored",
             short(number(last, "loss")),
-            percent(accuracy),
+            percent(number(last, named)),
         )
         rows.append(cells)
     return _table("Stages", ("", "objective", "steps", "rate", "pairs", "last loss", "accuracy"), rows)
