@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -69,7 +70,7 @@ def _rankings(run: Run) -> str:
     return _table("Rankings", ("", "ranked by", "comparisons", "pairs", "prompts", "how sure, in the mean"), rows)
 
 
-def _table(name: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(name: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     if not rows:
         return ""
     body = "".join(
