@@ -26,6 +26,7 @@ ROLLOUTS = (
     "rollout.block_size=2", "rollout.previews=0", "noise.source=path", "noise.path_steps=2", "noise.timesteps=schedule",
     "objective.name=dpo",
 )  # fmt: skip
+SAMPLES = ("sample.num_inference_steps=2", "sample.count=4", "sample.seeds=[0,1]", "sample.batch_size=2")
 RANKED = ("ranker.by=motion", "ranker.min_margin=0")
 OWN = ("rollout={num_inference_steps: 2, per_prompt: 2, block_size: 2, previews: 0}", "sample.num_inference_steps=4")
 FEW_STEPS = ("student.num_inference_steps=2", "sample.guidance_scale=2.0")
@@ -76,7 +77,7 @@ def begin(job: Job, run: Path, world: Path) -> None:
     run.mkdir(parents=True)
     for name in job.start:
         for part in sorted((world / "whole" / name).iterdir()):
-            if part.is_dir() and part.name in ("pairs", "rollouts", "rankings", "reference"):
+            if part.is_dir() and part.name in ("pairs", "rollouts", "rankings", "reference", "export", "samples"):
                 shutil.copytree(part, run / part.name, dirs_exist_ok=True)
 
 
@@ -117,6 +118,20 @@ def _ranking(run: Path) -> dict[str, object]:
     return {"ranking": (folder / "ranking.jsonl").read_text(), "answers": given}
 
 
+def _samples(run: Path) -> dict[str, object]:
+    files = sorted((run / "samples").rglob("*.mp4"))
+    videos = {str(file.relative_to(run)): _digest(file.read_bytes()) for file in files}
+    return videos | {"list": (run / "samples" / "samples.jsonl").read_text()}
+
+
+def _measured(run: Path) -> dict[str, object]:
+    parts = {file.name: _digest(file.read_bytes()) for file in sorted((run / "measured").glob("*.safetensors"))}
+    maps = _digest((run / "samples" / "maps.npz").read_bytes())
+    summary = json.loads((run / "summary.json").read_text())
+    costs = ("seconds", "peak_memory_gb")
+    return parts | {"maps": maps, **{name: value for name, value in summary.items() if name not in costs}}
+
+
 def _trained(run: Path) -> dict[str, object]:
     """Curves, weights that were handed on or exported, the rounds' pairs, and the checkpoints that are kept."""
     found: dict[str, object] = {}
@@ -142,6 +157,8 @@ JOBS = {
         Job("train on two", ("train",), (), _trained, ("pairs",), processes=2),
         Job("cache", ("cache-reference",), (), _cache, ("pairs",)),
         Job("cached", ("train",), ("reference.strategy=cached",), _trained, ("pairs", "cache")),
+        Job("samples", ("sample",), SAMPLES, _samples, ("pairs", "train")),
+        Job("measured", ("eval",), SAMPLES, _measured, ("pairs", "train", "samples")),
         Job("rollouts", ("rollout",), ROLLOUTS, _rollouts, prompts=True),
         Job("ranking", ("rank", "run"), (*ROLLOUTS, *RANKED), _ranking, ("rollouts",), prompts=True),
         Job("hand-over", ("train",), (HAND_OVER,), _trained, ("pairs",)),

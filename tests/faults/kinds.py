@@ -172,7 +172,7 @@ def a_damaged_block(damage: Callable[[Path, Random], str]) -> Kind:
 
 def a_full_disk(draw: Random, world: World) -> None:
     """One line says so; with more room the same command goes on."""
-    name = draw.choice(["train", "pairs", "rollouts", "cache", "hand-over", "rounds"])
+    name = draw.choice(["train", "pairs", "rollouts", "cache", "hand-over", "rounds", "samples"])
     case, place = world.fresh(name), world.folder / "disk"
     begun = sum(file.stat().st_size for file in case.run.rglob("*"))
     needed = sum(file.stat().st_size for file in (world.folder / "whole" / name).rglob("*"))
@@ -371,6 +371,8 @@ KINDS: dict[str, tuple[int, Kind]] = {
     "kill -9 while pairs are made": (8, killed("pairs")),
     "kill -9 while rollouts are sampled": (6, killed("rollouts")),
     "kill -9 while a reference's errors are cached": (6, killed("cache")),
+    "kill -9 while videos are sampled": (5, killed("samples")),
+    "kill -9 while they are measured": (5, killed("measured")),
     "kill -9 in a ranking": (6, killed("ranking")),
     "kill -9 in a round of rollouts": (6, killed("rounds", r"rounds/")),
     "kill -9 while a block is put in its place": (6, killed("pairs", BLOCKS)),
@@ -379,7 +381,7 @@ KINDS: dict[str, tuple[int, Kind]] = {
     "kill -9 in an export": (5, killed("train", EXPORTS)),
     "kill -9 of the server of votes": (5, a_server_of_votes_is_killed),
     "power cut in training": (8, a_power_cut("train", "hand-over")),
-    "power cut in a build": (8, a_power_cut("pairs", "rollouts", "cache", "rounds")),
+    "power cut in a build": (8, a_power_cut("pairs", "rollouts", "cache", "rounds", "samples", "measured")),
     "power cut when it is done": (6, a_power_cut_when_it_is_done),
     "SIGTERM in a step": (6, a_signal_to_end(signal.SIGTERM)),
     "SIGINT in a step": (5, a_signal_to_end(signal.SIGINT)),

@@ -10,7 +10,7 @@ CODE = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import 
 
 # of each some seconds; processes that are dead, stopped and slow, rounds and students have tests of their own
 QUICK = (
-    "kill -9 inside a save", "pairs are made", "rollouts are sampled", "errors are cached", "in a ranking",
+    "kill -9 inside a save", "pairs are made", "are sampled", "errors are cached", "in a ranking",
     "put in its place", "between two stages", "server of votes", "power cut", "block", "bit flipped", "checkpoint cut",
     "disk full", "changed terms", "NaN in every step",
 )  # fmt: skip
