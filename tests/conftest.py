@@ -24,6 +24,7 @@ import torch
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))  # modules beside the tests can be imported by them
+from starting import LAUNCHER, fresh_environment  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "wan-tiny-localdpo.yaml"
@@ -32,7 +33,6 @@ COGVIDEOX_KINDS = {  # sin-cos positions and rotary ones
     "5b": {"use_rotary_positional_embeddings": True},
 }
 COGVIDEOX_TEXT_LENGTH = 24
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUM_CLIPS = 10
 SMALL = (
     "data.height=32",
@@ -261,11 +261,6 @@ def server(tmp_path_factory):
     found.stop()
 
 
-def fresh_environment() -> dict[str, str]:
-    """Without what a training run in this process has told DeepSpeed about its process group."""
-    return {key: value for key, value in os.environ.items() if key not in LAUNCHER}
-
-
 @pytest.fixture(scope="session")
 def wan():
     """The shipped small Wan2.1, all parts."""
@@ -273,6 +268,15 @@ def wan():
     from alignkit.models import load_model
 
     return load_model(ModelSection(path="tiny", max_sequence_length=64))
+
+
+@pytest.fixture(scope="session")
+def half_wan(half_base):
+    """What the runs of `overrides` train, all parts."""
+    from alignkit.config import ModelSection
+    from alignkit.models import load_model
+
+    return load_model(ModelSection(path=str(half_base), max_sequence_length=64))
 
 
 @pytest.fixture(scope="session")

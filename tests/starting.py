@@ -15,6 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 TIMEOUT_S = 240
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def fresh_environment() -> dict[str, str]:
+    """Without what a training run in this process has told DeepSpeed about its process group."""
+    return {key: value for key, value in os.environ.items() if key not in LAUNCHER}
 
 
 class Started:

@@ -8,8 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import fresh_environment
-from starting import one_line
+from starting import fresh_environment, one_line
 from terminal import Screen, Terminal
 
 from alignkit.training.loop import train_folder

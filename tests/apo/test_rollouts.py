@@ -36,7 +36,7 @@ def blocks(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("block-*.arrow"))}
 
 
-def test_a_rollout_sampled_again_from_its_key_is_the_stored_one(store, wan, config):
+def test_a_rollout_sampled_again_from_its_key_is_the_stored_one(store, half_wan, config):
     """From nothing but what its origin says: noise key, schedule, solver, guidance, batch."""
     rollout = store[4]
     recipe, key = (
@@ -44,13 +44,18 @@ def test_a_rollout_sampled_again_from_its_key_is_the_stored_one(store, wan, conf
         noise_key(keys_of([rollout.origin] * store[4].origin.recipe["regime"]["batch"])),
     )
     seen = {}
-    text, negative = (wan.pad_text(wan.encode_text([p] * 2)) for p in (rollout.prompt, recipe["negative_prompt"]))
-    again = wan.sample(
+    text, negative = (
+        half_wan.pad_text(half_wan.encode_text([p] * 2)) for p in (rollout.prompt, recipe["negative_prompt"])
+    )
+    again = half_wan.sample(
         keyed_randn((2, *recipe["regime"]["latents"]), key, device=CPU), text, negative, num_steps=recipe["steps"],
         guidance=recipe["guidance"], dynamic=recipe["dynamic"], solver=recipe["solver"], watch=seen.__setitem__,
     )  # fmt: skip
     assert torch.equal(again[0], rollout.latents)
-    assert recipe["schedule"] == wan.schedule(recipe["steps"]).fingerprint and recipe["network"] == wan.fingerprint()
+    assert (
+        recipe["schedule"] == half_wan.schedule(recipe["steps"]).fingerprint
+        and recipe["network"] == half_wan.fingerprint()
+    )
     for place, row in enumerate(rollout.path_rows):
         assert torch.equal(rollout.path.states[place], seen[row][0])
         assert torch.equal(rollout.path.following[place], seen[row + 1][0])
@@ -131,9 +136,9 @@ def test_another_round_and_another_seed_have_other_noise(config, wan):
     assert not any(torch.equal(a, b) for a, b in ((seen[0], seen[1]), (seen[0], seen[2]), (seen[1], seen[2])))
 
 
-def test_another_batch_or_backend_agrees_to_the_rounding_of_fp32(store, wan, config):
+def test_another_batch_or_backend_agrees_to_the_rounding_of_fp32(store, half_wan, config):
     """Across regimes: batch 1 instead of 2. Two thousand roundings of relative size 2⁻²⁴ each are below 2e-4."""
-    other = start_sampling(config("rollout.batch_size=1"), wan, [store[0].prompt], engine="module", network="x")
+    other = start_sampling(config("rollout.batch_size=1"), half_wan, [store[0].prompt], engine="module", network="x")
     again = sample_rows(other, range(1))[0]
     torch.testing.assert_close(again.latents, store[0].latents, rtol=2e3 * 2**-24, atol=2e3 * 2**-24)
 

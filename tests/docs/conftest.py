@@ -140,7 +140,7 @@ def shell(workspace, tmp_path_factory):
 def really(command, overrides, workspace):
     """Answers `alignkit` by running it, on settings of seconds, and every other command by reading it. What was run is
     not run again: pages tell the same story."""
-    small = overrides(workspace)[2:]  # without the folders of clips and of the run
+    small = overrides(workspace)[3:]  # without the folders of clips, of the base and of the run
     known: dict[tuple[str, ...], Answer] = {}
 
     def answer(call: Call) -> Answer:

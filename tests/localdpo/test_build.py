@@ -60,7 +60,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(start_command, command, config
 WHOLE = ("data.height=48", "data.width=48", "data.num_frames=17")  # the clips as they are
 
 
-def test_a_stored_pair_is_what_the_public_parts_make_of_its_clip(small_config, clips, wan):
+def test_a_stored_pair_is_what_the_public_parts_make_of_its_clip(small_config, clips, half_wan):
     """Prompts, guidance, strength, noise, mask and text of every pair, put together again by hand."""
     config = small_config(
         'pairs.prompt_prefix="sharp, "', "pairs.negative_prompt=blurred", "pairs.guidance_scale=3.0", "pairs.seed=7",
@@ -72,8 +72,8 @@ def test_a_stored_pair_is_what_the_public_parts_make_of_its_clip(small_config, c
     for pair in PairStore(config.output.dir / "pairs" / "heldout"):
         name = names[pair.id // 2]
         assert (pair.source, pair.prompt) == (name, captions[name])
-        assert torch.equal(pair.text, wan.encode_text([captions[name]])[0])
-        clean = wan.encode_video(decode_clip(clips / name, VideoSpec(48, 48, 17))[None])
+        assert torch.equal(pair.text, half_wan.encode_text([captions[name]])[0])
+        clean = half_wan.encode_video(decode_clip(clips / name, VideoSpec(48, 48, 17))[None])
         assert torch.equal(pair.winner, clean[0])
         mask = region_mask((5, 12, 12), (48, 48), config.pairs.mask, seed=7, pair_id=pair.id)
         assert torch.equal(pair.mask, mask[None])
@@ -83,10 +83,10 @@ def test_a_stored_pair_is_what_the_public_parts_make_of_its_clip(small_config, c
         steps = (6, 7)[int(2 * u.item())]
         assert (pair.steps, pair.strength) == (steps, steps / 8)
         seen.add(steps)
-        text, negative = (wan.pad_text(wan.encode_text([p])) for p in (f"sharp, {captions[name]}", "blurred"))
-        predict = partial(guided, wan.transformer, text=text, negative=negative, guidance=3.0)
+        text, negative = (half_wan.pad_text(half_wan.encode_text([p])) for p in (f"sharp, {captions[name]}", "blurred"))
+        predict = partial(guided, half_wan.transformer, text=text, negative=negative, guidance=3.0)
         key = NoiseKey(7, torch.tensor([pair.id]), 0, Stream.CORRUPTION)
-        loser = regenerate(clean, mask[None, None], predict, wan.schedule(8), key, steps)
+        loser = regenerate(clean, mask[None, None], predict, half_wan.schedule(8), key, steps)
         assert torch.equal(pair.loser, loser[0])
     assert seen == {6, 7}, "both strengths were drawn"
 

@@ -29,7 +29,7 @@ from types import SimpleNamespace
 from pathlib import Path
 
 process = start_process()
-model = SimpleNamespace(family="wan", local_folder=lambda: Path(sys.argv[1]))
+model = SimpleNamespace(family="wan", part="transformer", local_folder=lambda: Path(sys.argv[1]))
 settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 import deepspeed, diffusers
 
