@@ -1,6 +1,5 @@
 """What a command says of how far it is: on a terminal, where it is ended, and in a pipe."""
 
-import os
 import re
 import signal
 import subprocess
@@ -31,6 +30,13 @@ with progress("regenerating held-out regions", 1200, done=602) as bar:
 """
 
 
+def on_a_terminal() -> dict[str, str]:
+    """An environment that leaves it to the terminal how wide it is: readline, once loaded, says so in variables."""
+    return {key: value for key, value in fresh_environment().items() if key not in ("COLUMNS", "LINES")} | {
+        "TERM": "xterm"
+    }
+
+
 @pytest.fixture
 def terminal():
     terminals = []
@@ -51,7 +57,7 @@ def work(terminal):
     def run(end="pass", *, columns=COLUMNS, when="", send=None):
         shown = terminal(columns)
         with open(shown.path, "w") as slave:
-            code, env = WORK.format(end=end), {**os.environ, "TERM": "xterm"}
+            code, env = WORK.format(end=end), on_a_terminal()
             process = subprocess.Popen([sys.executable, "-c", code], stdout=slave, stderr=slave, env=env)
         if send:
             shown.wait_for(when)
@@ -68,7 +74,7 @@ def command_on(terminal, server):
 
     def run(*argv):
         shown = terminal()
-        words, env = ["alignkit", *map(str, argv)], fresh_environment() | {"TERM": "xterm"}
+        words, env = ["alignkit", *map(str, argv)], on_a_terminal()
         pid = int(server.ask({"argv": words, "code": None, "env": env, "out": shown.path, "err": shown.path}))
         end = time.monotonic() + 120
         while not (status := server.ask({"poll": pid})):
