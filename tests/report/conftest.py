@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 
 from alignkit.evaluation.measures import edge_energy, motion_amount, temporal_flicker
 from alignkit.media.videos import write_video
+
+sys.path.insert(0, str(Path(__file__).parent))  # page.py
 
 STEPS, FRAMES, SIZE = 60, 9, 32
 PROMPT = 'a <b>red</b> square & a "quoted" word'
