@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "wan-tiny-localdpo.yaml"
 KEPT = 2
+CHECKPOINTS = "checkpoints"
 SIZES = (
     "data.height=32", "data.width=32", "data.num_frames=9", "pairs.num_inference_steps=4", "pairs.strengths=[3]",
     "pairs.block_size=2", "pairs.batch_size=2", "pairs.previews=2", "pairs.mask={}", "objective={beta: 50}",
@@ -142,11 +143,19 @@ def _trained(run: Path) -> dict[str, object]:
         found[str(file.relative_to(run))] = file.read_text()
     for folder in sorted(run.glob("stages/*/rounds/*/pairs/train")):
         found[str(folder.relative_to(run))] = _rows(folder)
-    for folder in sorted(run.glob("**/checkpoints")):
+    for folder in sorted(run.glob(f"**/{CHECKPOINTS}")):
         # the oldest one of a run that was killed after its last save, before it was removed, is left
         found[str(folder.relative_to(run))] = [path.name for path in sorted(folder.glob("step-*"))][-KEPT:]
     assert any(name.startswith("export/") for name in found), "nothing is exported"
     return found
+
+
+def saved_too(result: dict[str, object], step: int) -> dict[str, object]:
+    """`result`, of a training in one folder, as it is where a step more was saved on the way."""
+    (name,) = (name for name in result if name.endswith(CHECKPOINTS))
+    kept = result[name]
+    assert isinstance(kept, list)
+    return result | {name: sorted({*kept, f"step-{step:08d}"})[-KEPT:]}
 
 
 JOBS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import harm as harms
 from harm import Harm
-from jobs import JOBS, Job, begin
+from jobs import JOBS, Job, begin, saved_too
 from starting import Started, start
 
 
@@ -111,9 +111,12 @@ class Case:
             harms.cut_power(self.run, self.diary, harm.names_lost)
         return started
 
-    def goes_on(self, *changed: str, at_least: int | None = None, harm: Harm | None = None) -> str:
+    def goes_on(
+        self, *changed: str, at_least: int | None = None, harm: Harm | None = None, between: int | None = None
+    ) -> str:
         """Start it again: it must end well, in the result of an unbroken run, and, where it trains, not before the
-        step `at_least`, by itself the newest that was saved. Returns what it said."""
+        step `at_least`, by itself the newest that was saved. between: a step that was saved because it was told to
+        stop, of which an unbroken run has no checkpoint. Returns what it said."""
         saved = harms.saved_step(self.diary) if at_least is None else at_least
         started = self.start(harm, *changed)
         self.ended(started, 0)
@@ -121,12 +124,14 @@ class Case:
             resumed = resumed_after(started.said)
             if resumed < saved:
                 raise Lost(f"step {saved} was saved, it went on after step {resumed}:\n{started.said}")
-        self.same()
+        self.same(between)
         return started.said
 
-    def same(self) -> None:
+    def same(self, between: int | None = None) -> None:
         """Lost, with the name of what is other than in an unbroken run."""
         wanted, found = self.world.whole(self.job.name), self.job.result(self.run)
+        if between:
+            wanted = saved_too(wanted, between)
         other = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
         if other:
             raise Lost(f"{other[0]} is not that of an unbroken run ({len(other)} of {len(wanted)} differ)")
@@ -167,5 +172,12 @@ class Case:
 
     def lines(self) -> int:
         """Steps that its curve has."""
-        found = list(self.run.glob("**/metrics.jsonl"))
-        return sum(file.read_bytes().count(b"\n") for file in found)
+        return _lines(self.run)
+
+    def over(self) -> bool:
+        """Whether its curve has every step of an unbroken run."""
+        return self.lines() == _lines(self.world.folder / "whole" / self.job.name)
+
+
+def _lines(run: Path) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in run.glob("**/metrics.jsonl"))
