@@ -81,8 +81,9 @@ def _grid(figures: list[str]) -> str:
 def _figure(title: str, how_to_read: str, plot: str) -> str:
     if not plot:
         return ""
+    larger = f'<input type="checkbox" class="larger" aria-label="Enlarge {escape(title)}">'
     caption = f"<figcaption>{escape(how_to_read)}</figcaption>"
-    return f"<figure><h4>{escape(title)}</h4>{plot}{caption}</figure>"
+    return f"<figure>{larger}<h4>{escape(title)}</h4>{plot}{caption}</figure>"
 
 
 def _training(title: str, how_to_read: str, series: list[Series], *, smooth: bool = True, **options) -> str:

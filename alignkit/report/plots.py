@@ -9,6 +9,7 @@ from itertools import pairwise
 WIDTH, HEIGHT = 560, 244
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 22, 42
 MAX_POINTS = 500  # drawn per curve; a longer one is thinned, keeping the extremes of each stretch
+MAX_READINGS = 80  # places of a plot at which its values can be read off
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Point = tuple[float, float]
@@ -40,7 +41,8 @@ def line_plot(
     y_limits: tuple[float, float] | None = None,
     rules: Sequence[Rule] = (),
 ) -> str:
-    """SVG of the curves with a legend above it that names their last values, and what the rules are.
+    """SVG of the curves with a legend above it that names their last values, and what the rules are. Where the pointer
+    is, the values there are written above.
 
     smooth: draw the values thin and their moving average over them; else the values, with a mark at each if
     they are few.
@@ -76,6 +78,7 @@ def line_plot(
     parts += [frame, *curves, "</svg>"]
     if not smooth:
         parts += [_marks(s, place) for s in shown if len(s.points) <= 25]
+    parts += _readings([s.label for s in shown], averages, x_label, place)
     legend = "".join(
         f'<span><i class="c{s.colour}"></i>{escape(s.label)}'
         + (f" <b>{short(_last(average))}</b>" if smooth else "")
@@ -91,6 +94,25 @@ def line_plot(
         f'<p class="legend">{legend}</p><svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(description)}">{"".join(parts)}</svg>'
     )
+
+
+def _readings(labels: Sequence[str], curves: Sequence[Sequence[tuple]], x_label: str, place) -> list[str]:
+    """A strip of the plot for every place, with the curves' values there, shown when it is pointed at."""
+    values = [{x: y for x, y in points if y is not None} for points in curves]
+    xs = sorted(set().union(*values))
+    xs = xs[:: math.ceil(len(xs) / MAX_READINGS) or 1]
+    centres = [place(x, 0.0)[0] for x in xs]
+    edges = [LEFT, *(sum(pair) / 2 for pair in pairwise(centres)), WIDTH - RIGHT]
+    height, strips = HEIGHT - TOP - BOTTOM, []
+    for x, centre, (start, end) in zip(xs, centres, pairwise(edges), strict=True):
+        found = [f"{label} {short(of[x])}" for label, of in zip(labels, values, strict=True) if x in of]
+        text = escape(" · ".join([f"{x_label} {x:g}", *found]))
+        strips.append(
+            f'<g class="read"><rect x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{height}"/>'
+            f'<path d="M{centre:.1f} {TOP}v{height}"/>'
+            f'<text x="{WIDTH - RIGHT}" y="13" text-anchor="end">{text}</text></g>'
+        )
+    return strips
 
 
 def _marks(series: Series, place) -> str:

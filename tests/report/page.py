@@ -34,7 +34,7 @@ class Page(HTMLParser):
     def __init__(self, html: str):
         super().__init__()
         self.tags, self.attributes, self.images, self.open = [], [], [], []
-        self.film = ""
+        self.film, self.hidden = "", False
         self.text = ""
         self.feed(html)
         assert not self.open, f"left open: {self.open}"
@@ -43,6 +43,8 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.attributes += attrs
         attrs = dict(attrs)
+        if attrs.get("class") == "read":  # seen only where the pointer is
+            self.hidden = True
         if attrs.get("class") == "film":
             self.film = attrs["style"]
         if tag == "img":
@@ -57,9 +59,11 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
         self.open.pop()
+        if tag == "g":
+            self.hidden = False
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if "style" not in self.open and not self.hidden:
             self.text += data
 
     def ids(self) -> set[str]:

@@ -110,3 +110,18 @@ def test_curves_fold_by_keyboard(visit):
     assert group.locator(".plot").first.is_visible()
     page.keyboard.press("Enter")
     assert not group.locator(".plot").first.is_visible()
+
+
+def test_a_curve_is_read_off_where_the_pointer_is_and_enlarged_by_keyboard(visit):
+    page = visit(1400)
+    figure = page.locator("#curves figure").first
+    plot, width = figure.locator(".plot"), figure.bounding_box()["width"]
+    plot.scroll_into_view_if_needed()
+    shown = ":scope .read text"
+    visible = f"plot => [...plot.querySelectorAll('{shown}')].filter(e => getComputedStyle(e).visibility == 'visible')"
+    assert plot.evaluate(f"{visible}.length") == 0
+    plot.hover()
+    assert plot.evaluate(f"{visible}.map(e => e.textContent)")[0].startswith("step ")
+    figure.get_by_role("checkbox", name="Enlarge Loss").focus()
+    page.keyboard.press("Space")
+    assert figure.bounding_box()["width"] > 1.9 * width

@@ -2,7 +2,19 @@ import re
 
 import pytest
 
-from alignkit.report.plots import MAX_POINTS, Rule, Series, line_plot, percent, short, signed_percent
+from alignkit.report.plots import (
+    LEFT,
+    MAX_POINTS,
+    MAX_READINGS,
+    RIGHT,
+    WIDTH,
+    Rule,
+    Series,
+    line_plot,
+    percent,
+    short,
+    signed_percent,
+)
 
 
 def plot(*series: Series, **options) -> str:
@@ -99,3 +111,15 @@ def test_nothing_to_draw_is_nothing(points):
 @pytest.mark.parametrize("y", [0.0, 1.0, -3e-9, 1e12])
 def test_one_value_alone_is_drawn(y):
     assert 'class="curve c1"' in plot(Series("a", [(1.0, y)], 1), smooth=True)
+
+
+def test_values_can_be_read_off_at_every_place_and_a_long_run_s_at_some():
+    values = [(float(i), 0.5 * i if i != 2 else None) for i in range(1, 5)]
+    svg = plot(Series("a", values, 1), Series("b & c", [(2.0, 7.0)], 2))
+    assert re.findall(r'text-anchor="end">(step [^<]*)<', svg) == [
+        "step 1 · a 0.5000", "step 2 · b &amp; c 7.000", "step 3 · a 1.500", "step 4 · a 2.000",
+    ]  # fmt: skip
+    long = plot(Series("a", [(float(i), 1.0) for i in range(20_000)], 1))
+    strips = [(float(x), float(wide)) for x, wide in re.findall(r'<rect x="([\d.]+)" y="\d+" width="([\d.]+)"', long)]
+    assert MAX_READINGS / 2 < len(strips) <= MAX_READINGS
+    assert sum(wide for _, wide in strips) == pytest.approx(WIDTH - LEFT - RIGHT, abs=0.1 * len(strips)), "no gaps"
