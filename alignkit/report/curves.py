@@ -19,7 +19,8 @@ def curves(run: Run) -> str:
         log = Log(run.metrics)
         body = (
             "<p>One value a step, on the batch of pairs it was trained on: thin as it is, thick the moving average, "
-            f"in the legend where that ends.{_constant_rate(log)}</p>{_grid(_main_plots(run, log))}"
+            f"in the legend where that ends, under the pointer where it is.{_constant_rate(log)}</p>"
+            f"{_grid(_main_plots(run, log))}"
         )
         rest = [_training(name, "As logged.", [log.series(name, name, 1)]) for name in log.others()]
         if any(rest):

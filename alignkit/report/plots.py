@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
+import numpy as np
+
 WIDTH, HEIGHT = 560, 244
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 22, 42
 MAX_POINTS = 500  # drawn per curve; a longer one is thinned, keeping the extremes of each stretch
@@ -41,8 +43,8 @@ def line_plot(
     y_limits: tuple[float, float] | None = None,
     rules: Sequence[Rule] = (),
 ) -> str:
-    """SVG of the curves with a legend above it that names their last values, and what the rules are. Where the pointer
-    is, the values there are written above.
+    """SVG of the curves with a legend above it that names their last values, and what the rules are. Where the
+    curves are under the pointer is written above.
 
     smooth: draw the values thin and their moving average over them; else the values, with a mark at each if
     they are few.
@@ -78,7 +80,7 @@ def line_plot(
     parts += [frame, *curves, "</svg>"]
     if not smooth:
         parts += [_marks(s, place) for s in shown if len(s.points) <= 25]
-    parts += _readings([s.label for s in shown], averages, x_label, place)
+    parts += _readings(shown, averages, x_label, place)
     legend = "".join(
         f'<span><i class="c{s.colour}"></i>{escape(s.label)}'
         + (f" <b>{short(_last(average))}</b>" if smooth else "")
@@ -96,21 +98,26 @@ def line_plot(
     )
 
 
-def _readings(labels: Sequence[str], curves: Sequence[Sequence[tuple]], x_label: str, place) -> list[str]:
-    """A strip of the plot for every place, with the curves' values there, shown when it is pointed at."""
-    values = [{x: y for x, y in points if y is not None} for points in curves]
-    xs = sorted(set().union(*values))
-    xs = xs[:: math.ceil(len(xs) / MAX_READINGS) or 1]
+def _readings(series: Sequence[Series], curves: Sequence[Sequence[tuple]], x_label: str, place) -> list[str]:
+    """A strip of the plot for every place, with where the curves are there, which the style sheet shows under a
+    pointer: each in its colour, in the legend's order; of a curve that has not begun yet, or has ended, nothing."""
+    drawn = [zip(*((x, y) for x, y in points if y is not None), strict=True) for points in curves]
+    known = [tuple(map(np.array, curve)) for curve in drawn]
+    xs = np.unique(np.concatenate([x for x, _ in known]))
+    xs = xs[np.unique(np.linspace(0, len(xs) - 1, MAX_READINGS).round().astype(int))]
     centres = [place(x, 0.0)[0] for x in xs]
     edges = [LEFT, *(sum(pair) / 2 for pair in pairwise(centres)), WIDTH - RIGHT]
     height, strips = HEIGHT - TOP - BOTTOM, []
     for x, centre, (start, end) in zip(xs, centres, pairwise(edges), strict=True):
-        found = [f"{label} {short(of[x])}" for label, of in zip(labels, values, strict=True) if x in of]
-        text = escape(" · ".join([f"{x_label} {x:g}", *found]))
+        found = "".join(
+            f' · <tspan class="c{one.colour}">{short(float(np.interp(x, *curve)))}</tspan>'
+            for one, curve in zip(series, known, strict=True)
+            if curve[0][0] <= x <= curve[0][-1]
+        )
         strips.append(
             f'<g class="read"><rect x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{height}"/>'
             f'<path d="M{centre:.1f} {TOP}v{height}"/>'
-            f'<text x="{WIDTH - RIGHT}" y="13" text-anchor="end">{text}</text></g>'
+            f'<text x="{WIDTH - RIGHT}" y="13" text-anchor="end">{escape(x_label)} {x:g}{found}</text></g>'
         )
     return strips
 

@@ -12,7 +12,7 @@ import torch
 from alignkit.evaluation.measures import edge_energy, motion_amount, temporal_flicker
 from alignkit.media.videos import write_video
 
-sys.path.insert(0, str(Path(__file__).parent))  # page.py
+sys.path.insert(0, str(Path(__file__).parent))  # report_page.py
 
 STEPS, FRAMES, SIZE = 60, 9, 32
 PROMPT = 'a <b>red</b> square & a "quoted" word'

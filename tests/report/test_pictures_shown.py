@@ -5,7 +5,7 @@ import re
 import shutil
 
 import numpy as np
-from page import page_of
+from report_page import page_of
 
 FRAMES, SIZE = 9, 32  # of the run that conftest.py makes
 

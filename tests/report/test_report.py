@@ -3,7 +3,7 @@ import re
 import shutil
 
 import pytest
-from page import Page, page_of
+from report_page import Page, page_of
 
 from alignkit import config
 from alignkit.errors import DataError
