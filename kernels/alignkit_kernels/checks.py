@@ -1,6 +1,7 @@
 """Checks of what the caller passes. Every message names the argument, what it is, and what it should be."""
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,6 +15,11 @@ class InputError(ValueError):
 
 
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """A tuple of types, no union: torch 2.8 cannot trace `isinstance` with one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_tensor(name: str, x: Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .checks import InputError
+from .checks import InputError, is_number
 
 __all__ = [
     "LocalDPOLoss", "PairMeans", "auto_beta", "dpo", "hinge", "ipo", "local_dpo", "logits_of", "loser_safeguard",
@@ -338,7 +338,7 @@ def _require(fits: Callable[[Tensor], Tensor], message: str, given: Tensor) -> N
 
 
 def _check_beta(beta: float) -> None:
-    if isinstance(beta, bool) or not isinstance(beta, int | float):
+    if not is_number(beta):
         raise InputError(f"beta must be a number, got {beta!r}")
     if not 0 < beta < math.inf:
         raise InputError(f"beta is {beta}, expected a finite number above 0")

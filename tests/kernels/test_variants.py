@@ -17,10 +17,8 @@ from alignkit_kernels import (
     region_errors,
 )
 
-pytestmark = [
-    pytest.mark.skipif(not dispatch.HAVE_TRITON, reason="triton is not installed: nothing is compiled"),
-    pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter compiles nothing"),
-]
+pytest.importorskip("triton", "3.6", reason="launches are caught as triton 3.6 and newer make them")
+pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter compiles nothing")
 
 
 @pytest.fixture

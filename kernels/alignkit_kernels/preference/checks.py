@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import InputError, check_like, describe
+from ..checks import InputError, check_like, describe, is_number
 
 # What each head reads of its own; every head takes beta and the terms weight_sft and weight_region_sft too.
 HEADS: dict[str, tuple[str, ...]] = {
@@ -46,7 +46,7 @@ def check_head(head: str, weight_region_sft: float, own: dict[str, object]) -> N
 
 def number(name: str, value: object, low: float = -math.inf, high: float = math.inf, below: bool = False) -> float:
     """A finite number of low to high (`below` high)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise InputError(f"{name} must be a number, got {describe(value)}")
     if not math.isfinite(value) or not low <= value <= high or (below and value == high):
         bounds = f"of {low} and above" if math.isinf(high) else f"of {low} to {'below ' * below}{high}"
@@ -62,7 +62,7 @@ def host_beta(beta: float | Tensor, device: torch.device) -> tuple[float, Tensor
         if beta.device.type != "cpu" or device.type == "cpu":
             return 1.0, beta.to(device)
         beta = beta.item()
-    if isinstance(beta, bool) or not isinstance(beta, int | float):
+    if not is_number(beta):
         raise InputError(f"beta must be a number or a tensor of one element, got {describe(beta)}")
     if not 0 < beta < math.inf:
         raise InputError(f"beta is {beta}, expected a finite number above 0")
