@@ -1,8 +1,8 @@
-"""The plan's memory model beside the growth of a process's memory: networks of some tens of millions of random weights
-are started, and take a step, on the CPU.
+"""The plan's memory model beside the growth of a process's memory: networks of more than 200 million random weights
+are started, and take a step of two micro-batches, on the CPU.
 
-    python benchmarks/check_plan.py            # eight runs: two presets, two dtypes, a copied reference or adapters
-    python benchmarks/check_plan.py --quick    # two of them
+    python benchmarks/check_plan.py             # ten runs of both families: presets, dtypes, references, checkpointing
+    python benchmarks/check_plan.py --only 0 3  # two of them
 """
 
 import argparse
@@ -15,72 +15,114 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-WIDER = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 2048, "num_layers": 8}  # 33 M parameters
-SIZES = ("data.height=96", "data.width=96", "data.num_frames=33")
-RUNS = [
-    (preset, dtype, kind) for preset in ("zero3", "zero2") for dtype in ("bf16", "fp32") for kind in ("copy", "lora")
-]
-QUICK = [("zero3", "bf16", "copy"), ("zero2", "fp32", "copy")]
+WIDE = {
+    "wan": {"num_attention_heads": 16, "attention_head_dim": 64, "ffn_dim": 4096, "num_layers": 13},
+    "cogvideox": {"num_attention_heads": 16, "attention_head_dim": 64, "num_layers": 12, "time_embed_dim": 512},
+}
+SIZES = ("data.height=96", "data.width=96", "data.num_frames=17")
 BUCKET = "deepspeed.config.zero_optimization.reduce_bucket_size=10000000"  # of memory that is touched: 20 MB in bf16
-PASSING = ("activations", "latents, predictions, loss", "CUDA, NCCL")
+
+
+class Run(NamedTuple):
+    family: str
+    preset: str
+    dtype: str
+    reference: str
+    """copy, cached; adapter: adapters alone are trained."""
+    checkpointing: str
+    branches: str
+
+
+RUNS = [
+    Run("wan", "zero3", "bf16", "copy", "full", "together"),
+    Run("wan", "zero2", "fp32", "copy", "none", "together"),
+    Run("wan", "zero3", "fp32", "cached", "selective", "apart"),
+    Run("wan", "zero2", "bf16", "adapter", "selective", "together"),
+    Run("wan", "zero2", "bf16", "cached", "none", "apart"),
+    Run("cogvideox", "zero3", "bf16", "cached", "none", "together"),
+    Run("cogvideox", "zero2", "fp32", "copy", "full", "apart"),
+    Run("cogvideox", "zero3", "fp32", "adapter", "none", "apart"),
+    Run("cogvideox", "zero2", "bf16", "copy", "selective", "together"),
+    Run("cogvideox", "zero3", "fp32", "copy", "selective", "together"),
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two runs instead of eight")
-    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--only", type=int, nargs="+", help="rows of the table, from 0 on", choices=range(len(RUNS)))
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        print(json.dumps(measure(*arguments.run)))
+        number, folder = arguments.run
+        print(json.dumps(measure(RUNS[int(number)], folder)))
         return
     print("| run | parameters | imported | kept: calculated | measured | most in a step: calculated | measured |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     freeing = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system at once
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder))
-        for run in QUICK if arguments.quick else RUNS:
-            command = [sys.executable, __file__, "--run", *run, folder]
-            text = subprocess.run(command, check=True, capture_output=True, text=True, env=freeing).stdout
-            print(row(run, json.loads(text.splitlines()[-1])), flush=True)
+        for family, wider in WIDE.items():
+            write_model(family, wider, Path(folder) / family)
+        for number in arguments.only or range(len(RUNS)):
+            command = [sys.executable, __file__, "--run", str(number), folder]
+            text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=freeing).stdout
+            print(row(RUNS[number], json.loads(text.splitlines()[-1])), flush=True)
 
 
-def row(run: tuple[str, str, str], found: dict[str, float]) -> str:
-    columns = ("imported", "calculated", "measured", "calculated_step", "measured_step")
-    sizes = " | ".join(f"{found[name] / 1e6:.0f} MB" for name in columns)
-    return f"| {' '.join(run)} | {found['parameters'] / 1e6:.1f} M | {sizes} |"
+def row(run: Run, found: dict[str, float]) -> str:
+    kept, most = (_beside(found[f"calculated{when}"], found[f"measured{when}"]) for when in ("", "_step"))
+    millions, imported = found["parameters"] / 1e6, found["imported"] / 1e6
+    return f"| {', '.join(run)} | {millions:.1f} M | {imported:.0f} MB | {kept} | {most} |"
 
 
-def write_model(folder: Path) -> None:
-    """The small Wan2.1 with a larger transformer of random weights."""
+def _beside(calculated: float, measured: float) -> str:
+    return f"{calculated / 1e6:.0f} MB | {measured / 1e6:.0f} MB ({calculated / measured - 1:+.0%})"
+
+
+def write_model(family: str, wider: dict, folder: Path) -> None:
+    """A family's small model with a larger transformer of random weights."""
     from alignkit.models import family_module, shipped_model
 
-    shipped = shipped_model("wan")
-    shutil.copytree(shipped, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
-    architecture = json.loads((shipped / "transformer" / "config.json").read_text()) | WIDER
-    family_module("wan").build_transformer(architecture).save_pretrained(folder / "transformer")
+    shipped = shipped_model(family)
+    shutil.copytree(shipped, folder, ignore=shutil.ignore_patterns("transformer"))
+    architecture = json.loads((shipped / "transformer" / "config.json").read_text()) | wider
+    family_module(family).build_transformer(architecture).save_pretrained(folder / "transformer")
 
 
-def measure(preset: str, dtype: str, kind: str, folder: str) -> dict[str, float]:
+def measure(run: Run, folder: str) -> dict[str, float]:
     """Start a run, take a step, and say what each added to this process's memory, beside the plan."""
     import deepspeed  # noqa: F401
     import diffusers  # noqa: F401
     import torch
 
     from alignkit.config import load_config, shipped_config
-    from alignkit.models import family_module, load_model
+    from alignkit.models import load_model
+    from alignkit.objectives.states import States, predictions
     from alignkit.planning.memory import memory, parameters
     from alignkit.planning.outline import outline
     from alignkit.planning.regime import regime
+    from alignkit.training.branches import backward_apart, predict_sides
     from alignkit.training.distributed import start_process
     from alignkit.training.engine import load_network, start_policy
     from alignkit.training.references import start_reference
     from alignkit.training.weights import open_start
 
-    own = ["train.lora={}"] if kind == "lora" else []
-    keys = [f"model.path={folder}", f"model.dtype={dtype}", f"deepspeed.preset={preset}", f"output.dir={folder}/run"]
-    batch = ["train.global_batch_size=1", "train.micro_batch_size=1", "train.checkpointing=full"]
-    config = load_config(shipped_config("wan-tiny-localdpo.yaml"), [*keys, *SIZES, *batch, BUCKET, *own])
+    keys = [
+        f"model.path={folder}/{run.family}",
+        f"model.dtype={run.dtype}",
+        f"deepspeed.preset={run.preset}",
+        f"reference.strategy={run.reference}",
+        f"train.checkpointing={run.checkpointing}",
+        f"train.branches={run.branches}",
+        "train.global_batch_size=2",
+        "train.micro_batch_size=1",
+        f"output.dir={folder}/run",
+        *SIZES,
+        BUCKET,
+        *(["train.lora={}"] if run.reference == "adapter" else []),
+    ]
+    config = load_config(shipped_config(f"{run.family}-tiny-localdpo.yaml"), keys)
     process = start_process()
     # libraries that the first matrix product and backward load count as imported
     (torch.ones(64, 64, requires_grad=True) @ torch.ones(64, 64)).sum().backward()
@@ -89,33 +131,48 @@ def measure(preset: str, dtype: str, kind: str, folder: str) -> dict[str, float]
     start = open_start(config, model)
     network, _ = load_network(config, process, model, start)
     policy = start_policy(config, process, network, start)
-    reference = start_reference(config, process, policy, model, start)
+    second = start_reference(config, process, policy, model, start).network if run.reference == "copy" else None
 
-    data, kinds = config.data, torch.bfloat16 if dtype == "bf16" else torch.float32
+    data, kind = config.data, torch.bfloat16 if run.dtype == "bf16" else torch.float32
     shape = model.latent_shape(data.num_frames, data.height, data.width)
-    state, text = torch.ones(2, *shape, dtype=kinds), torch.ones(2, 64, 64, dtype=kinds)
-    predict = family_module(config.model.family).predict
+    length = config.model.max_sequence_length
+    states = States(
+        inputs=torch.ones(2, *shape, dtype=kind),
+        timesteps=torch.ones(2),
+        text=torch.ones(2, length, 64, dtype=kind),
+        coefficients=torch.ones(1, 4, dtype=torch.float64),
+        noise_w=torch.ones(1, *shape),
+    )
 
     def forward_backward() -> None:
-        if kind == "copy":
+        if second is not None:
             with torch.no_grad():
-                predict(reference.network, state, torch.ones(2), text)
-        policy.backward(predict(policy, state, torch.ones(2), text).float().square().mean())
+                predictions(model, second, states)
+        if run.branches == "apart":
+            sides = predict_sides(model, policy, states)
+            loss = sum(side.float().square().mean() for side in sides)
+            backward_apart(model, policy, states, sides, loss)
+        else:
+            policy.backward(predictions(model, policy, states).float().square().mean())
 
-    forward_backward()
-    policy.step()  # Adam's moments are not in memory before they are written
+    for _ in range(2):
+        forward_backward()
+        policy.step()  # Adam's moments are not in memory before they are written
+    forward_backward()  # nor are gradients, which some stages free after the step
+    policy.step()
     kept = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     forward_backward()  # on a CPU the optimizer's step takes more; on a GPU it is fused
     peak = status("VmHWM")
     found = outline(config)
-    run = regime(config, 1)
-    count = parameters(found, config, run.dtype)
-    planned = memory(found, config, run, count).gpu
+    resolved = regime(config, 1)
+    count = parameters(found, config, resolved.dtype)
+    planned = memory(found, config, resolved, count).gpu
+    passing = ("activations", "latents, predictions, loss", "CUDA, NCCL")
     return {
         "parameters": count.all,
         "imported": imported,
-        "calculated": sum(size for part, size in planned.items() if part not in PASSING),
+        "calculated": sum(size for part, size in planned.items() if part not in passing),
         "measured": kept - imported,
         "calculated_step": sum(size for part, size in planned.items() if part != "CUDA, NCCL"),
         "measured_step": peak - imported,

@@ -128,7 +128,7 @@ def _buffers(run: Regime, count: Parameters) -> float:
     """What DeepSpeed reduces at once, a buffer made whole however small the network is; and under ZeRO-3 the parameters
     of each network that are gathered at once, for use and ahead of it."""
     bucket = run.width * run.buckets["reduce_bucket_size"] if run.stage in (2, 3) else 0.0
-    if run.stage < 3:
+    if run.stage < 3 or (run.gpus == 1 and not run.offload_weights):  # a partition that is the whole is used as it is
         return bucket
     networks = 1 + (run.reference in SECOND) + run.teacher
     live = run.buckets["stage3_max_live_parameters"] + run.buckets["stage3_prefetch_bucket_size"]

@@ -49,6 +49,14 @@ def test_bytes_a_parameter_are_those_of_the_documents(keys, expected):
     assert bytes_a_parameter(parts(*keys), *KEPT) == pytest.approx(expected)
 
 
+def test_one_gpu_gathers_no_weights_unless_they_are_in_the_main_memory():
+    bucket = 2 * DEEPSPEED["reduce_bucket_size"]
+    assert parts(gpus=1)["buffers"] == bucket
+    live = DEEPSPEED["stage3_max_live_parameters"] + DEEPSPEED["stage3_prefetch_bucket_size"]
+    gathered = 2 * 2 * min(PARAMETERS, live)  # of the policy and of its reference
+    assert parts(gpus=8)["buffers"] == bucket + gathered == parts("deepspeed.preset=zero3-offload", gpus=1)["buffers"]
+
+
 def test_what_is_offloaded_is_in_the_main_memory():
     host = planned(BILLION_3, "deepspeed.preset=zero3-offload", gpus=16).largest.memory.host
     assert bytes_a_parameter(host, *KEPT) == pytest.approx(24 / 2), "of two machines each has half"
