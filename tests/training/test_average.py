@@ -12,6 +12,7 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.evaluation.samples import read_samples, samples_folder
 from alignkit.files import write_lines
 from alignkit.models import load_model
+from alignkit.stages.chain import run_chain
 from alignkit.training.average import Average
 from alignkit.training.distributed import start_process
 from alignkit.training.engine import full_precision_weights
@@ -125,6 +126,19 @@ def test_on_two_processes_it_is_shared_out_goes_on_and_is_converted(run_with_pai
     for out, whole, _ in alone:
         converted = weights_in(averaged(out / "export"))
         assert all(torch.equal(converted[name], value) for name, value in whole.items())
+
+
+def test_a_chain_exports_the_average_over_its_last_stage(run_with_pairs, process):
+    """Begun anew where that stage starts, against the exports of chains that ended after each of its steps."""
+    plain = Plain()
+    for steps in (1, 2):
+        stages = f"stages=[{{name: sft, train: {{steps: 2}}}}, {{name: localdpo, train: {{steps: {steps}}}}}]"
+        config, _ = run_with_pairs(f"chain {steps}", *KEYS, stages)
+        assert run_chain(config, process)
+        plain.take_in(weights_in(export_folder(config)))
+    found = sorted(folder.relative_to(config.output.dir) for folder in config.output.dir.rglob("*-ema"))
+    assert found == [averaged(export_folder(config)).relative_to(config.output.dir)]
+    assert_average(weights_in(averaged(export_folder(config))), plain.weights, 2)
 
 
 def test_samples_are_of_the_weights_that_are_asked_for(small_config):
