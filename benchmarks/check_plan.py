@@ -155,11 +155,10 @@ def measure(run: Run, folder: str) -> dict[str, float]:
         else:
             policy.backward(predictions(model, policy, states).float().square().mean())
 
-    for _ in range(2):
+    for last in (False, True, False):  # a step, before which Adam's moments are not in memory, and half of one: some
+        policy.set_gradient_accumulation_boundary(last)  # stages free the gradients at its end
         forward_backward()
-        policy.step()  # Adam's moments are not in memory before they are written
-    forward_backward()  # nor are gradients, which some stages free after the step
-    policy.step()
+        policy.step()
     kept = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     forward_backward()  # on a CPU the optimizer's step takes more; on a GPU it is fused
