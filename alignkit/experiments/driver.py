@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,9 +80,21 @@ def _check_plan(plan: Plan, out: Path) -> None:
         if not file.exists():
             write_json(file, now)
     stored = json.loads(file.read_text())
+    defaults = {"settings": Config.model_construct().model_dump(mode="json", warnings=False)}
     for name, value in now.items():
-        if stored.get(name) != value:
+        if not same_settings(stored.get(name), value, defaults.get(name, {})):
             raise DataError(f"{out / plan.folder}: holds results of another {name}; choose another --out or delete it")
+
+
+def same_settings(stored: Any, now: Any, defaults: dict) -> bool:
+    """Whether values of JSON are equal; what the version that wrote `stored` did not have yet counts as its default."""
+    if not (isinstance(stored, dict) and isinstance(now, dict)):
+        return stored == now
+    known = all(
+        same_settings(stored[name], value, defaults.get(name) or {}) if name in stored else value == defaults.get(name)
+        for name, value in now.items()
+    )
+    return known and stored.keys() <= now.keys()
 
 
 def _share_data(plan: Plan, out: Path, measures: dict[str, Measure]) -> None:

@@ -101,18 +101,17 @@ def line_plot(
 def _readings(series: Sequence[Series], curves: Sequence[Sequence[tuple]], x_label: str, place) -> list[str]:
     """A strip of the plot for every place, with where the curves are there, which the style sheet shows under a
     pointer: each in its colour, in the legend's order; of a curve that has not begun yet, or has ended, nothing."""
-    drawn = [zip(*((x, y) for x, y in points if y is not None), strict=True) for points in curves]
-    known = [tuple(map(np.array, curve)) for curve in drawn]
-    xs = np.unique(np.concatenate([x for x, _ in known]))
+    drawn = [np.array([(x, y) for x, y in points if y is not None], dtype=float).T for points in curves]
+    xs = np.unique(np.concatenate([x for x, _ in drawn]))
     xs = xs[np.unique(np.linspace(0, len(xs) - 1, MAX_READINGS).round().astype(int))]
     centres = [place(x, 0.0)[0] for x in xs]
     edges = [LEFT, *(sum(pair) / 2 for pair in pairwise(centres)), WIDTH - RIGHT]
     height, strips = HEIGHT - TOP - BOTTOM, []
     for x, centre, (start, end) in zip(xs, centres, pairwise(edges), strict=True):
         found = "".join(
-            f' · <tspan class="c{one.colour}">{short(float(np.interp(x, *curve)))}</tspan>'
-            for one, curve in zip(series, known, strict=True)
-            if curve[0][0] <= x <= curve[0][-1]
+            f' · <tspan class="c{one.colour}">{short(float(np.interp(x, steps, values)))}</tspan>'
+            for one, (steps, values) in zip(series, drawn, strict=True)
+            if steps[0] <= x <= steps[-1]
         )
         strips.append(
             f'<g class="read"><rect x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{height}"/>'

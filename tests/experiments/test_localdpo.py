@@ -12,7 +12,7 @@ import torch
 
 from alignkit.errors import DataError
 from alignkit.experiments import driver, localdpo, measure, stores, write_up
-from alignkit.experiments.driver import choose_trial, run_folder, settings_of
+from alignkit.experiments.driver import choose_trial, run_folder, same_settings, settings_of
 from alignkit.experiments.localdpo import ARMS, CURVES, STORES, make_plan, run
 from alignkit.experiments.plan import Plan, Trial, run_config
 from alignkit.experiments.stores import heldout_store, store_folder
@@ -116,10 +116,23 @@ def test_every_arm_is_measured_on_test_prompts_and_a_second_run_makes_nothing_ag
     assert choose_trial(TINY, tmp_path, BY_NAME["region"]) == choose_trial(TINY, tmp_path, TINY.arm("local_dpo"))
 
     stored = json.loads((tmp_path / "wan" / "plan.json").read_text())
+    del stored["settings"]["train"]["ema"]  # by a version that had no such key
+    write_json(tmp_path / "wan" / "plan.json", stored)
+    assert run("wan", tmp_path, smoke=True)
     stored["settings"]["objective"]["beta"] = 1.0
     write_json(tmp_path / "wan" / "plan.json", stored)
     with pytest.raises(DataError, match="holds results of another settings"):
         run("wan", tmp_path, smoke=True)
+
+
+@pytest.mark.parametrize(
+    ("stored", "same"),
+    [({"a": 1}, True), ({"a": 1, "b": {"c": 2}}, True), ({"a": 1, "b": {"c": 3}}, False), ({"a": 2}, False),
+     ({}, False), ({"a": 1, "gone": 0}, False), (None, False)],
+)  # fmt: skip
+def test_what_an_older_version_did_not_have_counts_as_its_default(stored, same):
+    now, defaults = {"a": 1, "b": {"c": 2}}, {"a": 0, "b": {"c": 2}}
+    assert same_settings(stored, now, defaults) is same
 
 
 @pytest.mark.parametrize(
