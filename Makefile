@@ -2,6 +2,7 @@
 # make test   sets everything up, runs the tests
 # make matrix every preset, dtype, kind of weights, reference and number of processes: trained, stopped, resumed, exported
 # make faults commands broken in every way known to us, and what came of each
+# make walk   three newcomers walk the site in fresh clones; writes docs/walk.md
 # make lint   ruff, which mends what it can, and mypy
 # make bench  sets everything up, times the kernels (on a machine without a GPU: their reference), draws the plot
 # make reference  writes docs/reference/ anew from the code
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPES = $(BIN)/mypy --config-file kernels/pyproject.toml kernels/alignkit_kernels && $(BIN)/mypy
 
-.PHONY: setup demo test matrix faults lint reference docs bench bench-step clean
+.PHONY: setup demo test matrix faults walk lint reference docs bench bench-step clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,9 @@ matrix: setup
 
 faults: setup
 	$(BIN)/python tests/faults/campaign.py
+
+walk: setup
+	$(BIN)/python tests/docs/walk.py
 
 test: setup
 	$(BIN)/ruff check .

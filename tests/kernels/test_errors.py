@@ -310,6 +310,39 @@ def test_any_strides_are_read_right(make_case, launched, layout, view):
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+def spread(x):
+    """Samples that are whole, twice as far from one another."""
+    return torch.stack((x, torch.full_like(x, 7)), 1)[:, 0]
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["winner", "loser"])
+@pytest.mark.parametrize("name", ["pred", "reference", "clean", "noise"])
+def test_samples_of_each_tensor_lie_as_far_apart_as_its_own_stride_says(make_case, launched, name, side):
+    """One of a pair's tensors alone is spread: nothing reads it with another's stride, nor another with its own."""
+    sides = make_case(), make_case(seed=1)
+
+    def found():
+        w, l = sides
+        preds = [x.pred.detach().requires_grad_() for x in sides]
+        pair = pair_region_errors(
+            *preds, w.clean, l.clean, w.coefficients, w.noise, l.noise, reference_w=w.reference, reference_l=l.reference
+        )
+        own = [
+            region_errors(pred, x.clean, x.coefficients, x.noise, reference=x.reference)
+            for pred, x in zip(preds, sides, strict=True)
+        ]
+        (pair.error_w + pair.gap_l + 0.3 * pair.cross + own[0].error - own[1].gap).sum().backward()
+        return [*pair, *own[0], *own[1], *(pred.grad for pred in preds)]
+
+    expected = found()
+    value = spread(getattr(sides[side], name))
+    assert value[0].is_contiguous() and not value.is_contiguous()
+    setattr(sides[side], name, value)
+    with launched(*FORWARD, BACKWARD, *EVERYTHING):  # of one side, of the other, of the pair
+        got = found()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("layout", ["channels_first", "aligned"])
 def test_halves_of_a_batch_are_read_where_they_are(make_case, layout):
     x = make_case(layout).pred

@@ -81,6 +81,10 @@ def expected(head, sums, options, beta, weight_sft, weight_region_sft):
     return loss + weight_sft * error_w
 
 
+def rows_of(case, column: int) -> torch.Tensor:
+    return case.coefficients[:, column].double()[:, None, None, None, None]
+
+
 @pytest.mark.parametrize("safeguard", [None, 0.1], ids=["plain", "safeguard"])
 @pytest.mark.parametrize("head", HEADS)
 def test_each_head_is_the_function_of_its_name(path, sides, eps, head, safeguard):
@@ -93,7 +97,14 @@ def test_each_head_is_the_function_of_its_name(path, sides, eps, head, safeguard
     importance = torch.tensor([1.0, 0.5, 2.0], device=winner.pred.device)
     if head == "winner_guarded" and safeguard:
         options["guard_weight"] = GUARD.to(winner.pred.device)
-    preds = [x.pred.double().requires_grad_() for x in sides]
+    preds = [x.pred.double() for x in sides]
+    if safeguard:  # the loser's residual along the winner's, in the first two pairs: it holds back their losers
+        along = torch.tensor([4.0, 2.0, -1.0], dtype=torch.float64, device=preds[0].device)[:, None, None, None, None]
+        targets = [rows_of(x, 2) * x.noise.double() + rows_of(x, 3) * x.clean.double() for x in sides]
+        preds[1] = targets[1] + along * (preds[0] - targets[0])
+        loser = replace(loser, reference=preds[1] + (loser.reference - loser.pred))
+        references |= {"reference_l": loser.reference} if references else {}
+    preds = [pred.requires_grad_() for pred in preds]
     got = preference_loss(
         *preds, head=head, clean_w=winner.clean, clean_l=loser.clean, coefficients=winner.coefficients,
         noise_w=winner.noise, noise_l=loser.noise, regions=winner.regions, weight=importance,
@@ -115,6 +126,8 @@ def test_each_head_is_the_function_of_its_name(path, sides, eps, head, safeguard
         kept = losses.loser_safeguard(sums.error_w, sums.cross, safeguard, **weights)
         sums = sums._replace(gap_l=losses.scale_gradient(sums.gap_l, kept[:, None]))
         assert torch.allclose(got.kept, kept, rtol=1e-12)
+        held_back = (got.kept > 0) & (got.kept < 1)
+        assert head == "sft" or held_back.any(), "nothing is held back: the gradient below would not show it"
     loss = expected(head, sums, *terms)
     assert torch.allclose(got.loss_per_pair, loss, rtol=1e-12, atol=1e-15)
     total = (importance.double() * loss).mean()
@@ -137,6 +150,27 @@ def test_logits_of_any_size_give_finite_losses(path, sides, head):
         )  # fmt: skip
         got.loss.backward()
         assert all(x.isfinite().all() for x in (*got, *(p.grad for p in preds if p.grad is not None)))
+
+
+def test_a_loss_near_zero_keeps_its_digits(path, sides):
+    """log(1 + exp(-z)) of a pair that is won by far, where 1 + exp(-z) has lost them."""
+    winner, loser = sides
+
+    def result(beta: float, first, second):
+        return preference_loss(
+            first.pred, second.pred, head="dpo", clean_w=first.clean, clean_l=second.clean, noise_w=first.noise,
+            noise_l=second.noise, coefficients=first.coefficients, reference_w=first.reference,
+            reference_l=second.reference, beta=beta,
+        )  # fmt: skip
+
+    order = (winner, loser) if result(1.0, winner, loser).logits_global.max() > 0 else (loser, winner)
+    most = result(1.0, *order).logits_global.max().item()
+    for logit in (10.0, 35.0, 60.0):
+        got = result(logit / most, *order)
+        assert got.logits_global.max().item() == pytest.approx(logit)
+        true = -torch.nn.functional.logsigmoid(got.logits_global)
+        # an exponential, a logarithm and four operations in fp64, each within 2 ulp
+        assert torch.allclose(got.loss_per_pair, true, rtol=12 * 2**-53, atol=0)
 
 
 def test_every_number_of_a_pair_is_that_of_local_dpo(path, sides):
