@@ -1,6 +1,6 @@
 """Every preset × dtype × weights × reference × processes × family through three steps, a save, a resume and an export.
 
-    python tests/training/matrix.py              all of them: an hour on two cores
+    python tests/training/matrix.py              all of them: half an hour on two cores
     python tests/training/matrix.py zero2 ema    those that have all of these words
 
 Each combination runs unbroken, and a copy of it goes on from what it had saved after two steps; both must end in the
