@@ -105,7 +105,8 @@ def _readings(series: Sequence[Series], curves: Sequence[Sequence[tuple]], x_lab
     xs = np.unique(np.concatenate([x for x, _ in drawn]))
     xs = xs[np.unique(np.linspace(0, len(xs) - 1, MAX_READINGS).round().astype(int))]
     centres = [place(x, 0.0)[0] for x in xs]
-    edges = [LEFT, *(sum(pair) / 2 for pair in pairwise(centres)), WIDTH - RIGHT]
+    middles = [round(sum(pair) / 2, 1) for pair in pairwise(centres)]  # as printed
+    edges = [LEFT, *middles, WIDTH - RIGHT]
     height, strips = HEIGHT - TOP - BOTTOM, []
     for x, centre, (start, end) in zip(xs, centres, pairwise(edges), strict=True):
         found = "".join(

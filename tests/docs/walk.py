@@ -3,9 +3,9 @@
     python tests/docs/walk.py                        # with what their pages have them install; writes docs/walk.md
     python tests/docs/walk.py --here --only large    # with this environment's packages; nothing written
 
-A block that fails ends it; what a page says is printed is held to the truth by tests/docs/test_blocks.py. What no
-machine of ours has is stood in for: sbatch starts the script at once (of an array its first task), srun as many tasks
-here, two in a job of several, and both are given the small model and small sizes.
+A block that fails ends it; what a page says that a command prints is not compared. What no machine
+of ours has is stood in for: sbatch starts the script at once (of an array its first task), srun as many tasks here, two
+in a job of several, and both are given the small model and small sizes.
 """
 
 import argparse

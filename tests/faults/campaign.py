@@ -1,6 +1,6 @@
 """The fault campaign: commands broken in every way that is known to us, and what came of each.
 
-    python tests/faults/campaign.py                          all of them: ten to thirty minutes on two cores
+    python tests/faults/campaign.py                          all of them: seven to thirty minutes on two cores
     python tests/faults/campaign.py --kind "disk full"       those kinds alone whose names hold these words
     python tests/faults/campaign.py --each 1                 so many of each kind
     python tests/faults/campaign.py --without fsync          with fsync, rename, lock or hash made void: it must notice

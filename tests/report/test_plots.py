@@ -121,6 +121,6 @@ def test_curves_are_read_off_at_every_place_and_a_long_run_s_at_some_the_last_am
     long = plot(Series("a", [(float(i), 1.0) for i in range(20_000)], 1))
     strips = [(float(x), float(wide)) for x, wide in re.findall(r'<rect x="([\d.]+)" y="\d+" width="([\d.]+)"', long)]
     assert len(strips) == MAX_READINGS and "step 19999 ·" in long
-    ends = [x + wide for x, wide in strips]
-    assert [x for x, _ in strips] == pytest.approx([LEFT, *ends[:-1]], abs=0.11), "gaps, or one over the other"
-    assert ends[-1] == pytest.approx(WIDTH - RIGHT, abs=0.11)
+    ends = [x + wide for x, wide in strips]  # of numbers of one decimal: only their sum in fp64 is rounded
+    assert [x for x, _ in strips] == pytest.approx([LEFT, *ends[:-1]], abs=1e-9), "gaps, or one over the other"
+    assert ends[-1] == pytest.approx(WIDTH - RIGHT, abs=1e-9)
