@@ -36,6 +36,7 @@ POINTER_TYPES = {"coefficients_ptr": "*fp32", "labels_ptr": "*u8", "partial_ptr"
                  "grad_ptr": "*fp64", "keys_ptr": "*i64", "weights_ptr": "*fp32", "preference_ptr": "*i64"}  # fmt: skip
 
 
+SHARED = ".extern .shared .align 16 .b8 global_smem[];\n"
 NEVER = "spills", "stack", "local_accesses", "short_offsets"
 SPARE_INSTRUCTIONS = 1.1
 SPARE_REGISTERS = 1.5  # triton 3.6 allocates up to half as many again as 3.7, whose measurements the budget holds
@@ -106,24 +107,40 @@ def compiled(kernel, constants: dict, warps: int, dtype: str, arch: int):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def machine_code(assembled: Path) -> list[str]:
-    """The instructions, in program order, without padding."""
-    command = [str(Path(get_ptxas(90).path).with_name("nvdisasm")), "-c", str(assembled)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    found = [re.sub(r"^.*?/\*\w+\*/\s+", "", line) for line in lines if re.match(r"\s+/\*\w{4,}\*/", line)]
-    return [line for line in found if not line.startswith("NOP")]
+def together(modules: list[str]) -> str:
+    """One module of several that hold a kernel each, named k0, k1, …: tools take longer to start than to work."""
+    header, bodies = "", []
+    for number, ptx in enumerate(modules):
+        entry = re.search(r"^\.visible \.entry (\w+)\(", ptx, re.M)
+        header = header or ptx[: ptx.index(".address_size 64")] + ".address_size 64\n" + SHARED
+        body = re.sub(r"^\t\.loc\t.*\n", "", ptx[entry.start() :].split("\n\t.file\t")[0], flags=re.M)  # of no source
+        bodies.append(re.sub(rf"\b{entry.group(1)}(_param_\d+)?\b", rf"k{number}\1", body))
+    return "\n".join([header, *bodies])
 
 
-def measured(kernel, constants: dict, warps: int, dtype: str, arch: int) -> dict[str, int]:
-    binary = compiled(kernel, constants, warps, dtype, arch)
-    ptx = binary.asm["ptx"]
+def assembled(ptx: str, arch: int) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """By kernel: what the assembler reports, and the instructions in program order, without padding."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
+        source, binary = Path(folder, "kernels.ptx"), Path(folder, "kernels.o")
         source.write_text(ptx)
         target = re.search(r"\.target (\w+)", ptx).group(1)
-        command = [get_ptxas(arch).path, "-v", "--fmad=false", f"--gpu-name={target}", str(source), "-o", f"{source}.o"]
+        tool = Path(get_ptxas(arch).path)
+        command = [tool, "-v", "--fmad=false", f"--gpu-name={target}", source, "-o", binary]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        code = machine_code(Path(f"{source}.o"))
+        command = [Path(get_ptxas(90).path).with_name("nvdisasm"), "-c", binary]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    reports = dict(re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", report, re.S))
+    sections = re.findall(r"^\.text\.(\w+):(.*?)(?=^\.text\.|\Z)", listing, re.S | re.M)
+    return reports, {name: _instructions(section) for name, section in sections}
+
+
+def _instructions(section: str) -> list[str]:
+    lines = (re.sub(r"^.*?/\*\w+\*/\s+", "", line) for line in re.findall(r"^\s+/\*\w{4,}\*/.*", section, re.M))
+    return [line for line in lines if not line.startswith("NOP")]
+
+
+def measured(binary, report: str, code: list[str]) -> dict[str, int]:
+    ptx = binary.asm["ptx"]
     waits = [i for i, line in enumerate(code) if re.search(r"\bDEPBAR\.LE", line)] or [0]
     copies = [i for i, line in enumerate(code) if re.search(r"LDGSTS", line)]
     return {
@@ -145,10 +162,15 @@ def measured(kernel, constants: dict, warps: int, dtype: str, arch: int) -> dict
 
 
 def measure_all(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[str, dict[str, dict[str, int]]]:
-    return {
-        f"sm_{arch}": {name: measured(*variant, arch) for name, variant in variants(arch).items()}
-        for arch in architectures
-    }
+    found = {}
+    for arch in architectures:
+        binaries = {name: compiled(*variant, arch) for name, variant in variants(arch).items()}
+        reports, code = assembled(together([binary.asm["ptx"] for binary in binaries.values()]), arch)
+        found[f"sm_{arch}"] = {
+            name: measured(binary, reports[f"k{number}"], code[f"k{number}"])
+            for number, (name, binary) in enumerate(binaries.items())
+        }
+    return found
 
 
 def violations(measured: dict[str, dict[str, int]], budget: dict[str, dict[str, int]]) -> list[str]:
