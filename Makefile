@@ -49,7 +49,7 @@ bench: setup
 	$(BIN)/python benchmarks/plot.py
 
 bench-step: setup
-	$(BIN)/python benchmarks/step.py --methods plain alignkit alignkit-cached
+	$(BIN)/python benchmarks/step.py
 
 lint: setup
 	$(BIN)/ruff check --fix .

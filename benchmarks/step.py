@@ -1,16 +1,17 @@
-"""One full-parameter LocalDPO training step: plain diffusers with an eager loss, and alignkit, in turn in one run.
+"""One full-parameter LocalDPO training step, rung by rung: plain diffusers with an eager loss, alignkit's defaults, and
+what can be switched on beside them; in turn in one run, so that what else the machine does meets all of them.
 
     python benchmarks/step.py                                    the tiny models, on this machine
-    python benchmarks/step.py --methods plain alignkit alignkit-cached     with errors computed beforehand too
     python benchmarks/step.py --models wan2.1-1.3b cogvideox-2b  real architectures with random weights: one GPU
-    python benchmarks/step.py --models cogvideox-5b --methods alignkit     where both do not fit in memory together
+    python benchmarks/step.py --models cogvideox-5b --rungs alignkit     where all do not fit in memory together
 
-plain: diffusers' model in fp32 under autocast, a second full copy in bf16, noise by torch.randn, the loss in
-eager fp32, torch's AdamW. alignkit: DeepSpeed ZeRO-3 (or --preset zero2) with bf16 weights and fp32 masters, a
-copy as reference, keyed noise and the fused loss. alignkit-cached: the same without a second model, with the
-reference's errors from `alignkit cache-reference`, whose cost stands beside it. All on the same attention backend with
-gradient checkpointing, on the same latents. On a CPU everything is fp32 and the loss takes its reference path. Rows go
-to a CSV.
+plain: diffusers' model in fp32 under autocast, a second full copy in bf16, noise by torch.randn, the loss in eager
+fp32, torch's AdamW. alignkit: `alignkit train`'s own step with bf16 weights and fp32 masters, a copy as reference,
+keyed noise and the fused loss. + cached: the reference's errors from `alignkit cache-reference`, whose cost stands
+beside it, instead of a second model. + selective and + apart each stand on the rung above; torch compiles nothing under
+selective checkpointing, so + compile stands on + cached. All on the same attention backend, with gradient checkpointing
+and on the same latents. On a CPU everything is fp32 and the loss takes its reference path. Rows go to a CSV, a picture
+of them beside it.
 """
 
 import argparse
@@ -24,13 +25,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from machine import ROOT, machine
+from torch._subclasses.fake_tensor import is_fake  # what a compiled network keeps of its trace
 
-from alignkit.config import load_config
+from alignkit.config import Config, changed, load_config
 from alignkit.models import family_module, load_model, shipped_model, working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.objectives.laws import start_law
@@ -40,55 +41,24 @@ from alignkit.stores.store import StoreInfo, open_for_building
 from alignkit.training.cache import build_cache, with_cache
 from alignkit.training.distributed import start_process
 from alignkit.training.engine import load_network
+from alignkit.training.health import Clock
 from alignkit.training.run import load_rows, start_run
 from alignkit.training.weights import open_start
 
 TINY = {"tiny-wan": "wan-tiny-localdpo.yaml", "tiny-cogvideox": "cogvideox-tiny-localdpo.yaml"}
 REAL = ("wan2.1-1.3b", "cogvideox-2b", "cogvideox-5b", "wan2.1-14b")
-PARTS = ("data", "reference", "forward", "loss", "backward", "optimizer")
+RUNGS: dict[str, dict] = {  # alignkit's: keys of `train` beside cached errors
+    "plain": {},
+    "alignkit": {},
+    "+ cached": {},
+    "+ selective": {"checkpointing": "selective"},
+    "+ apart": {"checkpointing": "selective", "branches": "apart"},
+    "+ compile": {"compile": True},
+}
+PARTS = ("data", "reference", "policy", "optimizer")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bf16, dense, as the maker says
 PAIRS = 4
 BUCKET = ("deepspeed.config={zero_optimization: {reduce_bucket_size: 200000}}",)  # else 2 GB beside 26 MB of weights
-
-
-class Clock:
-    """Seconds by part of a step; on a GPU each part waits for the device, the same for every method."""
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-
-    def timed(self, part: str, call, *arguments, **options):
-        start = self._now()
-        result = call(*arguments, **options)
-        self.seconds[part] += self._now() - start
-        return result
-
-    @staticmethod
-    def _now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-class Timed:
-    """A network whose forwards are timed as `part`."""
-
-    def __init__(self, network, clock: Clock, part: str):
-        self.network, self.clock, self.part = network, clock, part
-        self.module = getattr(network, "module", network)
-
-    def __call__(self, **inputs):
-        return self.clock.timed(self.part, self.network, **inputs)
-
-
-class TimedAnswer:
-    """A reference whose forwards are timed."""
-
-    def __init__(self, reference, clock: Clock):
-        self.reference, self.clock = reference, clock
-
-    def answer(self, batch, states):
-        return self.clock.timed("reference", self.reference.answer, batch, states)
 
 
 def random_folder(name: str, folder: Path, device: torch.device) -> str:
@@ -137,51 +107,37 @@ def write_pairs(config, model, network_config, folder: Path) -> PairStore:
 
 
 class Alignkit:
-    """The step of `alignkit train`."""
+    """The step of `alignkit train`, on one of its rungs."""
 
-    networks = 4  # forwards' worth: three for the policy's forward and backward, one for the reference
-
-    def __init__(self, config, process, model, store):
+    def __init__(self, config: Config, process, model, store, rung: str):
+        cached = rung != "alignkit"
+        self.networks = 3 if cached else 4  # forwards' worth: the policy's forward and backward, the reference's
+        self.cache_seconds: tuple[float, float] | None = None  # in all, and a pair
+        config = changed(config, {"train": RUNGS[rung]}, "benchmark")
+        if cached:
+            own = config.output.dir / rung  # a compiled network's errors are others
+            config = changed(with_cache(config, "benchmark"), {"reference": {"cache": str(own)}}, "benchmark")
+            start = time.perf_counter()
+            folder = build_cache(config, process)
+            if rung == "+ cached":
+                written = sorted(file.stat().st_mtime for file in folder.glob("block-*.arrow"))  # a pair each
+                a_pair = (written[-1] - written[0]) / (len(written) - 1)
+                self.cache_seconds = time.perf_counter() - start, a_pair
         start = open_start(config, model)
         model.transformer, self.attention = load_network(config, process, model, start)
         self.run = start_run(config, process, model, store, start)
 
-    def step(self, rows: list[int], clock: Clock) -> float:
-        def data():
-            batch = load_rows(self.run.store, rows, self.run.process.device)
-            return batch, self.run.states(batch, torch.zeros(len(rows), dtype=torch.int64))
-
-        batch, states = clock.timed("data", data)
-        inside = sum(clock.seconds[part] for part in ("forward", "reference"))
-        policy, reference = Timed(self.run.policy, clock, "forward"), TimedAnswer(self.run.reference, clock)
-        start = clock._now()
-        result = replace(self.run, policy=policy, reference=reference).loss(batch, states)
-        inside = sum(clock.seconds[part] for part in ("forward", "reference")) - inside
-        clock.seconds["loss"] += clock._now() - start - inside
-        clock.timed("backward", self.run.policy.backward, result.loss)
-        clock.timed("optimizer", self.run.policy.step)
-        return result.loss.item()
-
-
-class Cached(Alignkit):
-    """The same with `reference.strategy: cached`, and the errors of every pair computed first."""
-
-    networks = 3
-
-    def __init__(self, config, process, model, store):
-        config = with_cache(config, "benchmark")
-        start = time.perf_counter()
-        folder = build_cache(config, process)
-        self.build_seconds = time.perf_counter() - start
-        written = sorted(file.stat().st_mtime for file in folder.glob("block-*.arrow"))  # a pair each
-        self.build_seconds_per_pair = (written[-1] - written[0]) / (len(written) - 1)
-        super().__init__(config, process, model, store)
+    def step(self, number: int) -> tuple[float, dict[str, float]]:
+        """The loss, and seconds by part."""
+        step = self.run.step(number)
+        return step.metrics["loss"], step.seconds
 
 
 class Plain:
     """What one writes around diffusers without us."""
 
     networks = 4
+    cache_seconds = None
 
     def __init__(self, config, process, model, store):
         self.config, self.process, self.model, self.store = config, process, model, store
@@ -196,38 +152,35 @@ class Plain:
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
         )
+        self.clock = Clock(process.device)
         on_gpu = process.device.type == "cuda"
         self.autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if on_gpu else nullcontext
 
-    def step(self, rows: list[int], clock: Clock) -> float:
-        def data():
-            batch = load_rows(self.store, rows, self.process.device)
-            points = start_law(self.config, self.model).draw(batch.ids, torch.zeros(len(rows), dtype=torch.int64))
-            timesteps = points.timesteps
-            coefficients = points.coefficients.to(self.process.device, torch.float32)
-            a, s, c, d = (coefficients[:, i].view(-1, *[1] * (batch.winner.ndim - 1)) for i in range(4))
-            noise = torch.randn_like(batch.winner)
-            states = torch.cat([a * batch.winner + s * noise, a * batch.loser + s * noise])
-            targets = c * noise + d * batch.winner, c * noise + d * batch.loser
-            text = self.model.pad_text(batch.text).to(self.process.device).repeat(2, 1, 1)
-            inputs = states, timesteps.to(self.process.device, torch.float32).repeat(2), text
-            return batch, inputs, targets
-
-        batch, inputs, targets = clock.timed("data", data)
+    def step(self, number: int) -> tuple[float, dict[str, float]]:
+        self.clock.at("data")
+        batch = load_rows(self.store, [number % PAIRS], self.process.device)
+        points = start_law(self.config, self.model).draw(batch.ids, torch.zeros(len(batch), dtype=torch.int64))
+        coefficients = points.coefficients.to(self.process.device, torch.float32)
+        a, s, c, d = (coefficients[:, i].view(-1, *[1] * (batch.winner.ndim - 1)) for i in range(4))
+        noise = torch.randn_like(batch.winner)
+        states = torch.cat([a * batch.winner + s * noise, a * batch.loser + s * noise])
+        targets = c * noise + d * batch.winner, c * noise + d * batch.loser
+        text = self.model.pad_text(batch.text).to(self.process.device).repeat(2, 1, 1)
+        inputs = states, points.timesteps.to(self.process.device, torch.float32).repeat(2), text
         with self.autocast():
+            self.clock.at("reference")
             with torch.no_grad():
-                reference = clock.timed("reference", self.predict, self.reference, *inputs)
-            pred = clock.timed("forward", self.predict, self.policy, *inputs)
-        loss = clock.timed("loss", self.loss, pred.float(), reference.float(), targets, batch)
-        clock.timed("backward", loss.backward)
-
-        def update():
-            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.train.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-        clock.timed("optimizer", update)
-        return loss.item()
+                reference = self.predict(self.reference, *inputs)
+            self.clock.at("policy")
+            pred = self.predict(self.policy, *inputs)
+        loss = self.loss(pred.float(), reference.float(), targets, batch)
+        loss.backward()
+        self.clock.at("optimizer")
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = self.clock.stop()
+        return loss.item(), seconds
 
     def loss(self, pred, reference, targets, batch):
         objective = self.config.objective
@@ -248,15 +201,12 @@ class Plain:
         return (terms + objective.weight_sft * error_w).mean()
 
 
-METHODS = {"plain": Plain, "alignkit": Alignkit, "alignkit-cached": Cached}
-
-
 def held_bytes() -> int:
     """Of all tensors: weights, masters, moments, gradients."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and not x.is_meta]
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and not (x.is_meta or is_fake(x))]
     storages = [x.untyped_storage() for x in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -276,12 +226,12 @@ def forward_flops(model, network, config, store, process) -> float:
     return counter.get_total_flops()
 
 
-def measure(name: str, methods: list[str], preset: str, rounds: int, folder: Path, process) -> Iterator[list[dict]]:
-    """A row for each method after every timed round: what is stopped has measured what it has."""
+def measure(name: str, rungs: list[str], preset: str, rounds: int, folder: Path, process) -> Iterator[list[dict]]:
+    """A row for each rung after every timed round: what is stopped has measured what it has."""
     path = f"model.path={random_folder(name, folder, process.device)}" if name in REAL else "model.path=tiny"
     file = ROOT / "configs" / (TINY.get(name) or f"{name}-localdpo.yaml")
     config = load_config(file, [path, f"output.dir={folder / name}-run", f"pairs.folder={folder / name}-pairs",
-                                "train.global_batch_size=1", "train.micro_batch_size=1", f"train.steps={PAIRS}",
+                                "train.global_batch_size=1", "train.micro_batch_size=1", f"train.steps={rounds + 2}",
                                 f"deepspeed.preset={preset}",
                                 "train.checkpointing=full", *(BUCKET if name in TINY else ())])  # fmt: skip
     model = load_model(config.model, with_transformer=False, with_encoders=False)
@@ -290,66 +240,59 @@ def measure(name: str, methods: list[str], preset: str, rounds: int, folder: Pat
     store = write_pairs(config, model, network_config, pairs_folder(config, "train"))
     tokens = store[0].winner.numel() // network_config["in_channels"] // 4
     built, resident, flops = {}, {}, None
-    for method in methods:
+    for rung in rungs:
         before = held_bytes()
-        built[method] = METHODS[method](config, process, copy.copy(model), store)
-        built[method].step([0], Clock())  # after which the moments are there
-        resident[method] = held_bytes() - before
-        if method == "plain":
-            flops = forward_flops(model, built[method].reference, config, store, process)
-    clocks: dict[str, list[Clock]] = {method: [] for method in methods}
-    peaks = dict.fromkeys(methods, 0.0)
-    for number in range(rounds + 1):  # the first is warm-up
-        for method in methods if number % 2 else methods[::-1]:
-            clock = Clock()
+        start = config, process, copy.copy(model), store
+        built[rung] = Plain(*start) if rung == "plain" else Alignkit(*start, rung)
+        built[rung].step(0)  # after which the moments are there
+        resident[rung] = held_bytes() - before
+        if rung == "plain":
+            flops = forward_flops(model, built[rung].reference, config, store, process)
+    clocks: dict[str, list[dict[str, float]]] = {rung: [] for rung in rungs}
+    peaks = dict.fromkeys(rungs, 0.0)
+    for number in range(1, rounds + 2):  # the first is warm-up
+        for rung in rungs if number % 2 else rungs[::-1]:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            loss = built[method].step([number % PAIRS], clock)
-            assert loss == loss, f"{name}, {method}: the loss is not a number"
+            loss, seconds = built[rung].step(number)
+            assert loss == loss, f"{name}, {rung}: the loss is not a number"
             if torch.cuda.is_available():
-                others = sum(size for other, size in resident.items() if other != method)
-                peaks[method] = max(peaks[method], torch.cuda.max_memory_allocated() - others)
-            print(f"{name} {method}: step {number} of {rounds}, {sum(clock.seconds.values()):.3g} s", file=sys.stderr)
-            if number:
-                clocks[method].append(clock)
-        if number:
-            yield rows_of(name, methods, preset, built, clocks, peaks, resident, flops, tokens)
+                others = sum(size for other, size in resident.items() if other != rung)
+                peaks[rung] = max(peaks[rung], torch.cuda.max_memory_allocated() - others)
+            print(f"{name} {rung}: step {number - 1} of {rounds}, {sum(seconds.values()):.3g} s", file=sys.stderr)
+            if number > 1:
+                clocks[rung].append(seconds)
+        if number > 1:
+            yield rows_of(name, preset, built, clocks, peaks, resident, flops, tokens)
 
 
-def rows_of(name, methods, preset, built, clocks, peaks, resident, flops, tokens) -> list[dict]:
+def rows_of(name, preset, built, clocks, peaks, resident, flops, tokens) -> list[dict]:
     top = next((peak for key, peak in PEAK_FLOPS.items() if key in machine()["device"]), None)
+    totals = {rung: [sum(seconds.values()) for seconds in clocks[rung]] for rung in built}
+
+    def beside(rung: str, other: str) -> str:
+        """How many times as fast as `other`, median over rounds: what else the machine does comes and goes."""
+        if other not in built or rung == other:
+            return ""
+        return f"{statistics.median(b / a for a, b in zip(totals[rung], totals[other], strict=True)):.3g}"
+
     rows = []
-    for method in methods:
-        parts = {part: statistics.median(clock.seconds[part] for clock in clocks[method]) for part in PARTS}
-        totals = [sum(clock.seconds.values()) for clock in clocks[method]]
-        step = statistics.median(totals)
+    for rung, method in built.items():
+        parts = {part: statistics.median(seconds.get(part, 0.0) for seconds in clocks[rung]) for part in PARTS}
+        step = statistics.median(totals[rung])
+        built_in, a_pair = method.cache_seconds or ("", "")
         rows.append({
-            "model": name, "method": method, "preset": preset * (method != "plain"),
-            "attention": built[method].attention,
-            "tokens": tokens, "steps": len(totals),
-            "step_s": f"{step:.4g}", "fastest_s": f"{min(totals):.4g}", "slowest_s": f"{max(totals):.4g}",
+            "model": name, "rung": rung, "preset": preset * (rung != "plain"), "attention": method.attention,
+            "tokens": tokens, "steps": len(totals[rung]), "step_s": f"{step:.4g}",
+            "fastest_s": f"{min(totals[rung]):.4g}", "slowest_s": f"{max(totals[rung]):.4g}",
             **{f"{part}_s": f"{seconds:.4g}" for part, seconds in parts.items()},
-            "pairs_per_s": f"{1 / step:.4g}", "speed_up": "",
-            "mfu": f"{built[method].networks * flops / step / top:.3f}" if top and flops else "",
-            "peak_gb": f"{peaks[method] / 1e9:.4g}" if torch.cuda.is_available() else "",
-            "held_gb": f"{resident[method] / 1e9:.4g}", "step_to_copied": "", "memory_to_copied": "",
-            "build_s": "", "build_s_per_pair": "",
+            "pairs_per_s": f"{1 / step:.4g}",
+            "to_plain": beside(rung, "plain"), "to_alignkit": beside(rung, "alignkit"),
+            "mfu": f"{method.networks * flops / step / top:.3f}" if top and flops else "",
+            "peak_gb": f"{peaks[rung] / 1e9:.4g}" if torch.cuda.is_available() else "",
+            "held_gb": f"{resident[rung] / 1e9:.4g}",
+            "cache_s": built_in and f"{built_in:.4g}", "cache_s_per_pair": a_pair and f"{a_pair:.4g}",
         })  # fmt: skip
-    by_method = {row["method"]: row for row in rows}
-    for method in methods:
-        row = by_method[method]
-        if "plain" in methods and method != "plain":
-            row["speed_up"] = f"{ratio(by_method['plain'], row, 'step_s'):.3g}"
-        if method == "alignkit-cached":
-            row["build_s"] = f"{built[method].build_seconds:.4g}"
-            row["build_s_per_pair"] = f"{built[method].build_seconds_per_pair:.4g}"
-            if "alignkit" in methods:
-                memory = "peak_gb" if row["peak_gb"] else "held_gb"
-                by_round = [[sum(clock.seconds.values()) for clock in clocks[name]] for name in (method, "alignkit")]
-                # of one round: what else the machine does comes and goes
-                ratios = [one / other for one, other in zip(*by_round, strict=True)]
-                row["step_to_copied"] = f"{statistics.median(ratios):.3g}"
-                row["memory_to_copied"] = f"{ratio(row, by_method['alignkit'], memory):.3g}"
     return rows
 
 
@@ -360,17 +303,48 @@ def write_rows(path: Path, rows: list[dict]) -> None:
         writer.writerows(machine() | row for row in rows)
 
 
-def ratio(one: dict, other: dict, column: str) -> float:
-    return float(one[column]) / float(other[column])
+def draw(rows: list[dict], picture: Path) -> None:
+    """Seconds a step by part, a bar for each rung, a panel for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(1, len(models), figsize=(1 + 5 * len(models), 3.2), squeeze=False, layout="constrained")
+    for axis, model in zip(axes[0], models, strict=True):
+        own = [row for row in rows if row["model"] == model]
+        names = [row["rung"] for row in own]
+        left = [0.0] * len(own)
+        for part in PARTS:
+            seconds = [float(row[f"{part}_s"]) for row in own]
+            axis.barh(names, seconds, left=left, label=part)
+            left = [a + b for a, b in zip(left, seconds, strict=True)]
+        for row, end in zip(own, left, strict=True):
+            memory = f"{row['peak_gb']} GB at most" if row["peak_gb"] else f"{1e3 * float(row['held_gb']):.0f} MB held"
+            note = f"{row['to_plain']}×, {memory}" if row["to_plain"] else memory
+            axis.annotate(note, (end, row["rung"]), (4, 0), textcoords="offset points", va="center", fontsize=7)
+        axis.invert_yaxis()
+        axis.margins(x=0.45)
+        axis.set_title(f"{model}, {own[0]['tokens']} tokens a video", fontsize=9, loc="left")
+        axis.set_xlabel("s a step: median of each part", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", alpha=0.3)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PARTS), fontsize=8)
+    last = machine() | rows[-1]
+    title = f"{last['device']} · {last['path']} · torch {last['torch']}, {last['preset']} · {last['commit']}"
+    figure.suptitle(f"{title}\n×: times as fast as plain", fontsize=9)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [name for name, file in TINY.items() if (ROOT / "configs" / file).exists()]
     parser.add_argument("--models", nargs="+", default=known, choices=[*known, *REAL], metavar="MODEL")
-    parser.add_argument("--methods", nargs="+", default=["plain", "alignkit"], choices=METHODS)
-    parser.add_argument("--preset", default="zero3", choices=("zero2", "zero3"), help="alignkit's, of DeepSpeed")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each method, after one to warm up")
+    parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=RUNGS, metavar="RUNG")
+    parser.add_argument("--preset", default="zero2", choices=("zero2", "zero3"), help="alignkit's, of DeepSpeed")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each rung, after two to warm up")
     parser.add_argument("--csv", type=Path, default=ROOT / "out" / "benchmarks" / "steps.csv")
     given = parser.parse_args()
     process = start_process()
@@ -379,18 +353,18 @@ def main() -> None:
     for name in given.models:
         rows: list[dict] = []
         with tempfile.TemporaryDirectory() as folder:
-            for rows in measure(name, given.methods, given.preset, given.rounds, Path(folder), process):
+            for rows in measure(name, given.rungs, given.preset, given.rounds, Path(folder), process):
                 write_rows(given.csv, done + rows)
         done += rows
         for row in rows:
-            parts = "  ".join(f"{part} {float(row[f'{part}_s']) / float(row['step_s']):.0%}" for part in PARTS)
-            print(f"{name:15} {row['method']:15} {row['step_s']:>8} s a step  {parts}  {row['attention']}"
-                  + (f"  {row['speed_up']}x" if row["speed_up"] else ""), flush=True)  # fmt: skip
-            if row["build_s"]:
-                print(f"{'':15} errors computed in {row['build_s']} s, {row['build_s_per_pair']} s a pair"
-                      + (f"; step {row['step_to_copied']} and memory {row['memory_to_copied']} of those with a copy"
-                         if row["step_to_copied"] else ""), flush=True)  # fmt: skip
-    print(f"rows: {given.csv}")
+            parts = "  ".join(f"{part} {float(row[f'{part}_s']) / float(row['step_s']):4.0%}" for part in PARTS)
+            print(f"{name:15} {row['rung']:12} {row['step_s']:>8} s a step  {parts}  {row['held_gb']} GB held"
+                  + (f"  {row['to_plain']}x plain" if row["to_plain"] else "")
+                  + (f"  errors computed in {row['cache_s']} s, {row['cache_s_per_pair']} s a pair"
+                     if row["cache_s"] else ""), flush=True)  # fmt: skip
+    picture = given.csv.with_suffix(".png")
+    draw(done, picture)
+    print(f"rows: {given.csv}, a picture of them: {picture}")
 
 
 if __name__ == "__main__":
