@@ -12,7 +12,7 @@ from torch import Tensor
 from alignkit.config import Config
 from alignkit.errors import DataError
 from alignkit.evaluation.drawn import judge
-from alignkit.evaluation.intervals import paired_interval
+from alignkit.evaluation.intervals import Difference, difference
 from alignkit.evaluation.measures import edge_energy, motion_amount, temporal_flicker
 from alignkit.evaluation.samples import read_samples, samples_folder
 from alignkit.evaluation.scorers import installed
@@ -21,21 +21,6 @@ SHARES = ("samples with a fault", "prompts followed", "good samples")
 """Measures that are so or not of a sample; "good": the prompt is followed and nothing is wrong."""
 PLACES = ("output.dir", "pairs.folder", "rollout.folder")
 """Where things are: no setting in which two runs differ."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Means over N samples of each run, and the 95 % bootstrap interval of mean(second − first) over its samples."""
-
-    measure: str
-    first: float
-    second: float
-    low: float
-    high: float
-
-    @property
-    def beyond_chance(self) -> bool:
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +58,7 @@ def compare(first: Config, second: Config, work: Path) -> Comparison:
         _measured(config, rows, videos, work / str(place))
         for place, (config, videos) in enumerate(zip((first, second), frames, strict=True))
     ]
-    differences = [_difference(name, *(numbers[name] for numbers in measured)) for name in measured[0]]
+    differences = [difference(name, *(numbers[name] for numbers in measured)) for name in measured[0]]
     return Comparison(runs, len(rows), same_base, _settings(first, second), differences)
 
 
@@ -95,10 +80,6 @@ def _measured(config: Config, rows: list[dict], videos: Tensor, work: Path) -> d
     for scorer in installed().values():
         found |= {name: np.array(values) for name, values in scorer(files, prompts, work).items()}
     return found
-
-
-def _difference(measure: str, first: np.ndarray, second: np.ndarray) -> Difference:
-    return Difference(measure, float(first.mean()), float(second.mean()), *paired_interval(first, second))
 
 
 def _settings(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
@@ -130,9 +111,7 @@ def described(found: Comparison) -> str:
     for each in found.differences:
         scale, digits, sign = (100, 1, " %") if each.measure in SHARES else (1, 3, "")
         first, second = (f"{scale * value:.{digits}f}{sign}" for value in (each.first, each.second))
-        change, low, high = (
-            f"{scale * value:+.{digits}f}" for value in (each.second - each.first, each.low, each.high)
-        )
+        change, low, high = each.written(scale, digits)
         unit = " points" if sign else ""
         word = "" if each.beyond_chance else "  (may be chance)"
         lines.append(f"{each.measure:{width}}  {first:>8}  {second:>8}  {change}{unit}, {low} to {high}{word}")

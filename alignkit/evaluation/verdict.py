@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from alignkit.evaluation.intervals import paired_interval
+from alignkit.evaluation.intervals import difference
 
 ACCURACY_WANTED = 0.70
 WINNER_ERROR_ALLOWED = 0.01
@@ -62,8 +62,8 @@ def _pair_checks(after: dict) -> list[dict]:
 
 def change_of(before: np.ndarray, after: np.ndarray) -> dict:
     """Shares of N samples in which something is so, with the base and aligned, and the change's 95 % interval."""
-    low, high = paired_interval(before, after)
-    return {"base": float(before.mean()), "aligned": float(after.mean()), "interval": [low, high]}
+    found = difference("", before, after)
+    return {"base": found.first, "aligned": found.second, "interval": [found.low, found.high]}
 
 
 def _frechet_check(frechet: dict | None) -> dict:

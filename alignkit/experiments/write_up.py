@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alignkit.evaluation.intervals import paired_interval
+from alignkit.evaluation.intervals import difference
 from alignkit.evaluation.summary import versions
 from alignkit.experiments.plan import Arm, Plan
 from alignkit.experiments.stores import heldout_store
@@ -176,8 +176,8 @@ def _interval(pairs: list[tuple[dict, dict]]) -> str:
     if not pairs:
         return ""
     after, before = (np.concatenate([_good(pair[side]) for pair in pairs]) for side in (0, 1))
-    low, high = paired_interval(before, after)
-    return f"{100 * (after.mean() - before.mean()):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    change, low, high = difference("good samples", before, after).written(100, 1)
+    return f"{change} ({low} to {high})"
 
 
 def _good(row: dict) -> np.ndarray:
