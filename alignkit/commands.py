@@ -5,6 +5,7 @@ import re
 import resource
 import time
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from alignkit.localdpo.build import build_pairs, check_settings
 from alignkit.localdpo.sources import Source, check_count, check_masks, find_usable
 from alignkit.media.captions import Problem
 from alignkit.media.videos import PLAYBACK_FPS, decode_clip, write_video
-from alignkit.models import load_model
+from alignkit.models import VideoModel, load_model
 from alignkit.objectives.states.checks import check_noise, check_states
 from alignkit.progress import progress, say
 from alignkit.report.pictures import StoredPair, write_pair, write_preview
@@ -151,7 +152,7 @@ def _pairs(config: Config) -> None:
         write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
 
 
-def _foresee(config: Config, model, sources: list[Source], heldout: int) -> None:
+def _foresee(config: Config, model: VideoModel, sources: list[Source], heldout: int) -> None:
     """Say now that there will be no verdict, when that is so already."""
     first = sources[:CLIPS]
     clips = torch.stack([decode_clip(source.clip.path, video_spec(config)) for source in first])
@@ -190,7 +191,7 @@ def _rank(config: Config) -> None:
     say(f"make pairs of them with: alignkit pairs … data.rollouts={rollouts} data.pairs={ranked.file}")
 
 
-def _preview_rollouts(config: Config, model, store: RolloutStore) -> None:
+def _preview_rollouts(config: Config, model: VideoModel, store: RolloutStore) -> None:
     """Some rollouts as videos for people to check: previews/ID-PROMPT.mp4 beside them."""
     folder = store.folder / "previews"
     folder.mkdir(exist_ok=True)
@@ -208,7 +209,7 @@ def _in_a_name(prompt: str) -> str:
     return re.sub(r"\W+", "-", prompt)[:40].strip("-")
 
 
-def _preview_pairs(config: Config, model, store: PairStore) -> None:
+def _preview_pairs(config: Config, model: VideoModel, store: PairStore) -> None:
     """Some pairs of a store as pictures for people to check: pairs/SPLIT/previews/ID.png."""
     folder = store.folder / "previews"
     folder.mkdir(exist_ok=True)
@@ -221,7 +222,7 @@ def _preview_pairs(config: Config, model, store: PairStore) -> None:
         say(f"previews, winner above region above loser: {folder}")
 
 
-def _decoded(model, pair: Pair) -> StoredPair:
+def _decoded(model: VideoModel, pair: Pair) -> StoredPair:
     # one after the other: two videos of full size may not fit beside the network
     winner, loser = (
         model.decode_video(side[None].to(model.vae.device))[0].numpy() for side in (pair.winner, pair.loser)
@@ -300,7 +301,7 @@ def _decode_pairs(config: Config) -> None:
             bar.advance()
 
 
-def _costs(config: Config) -> dict:
+def _costs(config: Config) -> dict[str, Any]:
     file = config.output.dir / "stages.json"
     stages = json.loads(file.read_text()) if file.exists() else {}
     return {

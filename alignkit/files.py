@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -28,7 +29,7 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def write_lines(path: Path, rows: list[dict]) -> None:
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """JSON Lines."""
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from alignkit.errors import ConfigError, DataError
 from alignkit.files import made, write_json
@@ -108,7 +108,7 @@ def share_out(files: list[Path], make: Callable[[int], None], looked: Callable[[
 
 
 @contextmanager
-def shared_folder(folder: Path, terms: dict, command: str) -> Iterator[None]:
+def shared_folder(folder: Path, terms: dict[str, Any], command: str) -> Iterator[None]:
     """The right to make files in `folder`, had by any number of processes that make them under the same terms (JSON, by
     name). What was made there under others is deleted, and it is said which of them changed.
 
@@ -127,7 +127,7 @@ def shared_folder(folder: Path, terms: dict, command: str) -> Iterator[None]:
         yield
 
 
-def _terms_of(folder: Path) -> dict:
+def _terms_of(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / TERMS).read_text()))
     except (OSError, ValueError, TypeError):

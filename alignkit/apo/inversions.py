@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "diffusers", "transformers")}
 
 
-def inversion_terms(config: Config, model: VideoModel) -> dict:
+def inversion_terms(config: Config, model: VideoModel) -> dict[str, Any]:
     """What stored inversions depend on, for a store's terms."""
     noise = config.noise.model_dump(mode="json", exclude={"guided", "max_inversion_error"})
     return {

@@ -43,6 +43,9 @@ from alignkit.stores.store import StoreInfo
 
 COLUMNS = ("chosen", "rejected")
 
+Anchor = tuple[Path, str, tuple[int, ...]]
+"""A real video, its prompt, and the rows of the schedule at which its inversion is kept."""
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -180,7 +183,7 @@ def read_rankings(file: Path, rollouts: RolloutStore) -> tuple[list[Ranking], li
         raise DataError(f"preference file {file}: it has the columns {found}; {' and '.join(COLUMNS)} are needed")
     rankings: list[Ranking] = []
     problems: list[Problem] = []
-    seen: dict[frozenset, Ranking] = {}
+    seen: dict[frozenset[int | Path], Ranking] = {}
     for number, (line, row) in enumerate(table.rows):
         where = f"{file.name}:{line}"
         try:
@@ -282,7 +285,7 @@ def _make_rows(
 ) -> Made:
     stored = LATENT_DTYPES[stored_dtype(config, working_dtype(config.model, model.vae.device))]
     made, problems = [], []
-    anchors: dict[tuple, Trajectory] = {}  # one real video may be named beside each of a prompt's rollouts
+    anchors: dict[Anchor, Trajectory] = {}  # one real video may be named beside each of a prompt's rollouts
     for row in (rankings[number] for number in rows):
         try:
             pair = _pair(config, model, rollouts, row)
@@ -302,7 +305,7 @@ def _make_rows(
 
 
 def _inverted(
-    config: Config, model: VideoModel, law: Law, row: Ranking, pair: Pair, anchors: dict[tuple, Trajectory]
+    config: Config, model: VideoModel, law: Law, row: Ranking, pair: Pair, anchors: dict[Anchor, Trajectory]
 ) -> Pair:
     """`pair` with its inversions; those of real videos at a prompt's rows are looked up in `anchors`, or added."""
     keys = {

@@ -45,7 +45,7 @@ class Sampling:
     model: VideoModel
     law: Law
     prompts: list[str]
-    recipe: dict
+    recipe: dict[str, Any]
     rows: tuple[int, ...] | None = None
 
     @property
@@ -98,7 +98,7 @@ def build_rollouts(
 
 def roll_out(
     config: Config,
-    process,
+    process: Any,
     model: VideoModel,
     engine: Any,
     prompts: list[str],

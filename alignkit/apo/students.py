@@ -1,5 +1,7 @@
 """Pairs for a few-step student: what its teacher sampled, alone or beside what the student made of the same noise."""
 
+from collections.abc import Callable
+
 import torch
 
 from alignkit.config import Config, RolloutSection, Sampler
@@ -82,7 +84,7 @@ def build_taught(
         made=made | {"states": True, "max_sequence_length": config.model.max_sequence_length},
     )
 
-    def make(numbers: range, advance) -> tuple[list[Pair], list[Problem]]:
+    def make(numbers: range, advance: Callable[[int], None]) -> tuple[list[Pair], list[Problem]]:
         pairs, problems = [], []
         for number in numbers:
             loser = student[number] if student else None

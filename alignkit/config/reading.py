@@ -57,14 +57,14 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: {_describe(error)}") from None
 
 
-def _go_on_in(folder: Path, tree: dict) -> None:
+def _go_on_in(folder: Path, tree: dict[str, Any]) -> None:
     """What a run's settings are in its folder, which may have been moved since."""
     tree["output"] = {"dir": str(folder)}
     if isinstance(tree.get("train"), dict):
         tree["train"] = {key: value for key, value in tree["train"].items() if key not in ONCE}
 
 
-def _forget_what_is_replaced(tree: dict, overrides: list[str] | tuple[str, ...]) -> None:
+def _forget_what_is_replaced(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
     given = {key.strip(): value.strip() for key, _, value in (word.partition("=") for word in overrides)}
     objective, pairs = tree.get("objective"), tree.get("pairs")
     name = given.get("objective.name")
@@ -76,7 +76,7 @@ def _forget_what_is_replaced(tree: dict, overrides: list[str] | tuple[str, ...])
         pairs.pop("mask", None)
 
 
-def changed(config: Config, changes: dict[str, dict], where: str) -> Config:
+def changed(config: Config, changes: dict[str, dict[str, Any]], where: str) -> Config:
     """`config` with the keys of `changes` (by section) changed, checked as a whole; `where` begins a ConfigError.
 
     An objective of another name begins with its own defaults, and so does a noise source and a reference.
@@ -105,12 +105,12 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def merged(tree: dict, changes: dict) -> dict:
+def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     both = {key for key, value in changes.items() if isinstance(value, dict) and isinstance(tree.get(key), dict)}
     return tree | {key: merged(tree[key], value) if key in both else value for key, value in changes.items()}
 
 
-def _apply(tree: dict, override: str) -> None:
+def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
@@ -154,7 +154,7 @@ def _describe(error: ValidationError) -> str:
     return f"{where}: {message[0].lower()}{message[1:]}{got}{more}"
 
 
-def _known_keys(location: tuple) -> list[str]:
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = Config
     for part in location:
         if isinstance(part, str):  # a number is a place in a list

@@ -82,7 +82,7 @@ class Config(Section):
         """How training's rollouts are sampled."""
         own, usual = self.rollout, self.sample
 
-        def choose(name: str):
+        def choose(name: str) -> Any:
             return getattr(usual if getattr(own, name) is None else own, name)
 
         names = ("num_inference_steps", "guidance_scale", "dynamic_guidance", "negative_prompt")

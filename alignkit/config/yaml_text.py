@@ -1,6 +1,8 @@
 """YAML as it was meant: what its loader takes in silence, and nobody means, is refused with its line."""
 
 import re
+from collections.abc import Hashable
+from typing import Any
 
 import yaml
 
@@ -11,8 +13,8 @@ BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")  # and 1:
 
 
 class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set = set()
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str | int | float] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key, str | int | float | bool):
@@ -23,7 +25,7 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
-    def _number(self, node: yaml.ScalarNode):
+    def _number(self, node: yaml.ScalarNode) -> int | float:
         if LEADING_ZERO.match(node.value) or BASE_60.match(node.value):
             raise ConfigError(
                 f"line {node.start_mark.line + 1}: {node.value} would be read as another number; write it without "

@@ -249,6 +249,6 @@ def _many(count: int, thing: str, plural: str = "s") -> str:
     return f"{count} {thing}{plural * (count != 1)}"
 
 
-def _counted(reasons: Counter) -> str:
+def _counted(reasons: Counter[str]) -> str:
     shown = [f"{reason} ({count})" for reason, count in reasons.most_common(NAMED)]
     return "; ".join(shown) + ("; …" if len(reasons) > NAMED else "")

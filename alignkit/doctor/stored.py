@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from alignkit.training import manifest as manifests
 from alignkit.training.manifest import BEFORE, DAMAGED, PARTIAL
@@ -26,7 +27,7 @@ class Store:
     blocks: int
     planned: int
     rows: int
-    left_out: Counter
+    left_out: Counter[str]
 
     @property
     def whole(self) -> bool:
@@ -51,7 +52,7 @@ class Training:
     hashed: bool = False
 
     @cached_property
-    def metrics(self) -> list[dict]:
+    def metrics(self) -> list[dict[str, Any]]:
         return lines(self.folder / "metrics.jsonl")
 
     @property
@@ -92,7 +93,7 @@ class Training:
         return sorted(self.folder.glob("diverged-step-*.parquet"), key=_number)
 
     @cached_property
-    def stopped(self) -> dict:
+    def stopped(self) -> dict[str, Any]:
         """Why it ended early: "step", "winner_error_change" and "max_winner_error"; empty where it did not."""
         return record(self.folder / "stopped.json")
 
@@ -135,7 +136,7 @@ def pairs_of(batch: Path) -> list[str]:
     return [f"{row['id']} ({row['source']})" for row in rows]
 
 
-def record(file: Path) -> dict:
+def record(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none."""
     try:
         found = json.loads(file.read_text())
@@ -144,7 +145,7 @@ def record(file: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def lines(file: Path) -> list[dict]:
+def lines(file: Path) -> list[dict[str, Any]]:
     """JSON Lines, those of them that are whole."""
     found = []
     try:

@@ -62,12 +62,12 @@ def compare(first: Config, second: Config, work: Path) -> Comparison:
     return Comparison(runs, len(rows), same_base, _settings(first, second), differences)
 
 
-def _aligned(rows: list[dict], frames: dict[tuple[str, int], Tensor]) -> Tensor:
+def _aligned(rows: list[dict[str, Any]], frames: dict[tuple[str, int], Tensor]) -> Tensor:
     """uint8 [N, F, H, W, 3] in the order of `rows`, which go by seed."""
     return torch.cat([frames["aligned", seed] for seed in dict.fromkeys(row["seed"] for row in rows)])
 
 
-def _measured(config: Config, rows: list[dict], videos: Tensor, work: Path) -> dict[str, np.ndarray]:
+def _measured(config: Config, rows: list[dict[str, Any]], videos: Tensor, work: Path) -> dict[str, np.ndarray]:
     """Numbers of each sample, [N], by measure."""
     prompts = [row["prompt"] for row in rows]
     found: dict[str, np.ndarray] = {}
@@ -88,7 +88,7 @@ def _settings(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
 
 
-def _by_key(tree: dict, name: str = "") -> dict[str, Any]:
+def _by_key(tree: dict[str, Any], name: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= _by_key(value, f"{name}{key}.") if isinstance(value, dict) and value else {f"{name}{key}": value}

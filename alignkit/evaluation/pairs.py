@@ -1,11 +1,13 @@
 """Implicit accuracy and denoising errors on held-out pairs, at fixed points of the inference schedule."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alignkit.config import Config
+from alignkit.models import VideoModel
 from alignkit.objectives.diagnostics import accuracy
 from alignkit.objectives.scored import score
 from alignkit.objectives.states import predictions
@@ -32,7 +34,13 @@ class PairScores:
 
 
 def score_pairs(
-    config: Config, model, store: PairStore, policy: nn.Module, reference: nn.Module, title: str, device: torch.device
+    config: Config,
+    model: VideoModel,
+    store: PairStore,
+    policy: nn.Module,
+    reference: nn.Module,
+    title: str,
+    device: torch.device,
 ) -> PairScores:
     """Compare `policy` with `reference` on every pair of `store`, with noise keyed by (seed, pair id, draw)."""
     wanted, collected = points(config, model, store), []
@@ -45,7 +53,13 @@ def score_pairs(
 
 @torch.no_grad()
 def score_point(
-    config: Config, model, store: PairStore, policy: nn.Module, reference: nn.Module, point: Point, device: torch.device
+    config: Config,
+    model: VideoModel,
+    store: PairStore,
+    policy: nn.Module,
+    reference: nn.Module,
+    point: Point,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """The numbers of `PairScores` at one point, fp64 [pairs] each, on CPU."""
     batch, states = shown_at(config, model, store, point, device, model.dtype)
@@ -55,7 +69,7 @@ def score_point(
     return _per_pair(sums, config.objective.largest_beta)
 
 
-def joined(config: Config, model, store: PairStore, parts: list[dict[str, Tensor]]) -> PairScores:
+def joined(config: Config, model: VideoModel, store: PairStore, parts: list[dict[str, Tensor]]) -> PairScores:
     """What was scored at all `points`, in their order."""
     schedule, shape = model.schedule(config.sample.num_inference_steps), shape_of(config, model, store)
     return PairScores(
@@ -78,10 +92,10 @@ def _per_pair(errors: PairRegionErrors, beta: float) -> dict[str, Tensor]:
     return {name: number.cpu() for name, number in numbers.items()}
 
 
-def describe(scores: PairScores) -> dict:
+def describe(scores: PairScores) -> dict[str, Any]:
     """Means over everything, and by noise level, ready for JSON."""
 
-    def part(index) -> dict:
+    def part(index: int | slice) -> dict[str, float]:
         return {
             "region_accuracy": accuracy(scores.region_logit[index]).mean().item(),
             "global_accuracy": accuracy(scores.global_logit[index]).mean().item(),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -109,7 +110,7 @@ class Parts:
         """Latents of the regions that are shown, by model."""
         return {name: [self._read(name, i)["latents"] for i in range(len(self.shown))] for name in MODELS}
 
-    def _batches(self) -> list[list]:
+    def _batches(self) -> list[list[Any]]:
         size = self.config.evaluation.batch_size
         return [self._clips[first : first + size] for first in range(0, len(self._clips), size)]
 
@@ -140,14 +141,14 @@ class Parts:
             )
         return self._loaded[name]
 
-    def _decoded(self, clips: list) -> Tensor:
+    def _decoded(self, clips: list[Any]) -> Tensor:
         if self.sampled:
             winners = (self.store[row].winner[None].to(self.device) for row in clips)
             return torch.cat([self._model(ENCODERS).decode_video(winner) for winner in winners])
         folder, spec = source_folder(self.config), video_spec(self.config)
         return torch.stack([decode_clip(folder / name, spec) for name in clips])
 
-    def _rebuilt(self, clips: list) -> Tensors:
+    def _rebuilt(self, clips: list[Any]) -> Tensors:
         model, frames = self._model(ENCODERS), self._decoded(clips)
         rebuilt = model.decode_video(model.encode_video(frames))
         kept = {"frames": frames} if self.sampled else {}

@@ -4,6 +4,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def _sampled_by(config: Config, name: str) -> tuple[ModelSection, Sampler]:
     return aligned_section(config), config.few_step_sampler or config.usual_sampler
 
 
-def _terms(config: Config, section: ModelSection, sampler: Sampler, prompts: list[str]) -> dict:
+def _terms(config: Config, section: ModelSection, sampler: Sampler, prompts: list[str]) -> dict[str, Any]:
     """All that a video depends on beside its seed and number."""
     return {
         **model_terms(section, sampler.num_steps),
@@ -118,7 +119,13 @@ def _size(config: Config) -> tuple[int, int, int]:
 
 
 def sample_latents(
-    config: Config, model, prompts: list[str], ids: list[int], seed: int, shape, sampler: Sampler | None = None
+    config: Config,
+    model: VideoModel,
+    prompts: list[str],
+    ids: list[int],
+    seed: int,
+    shape: tuple[int, ...],
+    sampler: Sampler | None = None,
 ) -> Tensor:
     """Latents [B, *shape] of `prompts`, from the keyed noise of their ids: (seed, id, draw 0, stream "rollout").
 
@@ -141,7 +148,7 @@ def sample_latents(
     )
 
 
-def listed_samples(config: Config) -> list[dict]:
+def listed_samples(config: Config) -> list[dict[str, Any]]:
     """The rows that `sample` wrote. Raises DataError where it has not, or not of `sample.weights`."""
     folder = samples_folder(config)
     try:
@@ -159,7 +166,7 @@ def listed_samples(config: Config) -> list[dict]:
     return rows
 
 
-def read_samples(config: Config) -> tuple[list[dict], dict[tuple[str, int], Tensor]]:
+def read_samples(config: Config) -> tuple[list[dict[str, Any]], dict[tuple[str, int], Tensor]]:
     """What `sample` wrote: its rows, and frames uint8 [count, F, H, W, 3] by (model, seed)."""
     folder, rows = samples_folder(config), listed_samples(config)
     spec = VideoSpec(config.data.height, config.data.width, config.data.num_frames)

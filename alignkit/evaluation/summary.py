@@ -29,7 +29,7 @@ from alignkit.stores.blocks import one_thread
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "deepspeed", "datasets", "av")
 
 
-def evaluate(config: Config, device: torch.device, conclude: bool = True) -> dict | None:
+def evaluate(config: Config, device: torch.device, conclude: bool = True) -> dict[str, Any] | None:
     """Score held-out pairs and the samples of `alignkit sample`; writes eval.json and returns the summary's content.
 
     Beside it, for the report: samples/maps.npz (`MAPS`) and what both models make of held-out regions.
@@ -50,7 +50,7 @@ def evaluate(config: Config, device: torch.device, conclude: bool = True) -> dic
         return _concluded(config, parts, device)
 
 
-def _concluded(config: Config, parts: Parts, device: torch.device) -> dict:
+def _concluded(config: Config, parts: Parts, device: torch.device) -> dict[str, Any]:
     pairs = {when: describe(parts.scores(when)) for when in SCORED}
     rows, frames = read_samples(config)
     with progress("measuring samples", 1) as bar:
@@ -68,17 +68,17 @@ def _concluded(config: Config, parts: Parts, device: torch.device) -> dict:
 
 def _measure(
     config: Config,
-    rows: list[dict],
+    rows: list[dict[str, Any]],
     frames: dict[tuple[str, int], Tensor],
     real: Tensor,
     rebuilt: dict[str, float],
-) -> tuple[dict, list[dict]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Numbers of both models' samples, and of each pair of samples, in the order of `rows`. rebuilt: MEASURES of `real`
     after the VAE."""
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
     models = list(dict.fromkeys(name for name, _ in frames))
     together = {name: torch.cat([frames[name, seed] for seed in seeds]) for name in models}
-    measured: dict = {"frechet": None, "fault_rate": None, "prompt_following": None}
+    measured: dict[str, Any] = {"frechet": None, "fault_rate": None, "prompt_following": None}
     if min(len(real), len(rows) // len(seeds)) > 1:  # a covariance needs two
         wanted = clip_features(real)
         measured["frechet"] = {
@@ -106,7 +106,9 @@ def _measure(
     return measured, samples
 
 
-def summarize(config: Config, pairs: dict, pictures: dict, unjudged: list[str], device: torch.device) -> dict:
+def summarize(
+    config: Config, pairs: dict[str, Any], pictures: dict[str, Any], unjudged: list[str], device: torch.device
+) -> dict[str, Any]:
     before, after = pairs["before"], pairs["after"]
     student = config.few_step_sampler
     checks = criteria(after, pictures, few_step=student is not None)

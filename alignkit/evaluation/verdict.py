@@ -1,5 +1,7 @@
 """Whether an alignment is reached, from the numbers that `alignkit eval` measured."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -12,20 +14,20 @@ FEW_FAULTS = 0.05
 """Where the base has fewer there is nothing to halve."""
 
 
-def relative_change(after: dict, side: str) -> dict[str, float]:
+def relative_change(after: dict[str, Any], side: str) -> dict[str, float]:
     """The error of side "w" or "l" before and after, and by what share it changed."""
     reference, trained = after[f"error_{side}_before"], after[f"error_{side}_after"]
     return {"before": reference, "after": trained, "relative_change": trained / reference - 1}
 
 
-def verdict(checks: list[dict], unjudged: list[str]) -> str:
+def verdict(checks: list[dict[str, Any]], unjudged: list[str]) -> str:
     """The word for a run: reached, not reached, or cannot be judged, where numbers mean nothing, good or bad."""
     if unjudged:
         return "cannot be judged"
     return "reached" if all(check["reached"] for check in checks) else "not reached"
 
 
-def criteria(after: dict, pictures: dict, few_step: bool = False) -> list[dict]:
+def criteria(after: dict[str, Any], pictures: dict[str, Any], few_step: bool = False) -> list[dict[str, Any]]:
     """All must hold at once for an alignment to be called reached; accuracy alone is no success.
 
     few_step: of a student that is trained at its own few steps, errors at others say nothing: its samples alone count.
@@ -38,7 +40,7 @@ def criteria(after: dict, pictures: dict, few_step: bool = False) -> list[dict]:
     return checks
 
 
-def _pair_checks(after: dict) -> list[dict]:
+def _pair_checks(after: dict[str, Any]) -> list[dict[str, Any]]:
     accuracy = after["region_accuracy"]
     change = relative_change(after, "w")["relative_change"]
     return [
@@ -60,13 +62,13 @@ def _pair_checks(after: dict) -> list[dict]:
     ]
 
 
-def change_of(before: np.ndarray, after: np.ndarray) -> dict:
+def change_of(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
     """Shares of N samples in which something is so, with the base and aligned, and the change's 95 % interval."""
     found = difference("", before, after)
     return {"base": found.first, "aligned": found.second, "interval": [found.low, found.high]}
 
 
-def _frechet_check(frechet: dict | None) -> dict:
+def _frechet_check(frechet: dict[str, list[float]] | None) -> dict[str, Any]:
     if frechet is None:
         text = "the distance of samples to real clips cannot be measured with fewer than two held-out clips"
         return _check("Fréchet distance", None, None, False, text)
@@ -83,7 +85,7 @@ def _frechet_check(frechet: dict | None) -> dict:
     )
 
 
-def _motion_check(motion: dict) -> dict:
+def _motion_check(motion: dict[str, float]) -> dict[str, Any]:
     # the VAE's own flicker counts as motion and no training of the network can take it away
     off, off_before = (abs(motion[name] / motion["real_through_vae"] - 1) for name in ("aligned", "base"))
     limit = min(max(MOTION_NEAR, off_before), MOTION_FAR)
@@ -99,7 +101,7 @@ def _motion_check(motion: dict) -> dict:
     )
 
 
-def _fault_check(rate: dict) -> dict:
+def _fault_check(rate: dict[str, Any]) -> dict[str, Any]:
     limit = max(rate["base"] / 2, FEW_FAULTS)
     return _check(
         "faults",
@@ -111,7 +113,7 @@ def _fault_check(rate: dict) -> dict:
     )
 
 
-def _prompt_check(rate: dict) -> dict:
+def _prompt_check(rate: dict[str, Any]) -> dict[str, Any]:
     return _check(
         "prompt followed",
         rate["aligned"],
@@ -122,10 +124,10 @@ def _prompt_check(rate: dict) -> dict:
     )
 
 
-def _points(rate: dict) -> str:
+def _points(rate: dict[str, Any]) -> str:
     low, high = (f"{100 * end:+.0f}".replace("-", "−") for end in rate["interval"])
     return f"95 % interval of the change {low} to {high} points"
 
 
-def _check(name: str, value: float | None, limit: float | None, reached: bool, text: str) -> dict:
+def _check(name: str, value: float | None, limit: float | None, reached: bool, text: str) -> dict[str, Any]:
     return {"name": name, "value": value, "limit": limit, "reached": bool(reached), "text": text}

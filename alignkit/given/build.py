@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,7 +144,7 @@ def find_given(config: Config, show: bool = True) -> tuple[dict[str, list[Given]
     return splits, problems
 
 
-def _remembered(memory: Path) -> dict:
+def _remembered(memory: Path) -> dict[str, Any]:
     try:
         return json.loads(memory.read_text())
     except (OSError, ValueError):
@@ -152,9 +153,9 @@ def _remembered(memory: Path) -> dict:
 
 def _validated(
     config: Config, grid: tuple[int, int, int], train: list[Preference], heldout: list[Preference] | None, show: bool
-) -> dict:
+) -> dict[str, Any]:
     """Both splits as {row number: digests of the two videos}, the problems, and why nothing is left, if so."""
-    result: dict = {"train": {}, "heldout": {}, "problems": [], "error": None}
+    result: dict[str, Any] = {"train": {}, "heldout": {}, "problems": [], "error": None}
     try:
         rows = [*train, *(heldout or [])]
         with progress("checking pairs", len(rows), show=show) as bar:
@@ -178,9 +179,9 @@ def _key(config: Config, rows: list[Preference]) -> str:
     return hashlib.sha256(json.dumps(terms).encode()).hexdigest()
 
 
-def _state(row: Preference) -> list:
+def _state(row: Preference) -> list[Any]:
     """Of files their size and date; of masks, which are small and may be folders, the content."""
-    stats: list[tuple] = []
+    stats: list[tuple[str | int, ...]] = []
     for file in (row.chosen, row.rejected):
         try:
             stats.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
@@ -191,7 +192,7 @@ def _state(row: Preference) -> list:
 
 
 def _make_rows(
-    config: Config, model, law: Law, stored: torch.dtype, tasks: list[Given], rows: range,
+    config: Config, model: VideoModel, law: Law, stored: torch.dtype, tasks: list[Given], rows: range,
     advance: Callable[[int], None],
 ) -> Made:  # fmt: skip
     spec = video_spec(config)
@@ -219,7 +220,7 @@ def _make_rows(
     return made, problems
 
 
-def _mask_of(row: Preference, facts: VideoFacts, spec: VideoSpec, model) -> Tensor:
+def _mask_of(row: Preference, facts: VideoFacts, spec: VideoSpec, model: VideoModel) -> Tensor:
     grid = model.latent_grid(spec.num_frames, spec.height, spec.width)
     if row.mask is None:
         return torch.ones(grid, dtype=torch.uint8)

@@ -75,7 +75,9 @@ def region_mask(
     return torch.from_numpy(mask)
 
 
-def _draw_mask(latent_shape, pixel_shape, options: MaskSection, draws: _Draws) -> np.ndarray:
+def _draw_mask(
+    latent_shape: tuple[int, int, int], pixel_shape: tuple[int, int], options: MaskSection, draws: _Draws
+) -> np.ndarray:
     frames, rows, columns = latent_shape
     height, width = pixel_shape
     y = (np.arange(rows) + 0.5) * height / rows

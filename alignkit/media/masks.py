@@ -174,7 +174,7 @@ def _pngs(folder: Path) -> list[Path]:
     return sorted(files, key=_natural)
 
 
-def _natural(file: Path) -> list:
+def _natural(file: Path) -> list[int | str]:
     """ "frame10" after "frame9"."""
     return [int(piece) if i % 2 else piece for i, piece in enumerate(re.split(r"([0-9]+)", file.name))]
 

@@ -131,7 +131,7 @@ class Family(Protocol):
     CONTEXT_PLAN: dict[str, Any] | None
     """What context parallelism splits and gathers, as diffusers' `_cp_plan` has it; None of a network without one."""
 
-    def outline(self, vae: dict, max_sequence_length: int) -> tuple[VideoModel, nn.Module]:
+    def outline(self, vae: dict[str, Any], max_sequence_length: int) -> tuple[VideoModel, nn.Module]:
         """A model of which nothing is loaded, for the sizes of its latents, and the VAE of a vae/config.json."""
 
     def split_lengths(self, config: Any, grid: tuple[int, ...], text_length: int) -> dict[str, int]:
@@ -155,7 +155,7 @@ class Family(Protocol):
         model has not, or that it needs.
         """
 
-    def build_transformer(self, config: dict) -> nn.Module:
+    def build_transformer(self, config: dict[str, Any]) -> nn.Module:
         """The network of a transformer/config.json, without its weights."""
 
     def predict(self, transformer: nn.Module, state: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -60,14 +61,14 @@ def check_selective(backend: str, head_dim: int, device: torch.device, dtype: to
         )
 
 
-def _attention_kept(layer: nn.Module, *inputs):
+def _attention_kept(layer: nn.Module, *inputs: Any) -> Any:
     return checkpoint(layer.__call__, *inputs, use_reentrant=False, context_fn=_contexts)
 
 
 def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     kept = set().union(*FORWARD_OPS.values())
 
-    def policy(_, op, *args, **kwargs) -> CheckpointPolicy:
+    def policy(_: Any, op: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     keep, give_back = create_selective_checkpoint_contexts(policy)
@@ -79,10 +80,12 @@ class _Shown(TorchDispatchMode):
     again by others: under ZeRO-3 its parameters are gathered by what is not the same both times."""
 
     def __init__(self, names: set[str], mode: TorchDispatchMode):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names, self.mode = names, mode
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func.name() in self.names:
             return self.mode.__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
@@ -91,10 +94,12 @@ class _Shown(TorchDispatchMode):
 class _Seen(TorchDispatchMode):
     """Notes the names of the ops that are called."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops: set[str] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self.ops.add(func.name())
         return func(*args, **(kwargs or {}))

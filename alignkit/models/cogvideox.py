@@ -215,7 +215,12 @@ class AttentionProcessor:
     _parallel_config = None
 
     def __call__(
-        self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask=None, image_rotary_emb=None
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         text_length = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
@@ -270,7 +275,15 @@ def guided(
     return _guided(transformer, state, timesteps, text, negative, guidance, guidance > 1)
 
 
-def _guided(transformer, state, timesteps, text, negative, scale: float, both: bool) -> Tensor:
+def _guided(
+    transformer: nn.Module,
+    state: Tensor,
+    timesteps: Tensor,
+    text: Tensor,
+    negative: Tensor,
+    scale: float,
+    both: bool,
+) -> Tensor:
     """`both` is apart from the scale: a dynamic scale of 1 is still computed from both branches."""
     state = state.to(text.dtype)
     if not both:
@@ -280,7 +293,7 @@ def _guided(transformer, state, timesteps, text, negative, scale: float, both: b
     return unconditional + scale * (conditional - unconditional)
 
 
-def rotary_positions(config, state: Tensor) -> tuple[Tensor, Tensor] | None:
+def rotary_positions(config: Any, state: Tensor) -> tuple[Tensor, Tensor] | None:
     """(cos, sin) [tokens, head dim] for states [B, F, C, H, W], as the pipeline makes them; None for sin-cos models."""
     if not config.use_rotary_positional_embeddings:
         return None
@@ -291,7 +304,9 @@ def rotary_positions(config, state: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 @lru_cache(maxsize=8)
-def _rotary_table(dim: int, frames: int, grid: tuple, trained: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+def _rotary_table(
+    dim: int, frames: int, grid: tuple[int, int], trained: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Positions of another grid of patches are scaled to the one that the model was trained on."""
     coordinates = get_resize_crop_region_for_grid(grid, trained[1], trained[0])
     return get_3d_rotary_pos_embed(
@@ -306,13 +321,13 @@ def split_lengths(config: Any, grid: tuple[int, ...], text_length: int) -> dict[
     return {"tokens of a video": video, "tokens of a text (model.max_sequence_length)": text_length}
 
 
-def outline(vae: dict, max_sequence_length: int) -> tuple[CogVideoXModel, nn.Module]:
+def outline(vae: dict[str, Any], max_sequence_length: int) -> tuple[CogVideoXModel, nn.Module]:
     """A model of which nothing is loaded, for the sizes of its latents, and the VAE of that config."""
     decoder = AutoencoderKLCogVideoX.from_config(vae)
     return CogVideoXModel("", max_sequence_length, None, decoder.config), decoder
 
 
-def build_transformer(config: dict) -> nn.Module:
+def build_transformer(config: dict[str, Any]) -> nn.Module:
     """The network of a transformer/config.json, without its weights."""
     transformer = CogVideoXTransformer3DModel.from_config(config)
     transformer.set_attn_processor(AttentionProcessor())
@@ -375,7 +390,7 @@ def _load_scheduler(path: str, revision: str | None) -> tuple[CogVideoXDDIMSched
     return CogVideoXDDIMScheduler.from_config(config), stochastic
 
 
-def _check_text_length(config: dict, length: int) -> None:
+def _check_text_length(config: dict[str, Any], length: int) -> None:
     known = config["max_text_seq_length"]
     if not config["use_rotary_positional_embeddings"] and length != known:
         raise ConfigError(

@@ -47,7 +47,7 @@ class Experts(nn.Module):
             network.set_attention_backend(name)
 
 
-def boundary_of(path: str, index: dict, expert: str | None) -> float | None:
+def boundary_of(path: str, index: dict[str, Any], expert: str | None) -> float | None:
     """Of a model_index.json: the share of the timesteps from which on the first of two experts is at work; None of a
     model with one network.
 

@@ -46,7 +46,7 @@ class ModelFolder:
     path: str
     max_sequence_length: int
     scheduler: Any
-    vae_config: dict = field(default_factory=dict)
+    vae_config: dict[str, Any] = field(default_factory=dict)
     transformer: Any = None
     pipeline: Any = None
     dtype: torch.dtype = torch.float32
@@ -185,7 +185,9 @@ def first_order_sample(
     return state
 
 
-def grid_of(num_frames: int, height: int, width: int, *, temporal: int, spatial: int, patch: int) -> tuple:
+def grid_of(
+    num_frames: int, height: int, width: int, *, temporal: int, spatial: int, patch: int
+) -> tuple[int, int, int]:
     """(F, H, W) of the latents of a video of these sizes, for a VAE with these factors and `patch` latents a token.
 
     Raises ConfigError for sizes that do not divide.
@@ -231,14 +233,16 @@ def load_transformer(
     return frozen(network)
 
 
-def settings_of(part: Any, path: str, subfolder: str, revision: str | None) -> dict:
+def settings_of(part: Any, path: str, subfolder: str, revision: str | None) -> dict[str, Any]:
     """A part's settings, the class's defaults for those that its config.json leaves out, without its weights."""
     with torch.device("meta"):
         return part.from_config(part.load_config(path, subfolder=subfolder, revision=revision)).config
 
 
 @contextmanager
-def loading(path: str, pipeline: type[DiffusionPipeline], revision: str | None, expert: str | None) -> Iterator[dict]:
+def loading(
+    path: str, pipeline: type[DiffusionPipeline], revision: str | None, expert: str | None
+) -> Iterator[dict[str, Any]]:
     """Turn whatever loading raises into a ModelError that names `path`; refuse a folder of another pipeline first, a
     hub model that cannot be had, and an `expert` that is none. Yields its model_index.json."""
     try:

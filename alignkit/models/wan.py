@@ -89,7 +89,7 @@ class WanModel(ModelFolder):
         return to_frames(self.vae.decode((latents.to(mean.device) * std + mean).to(self.vae.dtype)).sample)
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
-        def per_channel(values) -> Tensor:
+        def per_channel(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=self.vae.device).view(1, -1, 1, 1, 1)
 
         return per_channel(self.vae.config.latents_mean), per_channel(self.vae.config.latents_std)
@@ -195,13 +195,13 @@ def split_lengths(config: Any, grid: tuple[int, ...], text_length: int) -> dict[
     return {"tokens of a video": math.prod(size // patch for size, patch in zip(grid, config.patch_size, strict=True))}
 
 
-def outline(vae: dict, max_sequence_length: int) -> tuple[WanModel, nn.Module]:
+def outline(vae: dict[str, Any], max_sequence_length: int) -> tuple[WanModel, nn.Module]:
     """A model of which nothing is loaded, for the sizes of its latents, and the VAE of that config."""
     decoder = AutoencoderKLWan.from_config(vae)
     return WanModel("", max_sequence_length, None, decoder.config), decoder
 
 
-def build_transformer(config: dict) -> nn.Module:
+def build_transformer(config: dict[str, Any]) -> nn.Module:
     """The network of a transformer/config.json, without its weights."""
     return WanTransformer3DModel.from_config(config)
 

@@ -113,7 +113,7 @@ def _settings(file: Path) -> bytes:
     return json.dumps(settings, sort_keys=True).encode()
 
 
-def _tensors(file: Path) -> list[tuple[str, list, bytes]]:
+def _tensors(file: Path) -> list[tuple[str, list[str | list[int]], bytes]]:
     """Name, dtype and shape, and digest of each tensor of a safetensors file."""
     try:
         with file.open("rb") as stream:

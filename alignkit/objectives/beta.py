@@ -1,5 +1,7 @@
 """`objective.beta: auto`: β by how far winners and losers have moved apart so far."""
 
+from typing import Any
+
 from alignkit.config import ObjectiveSection
 from alignkit_kernels import losses
 
@@ -23,7 +25,7 @@ class AutoBeta:
         mean = self._sum / self._count if self._count else None
         return losses.auto_beta(mean, self.objective.beta_min, self.objective.beta_max)
 
-    def observe(self, metrics: dict) -> None:
+    def observe(self, metrics: dict[str, Any]) -> None:
         """After an optimizer step, with its metrics."""
         self._sum = DECAY * self._sum + metrics[OBSERVED]
         self._count = DECAY * self._count + 1

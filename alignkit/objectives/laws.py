@@ -8,7 +8,7 @@ optimizer step, and `state` and `load_state`, which put what it has learnt into 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -160,7 +160,7 @@ class Adaptive(OnSchedule):
         means = torch.where(seen, means, means[seen].mean())
         return means if means.sum() > 0 else torch.ones_like(means)
 
-    def observe(self, metrics: dict) -> None:
+    def observe(self, metrics: dict[str, Any]) -> None:
         """After an optimizer step, with the sum of its signals and the number of its pairs by row, fp64 [2, N]."""
         sums, counts = metrics[SIGNAL]
         here = counts > 0

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -52,11 +53,13 @@ class Live(TorchDispatchMode):
     """Bytes of the storages that operations made inside and that are still there, and the most there were at once."""
 
     def __init__(self, known: list[Tensor]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -80,13 +83,13 @@ class _Attention(torch.autograd.Function):
     """What every fused attention keeps: queries, keys, values, the result and a number a row."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         result, sums = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, result, sums)
         return result
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
@@ -94,13 +97,13 @@ class _Partitioned(torch.autograd.Function):
     """A linear layer as ZeRO-3 has it: it keeps its input also where its weight is frozen."""
 
     @staticmethod
-    def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         result = inputs.matmul(weight.t())
         return result if bias is None else result.add_(bias)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         trained = weight.requires_grad
         flat = gradient.flatten(0, -2)
@@ -121,11 +124,11 @@ def fused_attention() -> Iterator[Attended]:
     """On the meta device torch's own attention would be the unfused one, with a score for every pair of tokens."""
     seen = Attended()
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         rows = query[..., 0].numel()
         seen.flops += 4 * rows * key.shape[-2] * query.shape[-1]
         seen.kept += query.numel() * query.element_size() + 4 * rows
-        return _Attention.apply(query, key, value)
+        return _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
 
     with mock.patch.object(functional, "scaled_dot_product_attention", attend):
         yield seen
@@ -169,7 +172,9 @@ def _kept_of_attention(outline: Outline, config: Config, dtype: torch.dtype, vid
     return Linear(kept[0], kept[1] - kept[0])
 
 
-def _peak(outline: Outline, config: Config, dtype, checkpointing: bool, videos: int, stage: int, layers: int) -> int:
+def _peak(
+    outline: Outline, config: Config, dtype: torch.dtype, checkpointing: bool, videos: int, stage: int, layers: int
+) -> int:
     network: Any = outline.network(layers, dtype, config.train.lora)
     if checkpointing:
         network.enable_gradient_checkpointing()

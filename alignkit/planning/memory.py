@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
+
 from alignkit.config import Config
 from alignkit.models import family_module
 from alignkit.planning.constants import FILLED, GPUS_A_NODE, PROCESS, RESERVED, Gpu
@@ -51,7 +53,7 @@ class Parameters:
     largest: int
 
 
-def parameters(outline: Outline, config: Config, dtype) -> Parameters:
+def parameters(outline: Outline, config: Config, dtype: torch.dtype) -> Parameters:
     one, two = (outline.network(layers, dtype, config.train.lora) for layers in (1, 2))
     sizes = [[(p.numel(), p.requires_grad) for p in network.parameters()] for network in (one, two)]
     whole, trained = (

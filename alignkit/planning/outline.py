@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from alignkit.config import Config, ModelSection, shipped_config
+from alignkit.config import Config, LoraSection, ModelSection, shipped_config
 from alignkit.errors import ModelError
 from alignkit.models import VideoModel, family_module, shipped_model
 from alignkit.models.experts import boundary_of
@@ -39,19 +40,19 @@ class Outline:
     counted already, by all that they depend on."""
 
     section: ModelSection
-    architecture: dict
+    architecture: dict[str, Any]
     model: VideoModel
     vae: int
     text: int
     text_width: int
     networks: int = 1
-    counted: dict[tuple, float] = field(default_factory=dict)
+    counted: dict[tuple[Any, ...], float] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
         return self.architecture["num_layers"]
 
-    def network(self, layers: int, dtype: torch.dtype, lora=None) -> nn.Module:
+    def network(self, layers: int, dtype: torch.dtype, lora: LoraSection | None = None) -> nn.Module:
         """The transformer with so many blocks, on the meta device, as it is trained."""
         with torch.device("meta"):
             network = family_module(self.section.family).build_transformer(self.architecture | {"num_layers": layers})
@@ -80,7 +81,7 @@ def outline(config: Config) -> Outline:
     return Outline(section, transformer, model, _size(decoder), _size(encoder), text.d_model, 1 + experts)
 
 
-def _configs(section: ModelSection) -> list[dict]:
+def _configs(section: ModelSection) -> list[dict[str, Any]]:
     """The model's index and its PARTS."""
     if section.path in SHIPPED:
         family = _of_family(SHIPPED[section.path])
@@ -106,14 +107,14 @@ def _of_family(name: str) -> str:
     return name.rpartition("-")[0].replace("wan2.2", "wan2.1")
 
 
-def _read(file: Path) -> dict:
+def _read(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path: {file}: cannot read: {error}") from None
 
 
-def _check_class(section: ModelSection, transformer: dict) -> None:
+def _check_class(section: ModelSection, transformer: dict[str, Any]) -> None:
     wanted = family_module(section.family).TRANSFORMER.__name__
     if transformer.get("_class_name", wanted) != wanted:
         raise ModelError(f"model.path: {section.path}: a {transformer['_class_name']}, not a {wanted} (model.family)")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from alignkit.apo.students import teacher_config
 from alignkit.config import Config, changed
@@ -124,7 +125,9 @@ def _switches(whole: Plan) -> list[tuple[str, float]]:
     return [(word, size) for word, _, size in taken]
 
 
-def _turned(whole: Plan, start: Stage, tries: list[tuple[str, dict]]) -> list[tuple[str, dict, float]]:
+def _turned(
+    whole: Plan, start: Stage, tries: list[tuple[str, dict[str, Any]]]
+) -> list[tuple[str, dict[str, Any], float]]:
     """What of `tries` saves memory, each on top of those before, until it fits; with the bytes a GPU needs then."""
     taken, now = [], start
     for word, change in tries:
@@ -138,7 +141,7 @@ def _turned(whole: Plan, start: Stage, tries: list[tuple[str, dict]]) -> list[tu
     return taken
 
 
-def _tries(config: Config, gpus: int, chain: bool) -> Iterator[tuple[str, dict]]:
+def _tries(config: Config, gpus: int, chain: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """What to write on the command line, and the change to the configuration."""
     if config.train.checkpointing != "full":
         yield "train.checkpointing=full", {"train": {"checkpointing": "full"}}

@@ -14,6 +14,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -188,7 +189,7 @@ class ByEndpoint:
         return None, f"answered {shown(text or error_of(body)[0])} about {about}, {what}; {todo}"
 
 
-def _aiohttp():
+def _aiohttp() -> ModuleType:
     try:
         import aiohttp
     except ImportError:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from alignkit.errors import ConfigError, DataError
 from alignkit.media.videos import read_video
@@ -18,7 +19,7 @@ class ByFunction:
     """function(prompt, video_a, video_b) → P(a is better), videos uint8 [F, H, W, 3]; it may be `async`. An attribute
     `at_once` of the function says how many comparisons it takes at the same time (1)."""
 
-    def __init__(self, who: str, function: Callable):
+    def __init__(self, who: str, function: Callable[..., Any]):
         self.who, self._function = who, function
         self.at_once = int(getattr(function, "at_once", 1))
 
@@ -36,7 +37,7 @@ class ByFunction:
             raise DataError(f"{self.who}: failed on {video_a.name} and {video_b.name} ({what})") from error
 
 
-def find_function(name: str) -> Callable:
+def find_function(name: str) -> Callable[..., Any]:
     """What `ranker.by` names. Raises ConfigError for what is not there, fails to import or cannot be called."""
     registered = {point.name: point for point in entry_points(group=GROUP)}
     try:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -145,7 +146,7 @@ def decode_rollouts(config: Config, rollouts: RolloutStore, device: torch.device
             bar.advance()
 
 
-def choose(config: Config, rollouts: RolloutStore, answers: Answers) -> tuple[list[dict], int]:
+def choose(config: Config, rollouts: RolloutStore, answers: Answers) -> tuple[list[dict[str, Any]], int]:
     """Rows for `alignkit pairs`, by the answers about pairs of rollouts, and how many were dropped as ties."""
     section, rows, ties = config.ranker, [], 0
     by_prompt: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
@@ -162,7 +163,7 @@ def choose(config: Config, rollouts: RolloutStore, answers: Answers) -> tuple[li
     return rows, ties
 
 
-def _check_same(file: Path, terms: dict) -> None:
+def _check_same(file: Path, terms: dict[str, Any]) -> None:
     now = json.loads(json.dumps(terms))
     if not file.exists():
         write_json(file, now)

@@ -40,7 +40,7 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _commands(group: typer.Typer, prefix: str = "") -> Iterator[tuple[str, Callable]]:
+def _commands(group: typer.Typer, prefix: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
     for info in group.registered_commands:
         assert info.callback is not None
         yield prefix + (info.name or info.callback.__name__.replace("_", "-")), info.callback
@@ -49,7 +49,7 @@ def _commands(group: typer.Typer, prefix: str = "") -> Iterator[tuple[str, Calla
         yield from _commands(inner.typer_instance, f"{prefix}{inner.name} ")
 
 
-def _words(command: Callable) -> Iterator[Word]:
+def _words(command: Callable[..., Any]) -> Iterator[Word]:
     hints = get_type_hints(command, include_extras=True)
     for key, parameter in inspect.signature(command).parameters.items():
         kind, info = get_args(hints[key])[:2]

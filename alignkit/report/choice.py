@@ -1,11 +1,13 @@
 """Which samples the page shows: by a rule that is printed with them, never by hand."""
 
+from typing import Any
+
 from alignkit.report.run import number
 
 EACH = 3
 
 
-def chosen(rows: list[dict]) -> tuple[list[tuple[str, dict]], str]:
+def chosen(rows: list[dict[str, Any]]) -> tuple[list[tuple[str, dict[str, Any]]], str]:
     """(what each shown row is, the row), in the order of the page, and the rule in words.
 
     Rows that were judged are ordered by how much better the aligned sample is; others by how much changed at all.
@@ -31,6 +33,6 @@ def chosen(rows: list[dict]) -> tuple[list[tuple[str, dict]], str]:
     )
 
 
-def _gain(row: dict) -> float:
+def _gain(row: dict[str, Any]) -> float:
     following = bool(row.get("followed_aligned")) - bool(row.get("followed_base"))
     return (number(row, "fault_base") or 0.0) - (number(row, "fault_aligned") or 0.0) + following

@@ -1,7 +1,9 @@
 """The curves of the report: each group with a sentence or two on how to read it."""
 
 import math
+from collections.abc import Callable
 from html import escape
+from typing import Any
 
 from alignkit.report.plots import Rule, Series, line_plot, percent, short, signed_percent
 from alignkit.report.run import Run, number
@@ -44,7 +46,7 @@ def curves(run: Run) -> str:
 class Log:
     """The training metrics by name; it remembers which have been drawn."""
 
-    def __init__(self, rows: list[dict]):
+    def __init__(self, rows: list[dict[str, Any]]):
         self.rows = [row for row in rows if number(row, "step") is not None]
         self.drawn = {"step"}
 
@@ -87,7 +89,7 @@ def _figure(title: str, how_to_read: str, plot: str) -> str:
     return f"<figure>{larger}<h4>{escape(title)}</h4>{plot}{caption}</figure>"
 
 
-def _training(title: str, how_to_read: str, series: list[Series], *, smooth: bool = True, **options) -> str:
+def _training(title: str, how_to_read: str, series: list[Series], *, smooth: bool = True, **options: Any) -> str:
     description = f"{title} over training steps"
     plot = line_plot(series, x_label="step", description=description, smooth=smooth, **options)
     return _figure(title, how_to_read, plot)
@@ -228,7 +230,7 @@ def _percents(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _start_of_loss(objective: dict | None) -> tuple[str, list[Rule]]:
+def _start_of_loss(objective: dict[str, Any] | None) -> tuple[str, list[Rule]]:
     """How to read the loss, and a line at its value while policy and reference agree."""
     name = str(objective.get("name", "local_dpo")) if isinstance(objective, dict) else "local_dpo"
     if name == "local_dpo":
@@ -261,7 +263,7 @@ def _by_noise_level(run: Run) -> str:
         return '<p class="missing">Not available.</p>'
     levels = sorted(levels, key=lambda row: row["sigma"])
 
-    def series(label: str, colour: int, value) -> Series:
+    def series(label: str, colour: int, value: Callable[[dict[str, Any]], float | None]) -> Series:
         return Series(label, [(row["sigma"], value(row)) for row in levels], colour)
 
     accuracy = line_plot(
@@ -296,16 +298,16 @@ def _by_noise_level(run: Run) -> str:
     return _grid(figures) + _table(levels)
 
 
-def _change(row: dict, side: str) -> float | None:
+def _change(row: dict[str, Any], side: str) -> float | None:
     before, after = number(row, f"error_{side}_before"), number(row, f"error_{side}_after")
     return after / before - 1 if before and after is not None else None
 
 
-def _points(row: dict, side: str) -> float | None:
+def _points(row: dict[str, Any], side: str) -> float | None:
     return _percents(_change(row, side))
 
 
-def _table(levels: list[dict]) -> str:
+def _table(levels: list[dict[str, Any]]) -> str:
     columns = ("σ", "region accuracy", "global accuracy", "winner’s error before", "after", "change")
     rows = ""
     for row in levels:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alignkit.errors import DataError
 from alignkit.report.choice import chosen
@@ -22,6 +22,8 @@ MOST_PAIRS = 6
 # Of the page's 8 MB; what does not fit is left out and counted.
 SAMPLE_BYTES, PAIR_BYTES, REGION_BYTES = 3_800_000, 2_000_000, 900_000
 DEFAULT_FPS = 8.0
+
+Item = TypeVar("Item")
 
 
 def pairs(run: Run) -> str:
@@ -54,7 +56,7 @@ def _samples(run: Run, fps: float) -> str:
     shown, rule = chosen(rows)
     folder, maps = run.folder / "samples", read_maps(run.folder / "samples" / "maps.npz", len(run.sample_rows))
 
-    def make(item: tuple[str, dict]) -> tuple[Picture, str]:
+    def make(item: tuple[str, dict[str, Any]]) -> tuple[Picture, str]:
         kind, row = item
         cells = [maps[name][row["place"]] for name in ("base", "aligned")] if maps else []
         picture = sample_picture(_inside(folder, row["base"]), _inside(folder, row["aligned"]), fps, cells)
@@ -79,7 +81,7 @@ def _and_sampler(run: Run) -> str:
     )
 
 
-def _judgement(row: dict) -> list[str]:
+def _judgement(row: dict[str, Any]) -> list[str]:
     if number(row, "fault_base") is None:
         return []
     words = {True: "as prompted", False: "not as prompted", None: "not judged"}
@@ -124,7 +126,7 @@ def _pairs(run: Run, fps: float) -> str:
 
 
 def _cards(
-    items: Iterable, make: Callable[[Any], tuple[Picture, str]], labels: tuple[str, ...], budget: int
+    items: Iterable[Item], make: Callable[[Item], tuple[Picture, str]], labels: tuple[str, ...], budget: int
 ) -> tuple[str, int, list[str]]:
     """(the cards, how many items did not fit into `budget` bytes, what is wrong with the others)."""
     cards: list[str] = []

@@ -125,7 +125,7 @@ def _written(value: Any) -> str:
     return "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _by_key(tree: dict, name: str = "") -> dict[str, Any]:
+def _by_key(tree: dict[str, Any], name: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= _by_key(value, f"{name}{key}.") if isinstance(value, dict) and value else {f"{name}{key}": value}

@@ -238,7 +238,7 @@ def _compressed(film: Image.Image, frames: int) -> bytes:
     return _webp(film, quality=72, method=4)
 
 
-def _webp(image: Image.Image, **options) -> bytes:
+def _webp(image: Image.Image, **options: Any) -> bytes:
     content = io.BytesIO()
     image.save(content, "WEBP", **options)
     return content.getvalue()

@@ -1,7 +1,7 @@
 """Plots as inline SVG: no script, no font, no colour of their own (the page's style sheet has those)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -15,14 +15,18 @@ MAX_READINGS = 80  # places of a plot at which its values can be read off
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Point = tuple[float, float]
+Curve = list[tuple[float, float | None]]
+"""Points in order of x, y None where there is no value."""
+Place = Callable[[float, float], Point]
+"""Where a point of the data is drawn."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: points in order of x, y None where there is no value; `colour` is 1 to 8."""
+    """One curve with its name; `colour` is 1 to 8."""
 
     label: str
-    points: list[tuple[float, float | None]]
+    points: Curve
     colour: int
 
 
@@ -98,7 +102,7 @@ def line_plot(
     )
 
 
-def _readings(series: Sequence[Series], curves: Sequence[Sequence[tuple]], x_label: str, place) -> list[str]:
+def _readings(series: Sequence[Series], curves: Sequence[Curve], x_label: str, place: Place) -> list[str]:
     """A strip of the plot for every place, with where the curves are there, which the style sheet shows under a
     pointer: each in its colour, in the legend's order; of a curve that has not begun yet, or has ended, nothing."""
     drawn = [np.array([(x, y) for x, y in points if y is not None], dtype=float).T for points in curves]
@@ -122,7 +126,7 @@ def _readings(series: Sequence[Series], curves: Sequence[Sequence[tuple]], x_lab
     return strips
 
 
-def _marks(series: Series, place) -> str:
+def _marks(series: Series, place: Place) -> str:
     placed = [place(x, y) for x, y in series.points if y is not None]
     return "".join(f'<circle class="c{series.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in placed)
 
@@ -168,7 +172,7 @@ def signed_percent(change: float | None) -> str:
     return "–" if change is None else f"{100 * change:+.2f} %".replace("-", "−")
 
 
-def _moving_average(points: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
+def _moving_average(points: Curve) -> Curve:
     """Each value averaged with its neighbours, over a thirtieth of the curve to each side.
 
     At the start the window shrinks on both sides, so that the curve starts where the run did; at the end on
@@ -179,7 +183,7 @@ def _moving_average(points: list[tuple[float, float | None]]) -> list[tuple[floa
     sums = [0.0]
     for _, y in values:
         sums.append(sums[-1] + y)
-    averaged: list[tuple[float, float | None]] = []
+    averaged: Curve = []
     for i, (x, _) in enumerate(values):
         side = min(reach, i)
         end = min(i + side + 1, len(values))
@@ -187,11 +191,11 @@ def _moving_average(points: list[tuple[float, float | None]]) -> list[tuple[floa
     return averaged
 
 
-def _last(points: list[tuple[float, float | None]]) -> float | None:
+def _last(points: Curve) -> float | None:
     return next((y for _, y in reversed(points) if y is not None), None)
 
 
-def _limits(curves, averages, rules: Sequence[Rule]) -> tuple[float, float]:
+def _limits(curves: Sequence[Curve], averages: Sequence[Curve], rules: Sequence[Rule]) -> tuple[float, float]:
     raw = sorted(y for points in curves for _, y in points if y is not None)
     cut = len(raw) // 100
     wanted = raw[cut : len(raw) - cut] + [y for points in averages for _, y in points if y is not None]
@@ -209,7 +213,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _axes(low: float, high: float, x_low: float, x_high: float, x_label: str, place) -> str:
+def _axes(low: float, high: float, x_low: float, x_high: float, x_label: str, place: Place) -> str:
     ticks = _ticks(low, high, 4)
     exponent = math.floor(math.log10(max(map(abs, ticks), default=1) or 1))
     exponent = 0 if -3 <= exponent <= 4 else exponent
@@ -239,7 +243,7 @@ def _tick_texts(ticks: list[float], exponent: int) -> list[str]:
     return [f"{value:.{decimals}f}".replace("-", "−") if value else "0" for value in scaled]
 
 
-def _path(points: list[tuple[float, float | None]], place, css: str) -> str:
+def _path(points: Curve, place: Place, css: str) -> str:
     commands, pen_down = [], False
     for x, y in _thinned(points):
         if y is None:
@@ -251,10 +255,10 @@ def _path(points: list[tuple[float, float | None]], place, css: str) -> str:
     return f'<path class="{css}" d="{"".join(commands)}"/>'
 
 
-def _thinned(points: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
+def _thinned(points: Curve) -> Curve:
     if len(points) <= MAX_POINTS:
         return points
-    kept: list[tuple[float, float | None]] = []
+    kept: Curve = []
     size = math.ceil(2 * len(points) / MAX_POINTS)
     for start in range(0, len(points), size):
         stretch = points[start : start + size]

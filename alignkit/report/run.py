@@ -16,20 +16,20 @@ class Run:
     """What a run directory holds; empty or None where a file is missing or cannot be read."""
 
     folder: Path
-    summary: dict
+    summary: dict[str, Any]
     config_text: str | None
-    config: dict
-    metrics: list[dict]
-    timings: list[dict]
-    validation: list[dict]
-    evaluation: dict
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    timings: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    evaluation: dict[str, Any]
     pairs: list[Path]
-    samples: list[dict]
+    samples: list[dict[str, Any]]
     regions: list[Path]
-    skipped: list[dict]
+    skipped: list[dict[str, Any]]
 
     @property
-    def sample_rows(self) -> list[dict]:
+    def sample_rows(self) -> list[dict[str, Any]]:
         """A row for each pair of samples, with what was measured of it where the evaluation is of these samples."""
         listed = self.evaluation.get("samples")
         judged = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
@@ -62,9 +62,9 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _logged(folder: Path, config: dict, name: str) -> list[dict]:
+def _logged(folder: Path, config: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """NAME.jsonl of the run, or of a chain's stages one after the other, their steps counted on."""
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     before: float = 0
     for run in [run / "train" for run in stage_folders(folder, config) or [folder]]:
         logged = read_lines(run / f"{name}.jsonl")
@@ -73,7 +73,7 @@ def _logged(folder: Path, config: dict, name: str) -> list[dict]:
     return rows
 
 
-def stage_folders(folder: Path, config: dict) -> list[Path]:
+def stage_folders(folder: Path, config: dict[str, Any]) -> list[Path]:
     """Those of a chain's stages, in their order; none for a run of one."""
     stages = config.get("stages")
     names = [stage.get("name") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
@@ -98,7 +98,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _summary(file: Path) -> dict:
+def _summary(file: Path) -> dict[str, Any]:
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -117,12 +117,12 @@ def _text(file: Path) -> str | None:
         return None
 
 
-def read_object(file: Path) -> dict:
+def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none."""
     return _object(_text(file))
 
 
-def _object(text: str | None) -> dict:
+def _object(text: str | None) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
     except ValueError:
@@ -130,7 +130,7 @@ def _object(text: str | None) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def read_yaml(file: Path) -> dict:
+def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a file; empty if there is none."""
     try:
         value = yaml.safe_load(_text(file) or "")
@@ -139,7 +139,7 @@ def read_yaml(file: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def read_lines(file: Path) -> list[dict]:
+def read_lines(file: Path) -> list[dict[str, Any]]:
     """The JSON objects of a JSON Lines file, without lines that are none (cut off while being written)."""
     rows = (_object(line) for line in (_text(file) or "").splitlines())
     return [row for row in rows if row]

@@ -1,7 +1,9 @@
 """The parts of the report that are words and numbers: the verdict, the measures, the costs, the settings."""
 
+from collections.abc import Callable
 from html import escape
 from statistics import median
+from typing import Any
 
 from alignkit.report.plots import percent, short, signed_percent, strip_plot
 from alignkit.report.run import Run, number, numbers
@@ -119,7 +121,7 @@ def verdict(run: Run) -> str:
 """
 
 
-def _criterion(criterion: dict) -> str:
+def _criterion(criterion: dict[str, Any]) -> str:
     css, label, sign = ("yes", "met", "✓") if criterion.get("reached") is True else ("no", "not met", "✗")
     name, text = escape(str(criterion.get("name", ""))), escape(str(criterion.get("text", "")))
     tick = f'<span class="tick" role="img" aria-label="{label}">{sign}</span>'
@@ -152,7 +154,7 @@ def _tiles(run: Run) -> str:
     return f'<div class="tiles{by_threes}">{"".join(_tile(*tile) for tile in tiles)}</div>'
 
 
-def _interval(summary: dict, key: str) -> str:
+def _interval(summary: dict[str, Any], key: str) -> str:
     ends = numbers(summary, key, "interval")
     if len(ends) != 2:
         return "of the samples"
@@ -167,7 +169,7 @@ def _tile(name: str, value: str | None, note: str) -> str:
     )
 
 
-def _arrow(before_after: list[float | None], written) -> str | None:
+def _arrow(before_after: list[float | None], written: Callable[[float | None], str]) -> str | None:
     before, after = before_after
     return None if after is None else f'<span class="before">{written(before)} →</span> <span>{written(after)}</span>'
 

@@ -154,7 +154,7 @@ class Rounds:
         self.check(run, store)
         return store, made
 
-    def _record(self, folder: Path) -> dict | None:
+    def _record(self, folder: Path) -> dict[str, Any] | None:
         try:
             record = json.loads((folder / RECORD).read_text())
         except FileNotFoundError:
@@ -245,7 +245,7 @@ def sample_through(
     )  # fmt: skip
 
 
-def build_rows(config: Config, run: Run, rollouts: RolloutStore, rows: list[dict], number: int) -> None:
+def build_rows(config: Config, run: Run, rollouts: RolloutStore, rows: list[dict[str, Any]], number: int) -> None:
     """Write the ranking of round `number` and build its pairs."""
     write_lines(ranking_file(config), rows)
     rankings = [

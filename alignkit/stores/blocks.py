@@ -37,7 +37,7 @@ def build_store(
     folder: Path,
     model: VideoModel,
     info: StoreInfo,
-    members: list[list],
+    members: list[list[Any]],
     make: Make,
     title: str,
     *,

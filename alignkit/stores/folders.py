@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ def latent_grid(config: Config) -> tuple[int, int, int]:
     return model.latent_grid(spec.num_frames, spec.height, spec.width)
 
 
-def check_membership(folder: Path, rows: list[list], what: str) -> None:
+def check_membership(folder: Path, rows: list[list[Any]], what: str) -> None:
     """Blocks made from other `what` than today's would carry the wrong ids: DataError."""
     if settled(folder, rows):
         return
@@ -67,7 +68,7 @@ def check_membership(folder: Path, rows: list[list], what: str) -> None:
     )
 
 
-def settled(folder: Path, rows: list[list]) -> bool:
+def settled(folder: Path, rows: list[list[Any]]) -> bool:
     """Whether the blocks in `folder` are made from `rows`; where there are none they will be."""
     if not (folder / MEMBERS).exists() or not has_blocks(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ def settled(folder: Path, rows: list[list]) -> bool:
     return stored_members(folder) == json.loads(json.dumps(rows))
 
 
-def stored_members(folder: Path) -> list[list]:
+def stored_members(folder: Path) -> list[list[Any]]:
     """What the blocks in `folder` were made from."""
     file = folder / MEMBERS
     try:
@@ -85,7 +86,7 @@ def stored_members(folder: Path) -> list[list]:
         raise DataError(f"{file}: damaged ({error}); delete {folder} and build again") from None
 
 
-def check_order(folder: Path, members: list[list]) -> None:
+def check_order(folder: Path, members: list[list[Any]]) -> None:
     """Raises DataError where the blocks in `folder` were made from other members, by the first value of each, or in
     another order: pairs' ids, and so their noise, go by their places."""
     if settled(folder, members) or [row[0] for row in stored_members(folder)] == [row[0] for row in members]:
@@ -93,7 +94,7 @@ def check_order(folder: Path, members: list[list]) -> None:
     check_membership(folder, members, "videos, captions or masks")
 
 
-def follow_members(folder: Path, info: StoreInfo, members: list[list]) -> None:
+def follow_members(folder: Path, info: StoreInfo, members: list[list[Any]]) -> None:
     """Where members are the same ones as before, by the first value of each, and some of their other values changed, as
     a mended mask or caption does, have the blocks of those made again; other blocks stay. Raises as `check_order`."""
     with one_at_a_time(folder / ".members.lock"):
@@ -113,7 +114,7 @@ def follow_members(folder: Path, info: StoreInfo, members: list[list]) -> None:
     say(f"{folder}: video, caption or mask changed of {names}{more}: {again}")
 
 
-def _what_differs(stored: list[list], now: list[list]) -> str:
+def _what_differs(stored: list[list[Any]], now: list[list[Any]]) -> str:
     before, after = ([str(row[0]) for row in rows] for rows in (stored, now))
     told = [
         f"{len(names)} {word}: {', '.join(names[:NAMED])}{', …' * (len(names) > NAMED)}"

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -109,7 +110,7 @@ def write_block(
     write_rows(folder, block, (_row(pair, dtype) for pair in pairs), FEATURES, skipped)
 
 
-def _row(pair: Pair, dtype: torch.dtype) -> dict:
+def _row(pair: Pair, dtype: torch.dtype) -> dict[str, Any]:
     row = {name: getattr(pair, name) for name in ("id", "source", "prompt", "steps", "strength")}
     row |= {
         "origin_w": pair.origin_w.to_json(),
@@ -210,7 +211,7 @@ class PairStore:
     def fingerprint(self) -> str:
         """Changes with the terms the pairs were made under, with every byte of them, and of ranked rollouts with which
         is better. Of a store from before its rows had digests, with which pairs there are instead of every byte."""
-        content: list = [asdict(self.info), self.ids]
+        content: list[Any] = [asdict(self.info), self.ids]
         if DIGEST in self.rows.column_names:
             content.append(self.rows[DIGEST][:])
             content += [hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in TEXTS]

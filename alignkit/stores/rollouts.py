@@ -7,6 +7,7 @@ fp32: noise is solved for from the states and the video.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -58,7 +59,7 @@ def write_rollouts(
     write_rows(folder, block, map(_row, rollouts), FEATURES, skipped)
 
 
-def _row(rollout: Rollout) -> dict:
+def _row(rollout: Rollout) -> dict[str, Any]:
     tensors = {"latents": rollout.latents.float().contiguous()}
     if rollout.path is not None:
         tensors["states"] = rollout.path.states.float().contiguous()

@@ -1,5 +1,7 @@
 """`train.ema`: an exponential moving average of the weights that are trained, exported beside them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ class Average:
     diffusers' EMAModel.
     """
 
-    def __init__(self, policy, decay: float):
+    def __init__(self, policy: Any, decay: float):
         self._policy, self._decay, self._steps = policy, decay, 0
         self._kept = {
             name: own_master(parameter).detach().float().clone() for name, parameter in trained_parameters(policy)

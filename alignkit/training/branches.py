@@ -4,6 +4,8 @@ The loss is made of predictions that have no graph, and its gradient with respec
 pass of that side's own forward begins: the chain rule, so all of a loss works, whatever is in it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ Sides = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def predict_sides(model: VideoModel, policy, states: States) -> Sides:
+def predict_sides(model: VideoModel, policy: Any, states: States) -> Sides:
     """The policy's predictions for (winners, losers), [B, ...] each, by one forward without a graph: the loss of these
     is what `backward_apart` takes. The reference's come of a forward of the same shape, so logits of 0 are exactly 0.
     """
@@ -22,7 +24,7 @@ def predict_sides(model: VideoModel, policy, states: States) -> Sides:
     return winners.detach().requires_grad_(), losers.detach().requires_grad_()
 
 
-def backward_apart(model: VideoModel, policy, states: States, sides: Sides, loss: Tensor) -> None:
+def backward_apart(model: VideoModel, policy: Any, states: States, sides: Sides, loss: Tensor) -> None:
     """Add to the policy's gradient what `policy.backward(loss)` would if `sides` had a graph: a forward and a backward
     pass for the winners, then for the losers.
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ def _compute(
     reference = Copy(engine, process, None, model, open_start(engine, model))
 
     @torch.no_grad()
-    def make(rows: range) -> list[dict]:
+    def make(rows: range) -> list[dict[str, Any]]:
         visits = global_batch(len(store), train.seed, rows.start // info.block_size, info.block_size)
         made = []
         for first in range(0, len(visits), train.micro_batch_size):

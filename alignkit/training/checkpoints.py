@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +30,15 @@ from alignkit.training.terms import accepted, difference
 SEEN_WITHIN_S = 30.0  # of a write on another node: a network file system may take some seconds to show it
 
 
-def save(engine, folder: Path, step: int, terms: dict, keep: int, parts: dict[str, object], record: list) -> None:
+def save(
+    engine: Any,
+    folder: Path,
+    step: int,
+    terms: dict[str, Any],
+    keep: int,
+    parts: dict[str, object],
+    record: list[dict[str, Any]],
+) -> None:
     """Write checkpoint `step`; every process must call this. `terms` is what a resumed run must share, `parts` are
     those of the run beside its engine, of which some have a state (`alignkit.training.state`), `record` what was
     changed of the terms on purpose.
@@ -59,7 +68,13 @@ def save(engine, folder: Path, step: int, terms: dict, keep: int, parts: dict[st
 
 
 def _complete(
-    partial: Path, final: Path, step: int, terms: dict, hashes: dict[str, str], keep: int, record: list
+    partial: Path,
+    final: Path,
+    step: int,
+    terms: dict[str, Any],
+    hashes: dict[str, str],
+    keep: int,
+    record: list[dict[str, Any]],
 ) -> None:
     unseen = _unseen(partial, hashes)
     if unseen:
@@ -96,8 +111,8 @@ def _unseen(folder: Path, names: dict[str, str]) -> list[str]:
 
 
 def load_latest(
-    engine, folder: Path, terms: dict, parts: dict[str, object], train: TrainSection
-) -> tuple[int, list[dict], bool]:
+    engine: Any, folder: Path, terms: dict[str, Any], parts: dict[str, object], train: TrainSection
+) -> tuple[int, list[dict[str, Any]], bool]:
     """Load the newest whole checkpoint, the states of `parts` with it; every process must call this.
 
     Returns its step, 0 if there is none; what was changed of its terms on purpose, now (`train.accept`) or earlier; and
@@ -129,10 +144,12 @@ def load_latest(
     return step_of(folder / tag), record, reshaped
 
 
-def _judge(folder: Path, tag: str | None, passed: list, terms: dict, train: TrainSection) -> tuple[list[dict], int]:
+def _judge(
+    folder: Path, tag: str | None, passed: list[tuple[Path, str]], terms: dict[str, Any], train: TrainSection
+) -> tuple[list[dict[str, Any]], int]:
     """Whether the run may go on from checkpoint `tag`; what was changed on purpose until it does, and how many
     processes wrote it."""
-    record: list[dict] = []
+    record: list[dict[str, Any]] = []
     ranks = 0
     if tag is not None:
         record, ranks = _checked(folder / tag, terms, train)
@@ -149,7 +166,7 @@ def _judge(folder: Path, tag: str | None, passed: list, terms: dict, train: Trai
     return record, ranks
 
 
-def _checked(path: Path, terms: dict, train: TrainSection) -> tuple[list[dict], int]:
+def _checked(path: Path, terms: dict[str, Any], train: TrainSection) -> tuple[list[dict[str, Any]], int]:
     """Raises CheckpointError for a whole checkpoint that is not this run's."""
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest.get("format") != FORMAT:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -101,7 +101,7 @@ def on_main(process: Process, make: Callable[[], Result]) -> Result:
 
 def on_main_rank(make: Callable[[], Result]) -> Result:
     """`on_main`, of the process group that there is."""
-    answer: list = [None]
+    answer: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             answer = [(make(), None)]
@@ -116,7 +116,7 @@ def on_main_rank(make: Callable[[], Result]) -> Result:
 
 def gather(part: Result) -> list[Result]:
     """Every process's `part`, in their order; every process must call this."""
-    parts: list = [None] * torch.distributed.get_world_size()
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, part)
     return parts
 

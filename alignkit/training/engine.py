@@ -10,7 +10,7 @@ from torch import nn
 
 from alignkit.config import Config
 from alignkit.errors import ConfigError
-from alignkit.models import working_dtype
+from alignkit.models import VideoModel, working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.models.blocks import compile_blocks
 from alignkit.models.checkpointing import check_selective, set_checkpointing
@@ -98,7 +98,7 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
     return settings
 
 
-def check_checkpointing(config: Config, process: Process, model) -> None:
+def check_checkpointing(config: Config, process: Process, model: VideoModel) -> None:
     """Raises ConfigError, before any weight is read, where `train.checkpointing` cannot keep what it is to."""
     if config.train.checkpointing == "selective":
         network: Any = empty_network(model)
@@ -108,7 +108,7 @@ def check_checkpointing(config: Config, process: Process, model) -> None:
         check_selective(backend, network.config.attention_head_dim, process.device, dtype)
 
 
-def load_network(config: Config, process: Process, model, start: Start) -> tuple[nn.Module, str]:
+def load_network(config: Config, process: Process, model: VideoModel, start: Start) -> tuple[nn.Module, str]:
     """`model`'s transformer, frozen, and the attention backend it will run on; under ZeRO-3 already partitioned.
 
     Policy and reference copy are both loaded by this, so that they run in the same regime.
@@ -142,7 +142,7 @@ def put_adapters(network: Any, config: Config, start: Start) -> dict[str, torch.
     return start.adapters
 
 
-def start_policy(config: Config, process: Process, transformer: Any, start: Start):
+def start_policy(config: Config, process: Process, transformer: Any, start: Start) -> Any:
     """The trained network in its engine, with AdamW on every parameter, or on its adapters alone (`train.lora`).
 
     Its fp32 masters are the values of `start` themselves, whatever the network's dtype.
@@ -163,7 +163,7 @@ def start_policy(config: Config, process: Process, transformer: Any, start: Star
     return engine
 
 
-def release(engine) -> None:
+def release(engine: Any) -> None:
     """Free what an engine holds, its network included, for the next one in this process: DeepSpeed's hooks keep all of
     it alive otherwise, weights, gradients and moments."""
     engine.destroy()
@@ -177,7 +177,7 @@ def release(engine) -> None:
         torch.cuda.empty_cache()
 
 
-def full_precision_weights(engine) -> dict[str, torch.Tensor]:
+def full_precision_weights(engine: Any) -> dict[str, torch.Tensor]:
     """fp32 master weights of what was trained, by name, on CPU, on the first process; every process must call this.
 
     Parameters are gathered one at a time, so that no process ever holds the model twice.
@@ -194,7 +194,7 @@ def full_precision_weights(engine) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _merged(base: dict, extra: dict) -> dict:
+def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in extra.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)

@@ -14,6 +14,7 @@ from torch import Tensor
 from alignkit.config import Config, LoraSection, ModelSection
 from alignkit.errors import DataError
 from alignkit.files import flush, write_json
+from alignkit.models import VideoModel
 from alignkit.models.folder import LORA_FILE
 from alignkit.progress import say
 from alignkit.training.lora import peft_weights
@@ -45,7 +46,7 @@ def aligned_section(config: Config) -> ModelSection:
     return section.model_copy(update={"path": str(folder), "revision": None, "lora": ()})
 
 
-def export(model, weights: dict[str, Tensor], target: Path, few_steps: int | None = None) -> None:
+def export(model: VideoModel, weights: dict[str, Tensor], target: Path, few_steps: int | None = None) -> None:
     """Write `target` as a diffusers folder: `model`'s own with the weights of the network that was trained replaced by
     `weights` (fp32); of two experts the other one stays as it was.
 
@@ -71,7 +72,7 @@ def export(model, weights: dict[str, Tensor], target: Path, few_steps: int | Non
             write_json(partial / "model_index.json", index)
 
 
-def export_lora(model, weights: dict[str, Tensor], section: LoraSection, target: Path) -> None:
+def export_lora(model: VideoModel, weights: dict[str, Tensor], section: LoraSection, target: Path) -> None:
     """Write `target/pytorch_lora_weights.safetensors` (fp32), with its alpha, for `pipe.load_lora_weights(target)`; of
     a low expert with `load_into_transformer_2=True`."""
     pipeline = diffusers.DiffusionPipeline.load_config(str(model.local_folder()))["_class_name"]

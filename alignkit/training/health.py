@@ -54,7 +54,7 @@ def timings(
     }
 
 
-def in_short(metrics: dict, timings: dict[str, float]) -> str:
+def in_short(metrics: dict[str, Any], timings: dict[str, float]) -> str:
     """What a terminal shows of a step beside its errors."""
     accuracy = metrics.get("region/accuracy", metrics.get("rewards/accuracies"))
     memory = timings.get("gpu_peak_memory_gb", timings.get("process_peak_memory_gb", 0.0))

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -60,9 +61,10 @@ def heartbeat(process: Process, stuck_seconds: float) -> Iterator[Pulse]:
     stop = threading.Event()
     wait = timedelta(seconds=stuck_seconds)
     host = os.environ["MASTER_ADDR"]
-    kept = torch.distributed.TCPStore(host, 0, None, True, wait, False) if process.main else None
+    open_store: Any = torch.distributed.TCPStore  # type: ignore[attr-defined]
+    kept = open_store(host, 0, None, True, wait, False) if process.main else None
     port = on_main(process, lambda: kept.port if kept else 0)
-    store = kept or torch.distributed.TCPStore(host, port, None, False, wait, False)
+    store = kept or open_store(host, port, None, False, wait, False)
     store.set_timeout(wait)
     first, left = _First(host), threading.Event()
     args = (store, pulse, process, stuck_seconds, period, stop, first)
@@ -105,7 +107,7 @@ def _listen(first: _First, stuck_seconds: float, period: float, left: threading.
 
 
 def _beat(
-    store,
+    store: Any,
     pulse: Pulse,
     process: Process,
     stuck_seconds: float,
@@ -135,7 +137,9 @@ def _beat(
             _end(f"{first.told}, is not heard of ({_first_line(error)})")
 
 
-def _fault(store, world_size: int, seen: dict, stuck_seconds: float) -> str | None:
+def _fault(
+    store: Any, world_size: int, seen: dict[int, tuple[str, int, float, float]], stuck_seconds: float
+) -> str | None:
     """What is wrong with some process, or None; seen: of each, its last beat and since when it says the same."""
     now = time.monotonic()
     silent, still = [], []

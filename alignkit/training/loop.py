@@ -4,17 +4,18 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from alignkit.config import Config, dump_config
 from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.files import write_atomically, write_json
-from alignkit.models import load_model
+from alignkit.models import VideoModel, load_model
 from alignkit.objectives.states.checks import check_noise, check_origins
 from alignkit.progress import progress, say
 from alignkit.stores.folders import pairs_folder
@@ -173,7 +174,9 @@ def _export_average(run: Run, target: Path, link: Link | None) -> None:
             _export(run, weights, target, link)
 
 
-def _finish(run: Run, weights: dict[str, torch.Tensor], target: Path | None, terms: dict, link: Link | None) -> None:
+def _finish(
+    run: Run, weights: dict[str, torch.Tensor], target: Path | None, terms: dict[str, Any], link: Link | None
+) -> None:
     """Export what was trained to `target` and hand it on, each where it is to go. For the first process alone."""
     if target:
         record = export_record(target)
@@ -186,8 +189,14 @@ def _finish(run: Run, weights: dict[str, torch.Tensor], target: Path | None, ter
 
 
 def _terms_of(
-    config: Config, process: Process, store: PairStore | None, model, folder: Path, link, supply: Supply | None
-) -> tuple[dict, bool]:
+    config: Config,
+    process: Process,
+    store: PairStore | None,
+    model: VideoModel,
+    folder: Path,
+    link: Link | None,
+    supply: Supply | None,
+) -> tuple[dict[str, Any], bool]:
     """The run's terms, and whether it is a stage that is done. Raises CheckpointError if it is, under other terms, and
     DataError for cached errors of another reference."""
     terms = run_terms(config, store, model) | (supply.terms if supply else {})
@@ -204,7 +213,7 @@ def _terms_of(
     return terms, done
 
 
-def _is_done(config: Config, terms: dict, folder: Path, link: Link) -> bool:
+def _is_done(config: Config, terms: dict[str, Any], folder: Path, link: Link) -> bool:
     record = handed_on(folder)
     if record is None or record["steps"] < config.train.steps:
         return False
@@ -231,7 +240,7 @@ def _too_far(folder: Path, done: int, steps: int) -> str:
 
 
 def _iterate(
-    run: Run, folder: Path, terms: dict, link: Link | None, supply: Supply | None, at_peak: float | None
+    run: Run, folder: Path, terms: dict[str, Any], link: Link | None, supply: Supply | None, at_peak: float | None
 ) -> bool:
     """Every step that is left, each logged, some of them saved; False if a signal ended it early, or a stage of a chain
     was ended by what it found on held-out pairs.
@@ -352,14 +361,14 @@ def _rows(step: Step) -> list[int]:
     return [row for row, _ in step.rows]
 
 
-def _printable(metrics: dict) -> dict:
+def _printable(metrics: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: a number that is not finite is written as null."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()
     }
 
 
-def _stop_diverged(run: Run, folder: Path, number: int, rows: list) -> None:
+def _stop_diverged(run: Run, folder: Path, number: int, rows: list[tuple[int, int]]) -> None:
     """Nothing is saved over the last good checkpoint; the batch is named, so that it can be looked at."""
     file = folder / f"diverged-step-{number + 1}.parquet"
     if run.process.main:
@@ -371,11 +380,11 @@ def _stop_diverged(run: Run, folder: Path, number: int, rows: list) -> None:
 
 
 @contextmanager
-def _stop_signals():
+def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether SIGTERM or an interrupt has come; a second interrupt ends at once."""
     seen: list[int] = []
 
-    def note(number, _frame):
+    def note(number: int, _frame: object) -> None:
         if seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         seen.append(number)

@@ -50,7 +50,9 @@ def add_lora(transformer: Any, section: LoraSection, seed: int) -> dict[str, Ten
     return values
 
 
-def peft_weights(transformer: nn.Module, weights: dict[str, Tensor], section: LoraSection) -> tuple[dict, dict]:
+def peft_weights(
+    transformer: nn.Module, weights: dict[str, Tensor], section: LoraSection
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Trained weights under the names that files carry, and the adapter's settings as a plain dict."""
     settings = LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=list(section.targets))
     return get_peft_model_state_dict(transformer, state_dict=weights, adapter_name=ADAPTER), settings.to_dict()

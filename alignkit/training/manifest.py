@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 MANIFEST, DIGEST = "manifest.json", "digest"
 FORMAT = 2
@@ -68,7 +69,7 @@ def shards(names: Iterable[str]) -> int:
     return sum(name.endswith("optim_states.pt") for name in names)
 
 
-def digest(manifest: dict) -> str:
+def digest(manifest: dict[str, Any]) -> str:
     """Of all of a manifest but this; those of before have none."""
     content = {name: value for name, value in manifest.items() if name != DIGEST}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -13,7 +14,7 @@ from alignkit.files import put_in_place, write_json
 MASTERS, RECORD = "masters.safetensors", "masters.json"
 
 
-def hand_on(folder: Path, weights: dict[str, Tensor], terms: dict, steps: int) -> str:
+def hand_on(folder: Path, weights: dict[str, Tensor], terms: dict[str, Any], steps: int) -> str:
     """Write `weights`, fp32 by name, and how they were trained; returns the file's digest. For the first process
     alone."""
     partial = folder / f".partial-{MASTERS}"
@@ -25,7 +26,7 @@ def hand_on(folder: Path, weights: dict[str, Tensor], terms: dict, steps: int) -
     return digest
 
 
-def handed_on(folder: Path) -> dict | None:
+def handed_on(folder: Path) -> dict[str, Any] | None:
     """Terms, steps and digest ("sha256") of what the stage in `folder` handed on, None while it has not.
 
     Raises CheckpointError for a file that is not as it was written.

@@ -39,13 +39,13 @@ class MetricsLog:
         self._board = SummaryWriter(folder / "tensorboard", purge_step=resumed_step + 1)
         self._wandb = _weights_and_biases(folder)
 
-    def write(self, step: int, metrics: dict, timings: dict) -> None:
+    def write(self, step: int, metrics: dict[str, Any], timings: dict[str, float]) -> None:
         for name, values in (("metrics", metrics), ("timings", timings)):
             self._append(name, step, values)
         if self._wandb:
             self._wandb.log(_flat(metrics | timings), step=step)
 
-    def write_validation(self, step: int, numbers: dict, videos: list[Tensor], fps: float) -> None:
+    def write_validation(self, step: int, numbers: dict[str, Any], videos: list[Tensor], fps: float) -> None:
         """What a look after `step` found. videos: uint8 [F, H, W, 3] each, kept as validation/step-N-I.mp4 too."""
         if "validation" not in self._streams:
             self._streams["validation"] = (self._folder / VALIDATION).open("a")
@@ -60,7 +60,7 @@ class MetricsLog:
             self._wandb.log(_flat({f"heldout/{name}": value for name, value in numbers.items()}) | shown, step=step)
         self._append("validation", step, numbers, "heldout/")  # last: a look is there whole or will be done again
 
-    def _append(self, name: str, step: int, values: dict, group: str = "") -> None:
+    def _append(self, name: str, step: int, values: dict[str, Any], group: str = "") -> None:
         self._streams[name].write(json.dumps({"step": step, **values}) + "\n")
         self._streams[name].flush()
         for key, number in _flat(values).items():
@@ -93,7 +93,7 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def _flat(values: dict) -> dict[str, float]:
+def _flat(values: dict[str, Any]) -> dict[str, float]:
     """A number of each, those of lists by their places, without those that are not there."""
     flat = {}
     for key, value in values.items():
@@ -118,7 +118,7 @@ def _weights_and_biases(folder: Path) -> Any:
     return wandb.init(id=file.read_text(), resume="allow", dir=str(folder))
 
 
-def read_metrics(file: Path) -> list[dict]:
+def read_metrics(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 

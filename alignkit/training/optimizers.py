@@ -5,7 +5,7 @@ learning rates are rounded away, so they are refused (`alignkit.training.engine`
 """
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class AdamWBf16(torch.optim.Optimizer):
         super().__init__(params, {"eps": 1e-8} | settings)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

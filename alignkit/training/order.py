@@ -19,7 +19,7 @@ def global_batch(count: int, seed: int, step: int, size: int, first_epoch: int =
     return [(int(_epoch_order(count, seed, epoch)[place]), epoch) for epoch, place in places]
 
 
-def rank_share(batch: list, rank: int, world_size: int) -> list:
+def rank_share(batch: list[tuple[int, int]], rank: int, world_size: int) -> list[tuple[int, int]]:
     """The contiguous part of the global batch that one process works on; the sizes must divide."""
     assert len(batch) % world_size == 0
     share = len(batch) // world_size

@@ -5,12 +5,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from alignkit.errors import CheckpointError
 from alignkit.launch import GROUP
 
 
-def universal_form(checkpoint: Path, terms: dict) -> Path:
+def universal_form(checkpoint: Path, terms: dict[str, Any]) -> Path:
     """Converts a whole checkpoint; returns the new folder beside it. For the first process alone.
 
     Raises CheckpointError for states that DeepSpeed's conversion does not know: only AdamW's own, in fp32, are.
@@ -41,7 +42,7 @@ def universal_form(checkpoint: Path, terms: dict) -> Path:
     return target
 
 
-def load_universal(engine, folder: Path, tag: str) -> None:
+def load_universal(engine: Any, folder: Path, tag: str) -> None:
     """Loads what `universal_form` made; every process calls this."""
     settings = engine._config  # the flag is of the configuration that an engine is made with, and read when it loads
     settings.load_universal_checkpoint = True

@@ -45,7 +45,7 @@ class Step:
     """What came of one step: means over the global batch, its (row, epoch) pairs, whether the optimizer took it, and if
     not, the rows of pairs whose own numbers are not finite; and where this process's time went, seconds by part."""
 
-    metrics: dict
+    metrics: dict[str, Any]
     rows: list[tuple[int, int]]
     applied: bool
     bad_rows: tuple[int, ...] = ()
@@ -305,7 +305,7 @@ def check_first_logits(logits: dict[str, Tensor]) -> None:
         )
 
 
-def mean_over_processes(parts: list[dict[str, Tensor]], process: Process) -> dict:
+def mean_over_processes(parts: list[dict[str, Tensor]], process: Process) -> dict[str, Any]:
     """Means over the global batch, in fp64, and the winner's error by noise level (None where no pair fell)."""
     names = list(parts[0])
     values = torch.stack([torch.cat([part[name] for part in parts]) for name in names])  # [metric, pair]
@@ -322,6 +322,6 @@ def mean_over_processes(parts: list[dict[str, Tensor]], process: Process) -> dic
     }
 
 
-def _chunks(rows: list, count: int) -> list[list]:
+def _chunks(rows: list[tuple[int, int]], count: int) -> list[list[tuple[int, int]]]:
     size = len(rows) // count
     return [rows[i * size : (i + 1) * size] for i in range(count)]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from alignkit.training.weights import own_part
 
 
-def trained_parameters(policy) -> Iterator[tuple[str, nn.Parameter]]:
+def trained_parameters(policy: Any) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in policy.module.named_parameters():
         if parameter.requires_grad:
             yield name, parameter

@@ -43,7 +43,7 @@ def rank_file(rank: int) -> str:
 
 def save_state(folder: Path, step: int, parts: dict[str, object]) -> None:
     """Write the states of those `parts` that have one, and the step they belong to. For the first process alone."""
-    plain: dict[str, dict] = {}
+    plain: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for name, part in parts.items():
         if isinstance(part, Stateful):

@@ -1,8 +1,13 @@
 """What a run and the one that resumes it must share, and what its pairs must fit."""
 
+from typing import TYPE_CHECKING, Any
+
 from alignkit.config import OBJECTIVES, Config, ObjectiveSection, Section, TrainSection
 from alignkit.errors import DataError
 from alignkit.stores.pairs import PairStore
+
+if TYPE_CHECKING:
+    from alignkit.models import VideoModel
 
 VERSION = 2
 FREE = {
@@ -12,7 +17,7 @@ FREE = {
 """Of `train`: how long, how often to save and to look at it, and what to do when something is wrong."""
 
 
-def run_terms(config: Config, store: PairStore | None, model) -> dict:
+def run_terms(config: Config, store: PairStore | None, model: "VideoModel") -> dict[str, Any]:
     """By name; how long to train, unless the learning rate depends on it, and how often to save are free. store: None
     where pairs are made along the way.
 
@@ -39,13 +44,13 @@ def run_terms(config: Config, store: PairStore | None, model) -> dict:
     }
 
 
-def _schedule_of(config: Config, model) -> str | None:
+def _schedule_of(config: Config, model: "VideoModel") -> str | None:
     """Of the sampler's steps, where the run trains at them."""
     on_it = config.noise.timesteps in ("schedule", "adaptive") or config.noise.source != "shared"
     return model.schedule(config.sampler.num_steps).fingerprint if on_it else None
 
 
-def _changed_from_default(name: str, section, *always: str) -> dict:
+def _changed_from_default(name: str, section: Section, *always: str) -> dict[str, Any]:
     """The keys of a section that are not at their defaults, and `always`: a key that is new changes no older run."""
     return {
         f"{name}.{key}": value
@@ -54,7 +59,7 @@ def _changed_from_default(name: str, section, *always: str) -> dict:
     }
 
 
-def difference(stored: dict, now: dict, accept: tuple[str, ...] = ()) -> str | None:
+def difference(stored: dict[str, Any], now: dict[str, Any], accept: tuple[str, ...] = ()) -> str | None:
     """The first term that is not what it was, in words, of those that are not in `accept`; None where all are."""
     for change in _changes(stored, now):
         if change["term"] not in accept:
@@ -62,12 +67,12 @@ def difference(stored: dict, now: dict, accept: tuple[str, ...] = ()) -> str | N
     return None
 
 
-def accepted(stored: dict, now: dict, accept: tuple[str, ...]) -> list[dict]:
+def accepted(stored: dict[str, Any], now: dict[str, Any], accept: tuple[str, ...]) -> list[dict[str, Any]]:
     """The terms in `accept` that are not what they were: {"term", "was", "now"} each."""
     return [change for change in _changes(stored, now) if change["term"] in accept]
 
 
-def _changes(stored: dict, now: dict) -> list[dict]:
+def _changes(stored: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
     if "train.gradient_checkpointing" in stored:  # as it was called, and was either
         stored = stored | {"train.checkpointing": "full" if stored["train.gradient_checkpointing"] else "none"}
     # what is now at its default
@@ -81,7 +86,7 @@ def _changes(stored: dict, now: dict) -> list[dict]:
     return changes
 
 
-def _default(key: str, now: dict):
+def _default(key: str, now: dict[str, Any]) -> Any:
     section, _, name = key.partition(".")
     if section == "objective" and name in OBJECTIVES.get(now.get("objective.name", ""), {}):
         return OBJECTIVES[now["objective.name"]][name]
@@ -90,7 +95,7 @@ def _default(key: str, now: dict):
     return field.default if field else None
 
 
-def _check_store(store: PairStore, model, config: Config) -> None:
+def _check_store(store: PairStore, model: "VideoModel", config: Config) -> None:
     """Pairs must come from this family's VAE, and from this network where a network made them."""
     for name in ("family", "model", "vae"):
         theirs = getattr(store.info, name)

@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -71,7 +72,7 @@ def _start_file(folder: Path) -> Path:
     return folder / "validation" / "start.safetensors"
 
 
-def _terms(config: Config, model: VideoModel, store: PairStore) -> dict:
+def _terms(config: Config, model: VideoModel, store: PairStore) -> dict[str, Any]:
     """What two looks must share to be compared."""
     section = config.evaluation
     return {
@@ -83,7 +84,7 @@ def _terms(config: Config, model: VideoModel, store: PairStore) -> dict:
     }
 
 
-def _read_start(folder: Path, terms: dict) -> Errors:
+def _read_start(folder: Path, terms: dict[str, Any]) -> Errors:
     """The errors before the first step of the run in `folder`."""
     file = _start_file(folder)
     if not file.exists():
@@ -110,7 +111,7 @@ class Validation:
     folder: Path
     log: MetricsLog | None
     store: PairStore
-    terms: dict
+    terms: dict[str, Any]
     start: Errors | None
     found: dict[int, float]
     texts: tuple[list[Tensor], Tensor] | None = None
@@ -191,7 +192,7 @@ class Validation:
         errors, counts = zip(*(parts[number] for number in range(len(wanted))), strict=True)
         return Errors(torch.cat(errors), torch.cat(counts))
 
-    def _numbers(self, now: Errors) -> dict:
+    def _numbers(self, now: Errors) -> dict[str, Any]:
         """Means over all comparisons; accuracy as in `alignkit eval`, against the run's own start."""
         assert self.start is not None
         (error_w, error_l), (start_w, start_l) = now.error.unbind(1), self.start.error.unbind(1)

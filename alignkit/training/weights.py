@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from alignkit.config import Config, ModelSection
 from alignkit.errors import AlignkitError, ModelError
-from alignkit.models import family_module, load_model
+from alignkit.models import VideoModel, family_module, load_model
 from alignkit.models.weights import check_weight_files
 
 Read = Callable[[str], Tensor]
@@ -63,7 +63,7 @@ class Start:
     later: bool = False
 
 
-def open_start(config: Config, model, handed: Path | None = None) -> Start:
+def open_start(config: Config, model: VideoModel, handed: Path | None = None) -> Start:
     """The base's own weights, or what an earlier stage trained, from its file `handed` (`alignkit.training.masters`);
     with `train.lora` that holds adapters, which go on top of the base. Every process calls this."""
     if handed is None:
@@ -73,7 +73,7 @@ def open_start(config: Config, model, handed: Path | None = None) -> Start:
     return Start(StartingWeights(lambda name: _read_file(handed, name)), later=True)
 
 
-def base_weights(section: ModelSection, model) -> StartingWeights:
+def base_weights(section: ModelSection, model: VideoModel) -> StartingWeights:
     """The weights of `model`'s own network that is trained, with the adapters of `section.lora` added; every process
     calls this.
 
@@ -89,7 +89,7 @@ def base_weights(section: ModelSection, model) -> StartingWeights:
     return StartingWeights(lambda name: _read_file(places[name], name))
 
 
-def empty_network(model) -> nn.Module:
+def empty_network(model: VideoModel) -> nn.Module:
     """The network of `model` that is trained with every parameter on the meta device, and its buffers."""
     file = model.local_folder() / model.part / "config.json"
     try:
@@ -100,7 +100,7 @@ def empty_network(model) -> nn.Module:
         return family_module(model.family).build_transformer(config)
 
 
-def load_whole(model, weights: StartingWeights, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_whole(model: VideoModel, weights: StartingWeights, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """`model`'s transformer, frozen, with its parameters in `dtype` and its buffers as they are built, fp32."""
     network = empty_network(model)
     for name, empty in list(network.named_parameters()):
@@ -109,7 +109,7 @@ def load_whole(model, weights: StartingWeights, dtype: torch.dtype, device: torc
 
 
 def load_partitioned(
-    model, weights: StartingWeights, settings: dict, dtype: torch.dtype, device: torch.device
+    model: VideoModel, weights: StartingWeights, settings: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
     """The same with every parameter partitioned among the processes as soon as it is there, so that no process ever
     holds a whole copy: a node holds one copy, shared out, and one tensor more.
@@ -128,7 +128,7 @@ def load_partitioned(
     return network.eval()
 
 
-def set_masters(engine, values: Callable[[str, torch.Size, torch.device], Tensor]) -> None:
+def set_masters(engine: Any, values: Callable[[str, torch.Size, torch.device], Tensor]) -> None:
     """Make `values(name, shape, device)`, fp32, the optimizer's fp32 weights; every process calls this.
 
     DeepSpeed makes them from the network's own weights, which in bf16 are rounded.
@@ -165,7 +165,7 @@ def _put(network: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(network.get_submodule(owner), leaf, tensor)
 
 
-def _partitioner(first: Any, settings: dict, dtype: torch.dtype):
+def _partitioner(first: Any, settings: dict[str, Any], dtype: torch.dtype) -> Callable[[nn.Parameter], None]:
     """Partitions `first` by `deepspeed.zero.Init`; returns what does the same to the next ones."""
     import deepspeed
 
@@ -184,7 +184,7 @@ def _give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _agree(action, share: bool = True):
+def _agree(action: Callable[[], Any], share: bool = True) -> Any:
     """`action()`'s result, taken on the first process, on all of them (`share`) or there alone, None elsewhere; an
     AlignkitError that it raises is raised by all."""
     result, problem = None, None

@@ -1,5 +1,7 @@
 """What a noise source needs of the model, before weights load, and of the pairs."""
 
+from typing import Any
+
 from torch import Tensor
 
 from alignkit.config import Config
@@ -52,7 +54,7 @@ def check_noise(config: Config, model: VideoModel) -> Law:
     return law
 
 
-def sampler_terms(config: Config, model: VideoModel) -> dict:
+def sampler_terms(config: Config, model: VideoModel) -> dict[str, Any]:
     """How training's videos are sampled, as an origin's recipe names it."""
     sampler = config.sampler
     return {
@@ -66,7 +68,7 @@ def sampler_terms(config: Config, model: VideoModel) -> dict:
     }
 
 
-def expert_terms(config: Config) -> dict:
+def expert_terms(config: Config) -> dict[str, Any]:
     """The same of what a model with two experts is sampled by beside that; empty of one with one network."""
     return {"guidance_scale_2": config.model.guidance_scale_2} if config.model.expert else {}
 
@@ -166,7 +168,7 @@ def _check_side(config: Config, origin: Origin, beside: str, states: str, where:
         )
 
 
-def _check_recipe(origin: Origin, wanted: dict, where: str) -> None:
+def _check_recipe(origin: Origin, wanted: dict[str, Any], where: str) -> None:
     for name, now in wanted.items():
         then = origin.recipe.get(name)
         if then != now:

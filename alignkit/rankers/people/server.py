@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from alignkit.rankers.people.votes import open_votes, rater_name, read_votes, re
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+    from starlette.types import ASGIApp
 
 LOOPBACK = "127.0.0.1"
 OWN_NAMES = (LOOPBACK, "localhost")  # any other name in a request is another site's that points at this machine
@@ -150,7 +151,7 @@ def application(folder: Path) -> "Starlette":
     def show_next(request: Request) -> Response:
         return JSONResponse(state(folder, pairs, _rater(request.query_params.get("rater"))))
 
-    def vote(body: dict[str, Any]) -> dict:
+    def vote(body: dict[str, Any]) -> dict[str, Any]:
         rater, shown = _rater(body.get("rater")), find(body.get("pair"))
         left = left_side(shown.pair.id, rater)
         sides = {"left": left, "right": "b" if left == "a" else "a", "tie": "tie", "skip": "skip"}
@@ -162,18 +163,18 @@ def application(folder: Path) -> "Starlette":
         record(folder, rater, shown.pair.id, shown.digest, sides[answer], left)
         return state(folder, pairs, rater)
 
-    def undo(body: dict[str, Any]) -> dict:
+    def undo(body: dict[str, Any]) -> dict[str, Any]:
         rater, shown = _rater(body.get("rater")), find(body.get("pair"))
         if not take_back(folder, rater, shown.pair.id, shown.digest, left_side(shown.pair.id, rater)):
             raise Refused(409, "You have voted on another pair since, perhaps in another window. Reload the page.")
         return state(folder, pairs, rater)
 
-    def again(body: dict[str, Any]) -> dict:
+    def again(body: dict[str, Any]) -> dict[str, Any]:
         rater = _rater(body.get("rater"))
         take_skips_back(folder, rater)
         return state(folder, pairs, rater)
 
-    def taking(change: Callable[[dict[str, Any]], dict]) -> Callable:
+    def taking(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             from starlette.concurrency import run_in_threadpool
 
@@ -206,7 +207,7 @@ def left_side(comparison: str, rater: str) -> str:
     return "ab"[_hash("left", comparison, rater)[0] % 2]
 
 
-def state(folder: Path, pairs: list[Shown], rater: str) -> dict:
+def state(folder: Path, pairs: list[Shown], rater: str) -> dict[str, Any]:
     """What the page shows to a rater: the next pair (None at the end), how far they are, and what can be taken back.
 
     Each rater has an order of their own. Raises DataError where the votes cannot be read.
@@ -277,20 +278,21 @@ async def _body(request: Any, token: str) -> dict[str, Any]:
     return found
 
 
-def _guard(app: Callable) -> Callable:
+def _guard(app: "ASGIApp") -> "ASGIApp":
     """Answers nothing that was asked under another name or by another site, and adds `HEADERS` to every answer."""
     from starlette.datastructures import Headers, MutableHeaders
     from starlette.responses import JSONResponse
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    async def guarded(scope: dict, receive: Callable, send: Callable) -> None:
-        async def send_with_headers(message: dict) -> None:
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
         headers = Headers(scope=scope)
         hosts, site = headers.getlist("host"), headers.get("sec-fetch-site", "none")
-        answer: Callable = app
+        answer: ASGIApp = app
         if len(hosts) != 1 or hosts[0].partition(":")[0] not in OWN_NAMES:
             answer = JSONResponse({"error": f"This page is at {LOOPBACK} and localhost alone."}, 403)
         elif site not in ("same-origin", "none") and scope["path"] != "/":

@@ -40,7 +40,7 @@ STRATEGIES: dict[str, Callable[..., Any]] = {
 """By `reference.strategy`: from the run's configuration, process, policy engine, model and start."""
 
 
-def start_reference(config: Config, process: Process, policy, model: VideoModel, start: Start) -> Reference | None:
+def start_reference(config: Config, process: Process, policy: Any, model: VideoModel, start: Start) -> Reference | None:
     """The reference of `config.reference`; None where the objective compares with nothing. Every process calls this.
 
     auto: "adapter" where the policy's adapters can be switched off and what is left is where the run started.

@@ -16,7 +16,7 @@ from alignkit.training.weights import Start
 
 
 class AdapterOff:
-    def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
+    def __init__(self, config: Config, process: Process, policy: Any, model: VideoModel, start: Start):
         self._model, self._engine = model, policy
 
     @torch.no_grad()

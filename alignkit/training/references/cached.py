@@ -13,6 +13,7 @@ import struct
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -53,7 +54,7 @@ class Visited(States):
 class Cached:
     """Holds no model."""
 
-    def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
+    def __init__(self, config: Config, process: Process, policy: Any, model: VideoModel, start: Start):
         store = PairStore(pairs_folder(config, "train"))
         self._errors = read_errors(config, store)
         self._row = {pair: row for row, pair in enumerate(store.ids)}
@@ -175,7 +176,7 @@ def _read_block(file: Path, visits: list[tuple[int, int]]) -> Tensor:
     return torch.tensor([row["errors"] for row in stored], dtype=torch.float64).view(-1, 2, NUM_REGIONS)
 
 
-def visit_row(pair: int, epoch: int, errors: list[float]) -> dict:
+def visit_row(pair: int, epoch: int, errors: list[float]) -> dict[str, Any]:
     """A row of the cache: the errors of a pair's two sides by region, with a checksum over them and the visit."""
     packed = struct.pack(f"<qq{len(errors)}d", pair, epoch, *errors)
     return {"errors": errors, "checksum": zlib.crc32(packed)}

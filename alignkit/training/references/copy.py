@@ -19,7 +19,7 @@ class Copy:
     wrapped one by up to 0.17 logits at β = 5000. Under ZeRO-2 the policy computes as a plain module, and so does this.
     """
 
-    def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
+    def __init__(self, config: Config, process: Process, policy: Any, model: VideoModel, start: Start):
         self._model = model
         self.network: Any = second_network(config, process, model, where_from(config, model, start))
 
@@ -51,7 +51,7 @@ def release_network(network: nn.Module) -> None:
         release(network)
 
 
-def frozen(network: nn.Module, config: Config, process: Process):
+def frozen(network: nn.Module, config: Config, process: Process) -> nn.Module:
     """`network`, as `load_network` gave it, without gradients; under ZeRO-3 in an engine like the policy's."""
     import deepspeed
 

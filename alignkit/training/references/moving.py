@@ -1,6 +1,7 @@
 """`reference.strategy: ema` and `sync`: a second model that follows the policy."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class Moving(Copy):
     of its own beside the network: most moves are smaller than a rounded weight can show.
     """
 
-    def __init__(self, config: Config, process: Process, policy, model: VideoModel, start: Start):
+    def __init__(self, config: Config, process: Process, policy: Any, model: VideoModel, start: Start):
         self._model, self._policy, self._steps = model, policy, 0
         self._every = config.reference.every
         self._decay = config.reference.decay if config.reference.strategy == "ema" else 0.0
@@ -38,7 +39,7 @@ class Moving(Copy):
                 self._kept[name] = part_of(whole, trained).to(_own(trained, followed).device, copy=True)
 
     @torch.no_grad()
-    def after_step(self, policy) -> None:
+    def after_step(self, policy: Any) -> None:
         """Count an optimizer step of the policy, and move if it is time. Every process calls this."""
         self._steps += 1
         if self._steps % self._every:
