@@ -7,6 +7,7 @@ nothing; the chain and the students make their own on the way.
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,7 +97,13 @@ def make_plan(family: Family, *, smoke: bool) -> Plan:
     all of it runs."""
     whole = family == ModelSection().family
     arms = tuple(arm for arm in ARMS if whole or arm.name in MAIN_ARMS)
-    same = {"method": "apo", "title": "Diffusion-APO", "store_settings": STORES, "curves": CURVES, "curve_steps": ()}
+    same: dict[str, Any] = {
+        "method": "apo",
+        "title": "Diffusion-APO",
+        "store_settings": STORES,
+        "curves": CURVES,
+        "curve_steps": (),
+    }
     same |= {"against": ("shared",), "blind": ("shared", "path")}
     if not smoke:
         return Plan(family, arms, (0, 1, 2) if whole else (0,), **same)
@@ -107,7 +114,7 @@ def make_plan(family: Family, *, smoke: bool) -> Plan:
 
 def run(family: Family, out: Path, *, smoke: bool) -> Path:
     """Run, or go on with, the experiment in `out`; returns the written page."""
-    ways = {"grpo": train_group_relative, "chain": train_chain}
+    ways: driver.Ways = {"grpo": train_group_relative, "chain": train_chain}
     return driver.run(make_plan(family, smoke=smoke), out, prepare, data_measures, ways)
 
 
@@ -116,6 +123,7 @@ def train_chain(config: Config, store: Path) -> None:
     if export_folder(config).is_dir():
         return
     driver.link_pairs(config, store)
+    assert config.data.videos is not None
     videos = config.data.videos.parent / "train"
     clips = len((videos / "captions.jsonl").read_text().splitlines())
     data = config.data.model_copy(update={"videos": videos, "heldout": OTHER_SPLIT / clips})
@@ -128,6 +136,7 @@ def prepare(plan: Plan, out: Path, device: torch.device, show: bool) -> None:
     prepare_clips(plan, out, device, show)
     config = _rollout_config(plan, out)
     prompts = config.data.prompts
+    assert prompts is not None
     with one_at_a_time(prompts.with_suffix(".lock")):
         if not prompts.exists():
             clips = (out / "clips" / "train" / "captions.jsonl").read_text().splitlines()[: plan.train_clips]

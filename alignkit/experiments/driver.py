@@ -37,7 +37,7 @@ DRIFT_ALLOWED = 0.01
 SHOWN_SAMPLES = 6
 
 
-Measure = Callable[[], dict]
+Measure = Callable[[], dict[str, Any]]
 Ways = dict[str, Callable[[Config, Path], None]]
 
 
@@ -73,20 +73,20 @@ def _check_plan(plan: Plan, out: Path) -> None:
     file = out / plan.folder / "plan.json"
     config = run_config(plan, out, out)
     base = load_model(config.model, with_transformer=False, with_encoders=False)
-    unread = {"output": True, "ranker": True, "online": True, "student": True, "data": {"videos"}}
+    unread: Any = {"output": True, "ranker": True, "online": True, "student": True, "data": {"videos"}}
     settings = config.model_dump(mode="json", exclude=unread)
     now = json.loads(json.dumps(asdict(plan) | {"base": base.fingerprint(), "settings": settings}))
     with one_at_a_time(file.with_suffix(".lock")):
         if not file.exists():
             write_json(file, now)
     stored = json.loads(file.read_text())
-    defaults = {"settings": Config.model_construct().model_dump(mode="json", warnings=False)}
+    defaults = {"settings": Config.model_construct().model_dump(mode="json", warnings=False)}  # type: ignore[call-arg]
     for name, value in now.items():
         if not same_settings(stored.get(name), value, defaults.get(name, {})):
             raise DataError(f"{out / plan.folder}: holds results of another {name}; choose another --out or delete it")
 
 
-def same_settings(stored: Any, now: Any, defaults: dict) -> bool:
+def same_settings(stored: Any, now: Any, defaults: dict[str, Any]) -> bool:
     """Whether values of JSON are equal; what the version that wrote `stored` did not have yet counts as its default."""
     if not (isinstance(stored, dict) and isinstance(now, dict)):
         return stored == now
@@ -120,7 +120,7 @@ def _share(
 def _share_curves(plan: Plan, out: Path, runs: list[tuple[Arm, str, int]], device: torch.device) -> None:
     """The samples of what each run was exported as on its way."""
     wanted = [(*run, steps) for run in runs for steps in plan.curve_steps]
-    files = [run_folder(plan, out, *run) / f"after-{steps}.json" for *run, steps in wanted]
+    files = [run_folder(plan, out, arm, trial, seed) / f"after-{steps}.json" for arm, trial, seed, steps in wanted]
 
     def make(number: int) -> None:
         arm, trial, seed, steps = wanted[number]
@@ -157,7 +157,7 @@ def _run_config(plan: Plan, out: Path, arm: Arm, trial: str, seed: int, folder: 
 
 def _train_and_measure(
     plan: Plan, out: Path, arm: Arm, trial: str, seed: int, split: str, device: torch.device, ways: Ways
-) -> dict:
+) -> dict[str, Any]:
     folder = run_folder(plan, out, arm, trial, seed)
     config = _run_config(plan, out, arm, trial, seed, folder)
     section = config.model
@@ -225,5 +225,5 @@ def choose_trial(plan: Plan, out: Path, arm: Arm) -> str:
     return min(found, key=lambda trial: found[trial]["winner_error_change"], default=next(iter(arm.trials)))
 
 
-def read_numbers(plan: Plan, out: Path, arm: Arm, trial: str, seed: int, split: str) -> dict:
+def read_numbers(plan: Plan, out: Path, arm: Arm, trial: str, seed: int, split: str) -> dict[str, Any]:
     return json.loads((run_folder(plan, out, arm, trial, seed) / f"{split}.json").read_text())

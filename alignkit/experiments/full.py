@@ -8,6 +8,7 @@ LocalDPO names.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from alignkit.commands import run_command
 from alignkit.config import Config, load_config
@@ -34,7 +35,7 @@ def run(file: Path, out: Path, overrides: list[str]) -> Path:
         raise ConfigError(f"{file}: the experiment takes a configuration of LocalDPO on data.videos, without stages")
     say("scorers: " + ", ".join(f"{name} {'found' if name in installed() else 'not installed'}" for name in SCORERS))
     pairs = whole.pairs.folder or out / "pairs"
-    results: dict[str, dict] = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, (title, settings) in ARMS.items():
         shared = [f"output.dir={json.dumps(str(out / name))}", f"pairs.folder={json.dumps(str(pairs))}"]
         config = load_config(file, [*overrides, *shared, *settings])
@@ -60,7 +61,7 @@ def _stages(config: Config) -> None:
             run_command(name, config)
 
 
-def _numbers(config: Config, summary: dict, model: str) -> dict[str, float]:
+def _numbers(config: Config, summary: dict[str, Any], model: str) -> dict[str, float]:
     rows, _ = read_samples(config)
     videos = [samples_folder(config) / row[model] for row in rows]
     if not videos:
@@ -78,7 +79,7 @@ def _numbers(config: Config, summary: dict, model: str) -> dict[str, float]:
     }
 
 
-def _page(results: dict[str, dict]) -> str:
+def _page(results: dict[str, dict[str, Any]]) -> str:
     names = [name for name in dict.fromkeys(k for row in results.values() for k in row) if name != "title"]
     lines = ["| arm | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
     for row in results.values():

@@ -38,7 +38,8 @@ def train_group_relative(config: Config, store: Path) -> None:
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
     )
-    size = len(groups[0])
+    size, beta = len(groups[0]), config.objective.beta
+    assert not isinstance(beta, str)
     for step in range(train.steps):
         visits = global_batch(len(groups), train.seed, step, 2 * train.global_batch_size // size)
         optimizer.zero_grad()
@@ -46,7 +47,7 @@ def train_group_relative(config: Config, store: Path) -> None:
             with torch.no_grad():
                 before = _errors(config, model, base, law, groups[row], row, epoch)
             after = _errors(config, model, policy, law, groups[row], row, epoch)
-            loss = group_relative_loss(after, before, advantages[row], config.objective.beta)
+            loss = group_relative_loss(after, before, advantages[row], beta)
             (loss / len(visits)).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), train.max_grad_norm)
         optimizer.step()

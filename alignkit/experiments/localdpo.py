@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,11 +83,11 @@ def make_plan(family: Family, *, smoke: bool) -> Plan:
     """Wan's plan is all arms, the other family's its main ones; `smoke` shows in minutes that all of it runs."""
     whole = family == ModelSection().family
     arms = tuple(arm for arm in ARMS if whole or arm.name in MAIN_ARMS)
-    same = {"store_settings": STORES, "curves": CURVES}
+    same: dict[str, Any] = {"store_settings": STORES, "curves": CURVES}
     if not smoke:
         return Plan(family, arms, **same)
     arms = tuple(arm for arm in arms if arm.name in ("base", "sft", "local_dpo"))
-    sizes = {"train_clips": 32, "heldout_clips": 24, "steps": 10, "samples": 8, "validation_samples": 8}
+    sizes: dict[str, Any] = {"train_clips": 32, "heldout_clips": 24, "steps": 10, "samples": 8, "validation_samples": 8}
     return Plan(family, arms, (0,), **sizes, curve_steps=(5,), curve_samples=8, **same)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -110,7 +111,7 @@ def _make(plan: Plan, out: Path, arm: Arm, seed: int, *, show: bool) -> None:
         title = f"manifold: {arm.title}, seed {seed}"
         _descend(plan, policy, loss, seed, FINE_TUNING, plan.fine_tuning, plan.rate, plan.clip, title, show)
     points = sample(policy, plan.samples, plan.euler, seed)
-    numbers = score(points) | errors(policy, seed)
+    numbers: dict[str, Any] = score(points) | errors(policy, seed)
     samples = samples_file(out, arm.name, seed)
     samples.parent.mkdir(exist_ok=True)
     write_atomically(samples, save({"points": points}))
@@ -200,11 +201,13 @@ def arm_loss(
     with torch.no_grad():
         ref_w, ref_l = velocity(base, states, both).chunk(2)
     sums = pair_region_errors(pred_w, pred_l, winners, losers, rows, noise, reference_w=ref_w, reference_l=ref_l)
+    assert sums.gap_w is not None and sums.gap_l is not None
     error_w, gap_w, gap_l = (x[:, 0] / COORDINATES for x in (sums.error_w, sums.gap_w, sums.gap_l))
     if arm.tau is not None:
         beta = head_beta(1 / arm.tau)
         logits = losses.logits_of(gap_w, gap_l, beta)
         return arm.tau * losses.winner_guarded(logits, error_w, beta, (1 - t) ** 2)
+    assert arm.beta is not None
     logits = (1 - t) ** 2 * losses.logits_of(gap_w, gap_l, head_beta(arm.beta))
     return losses.dpo(logits) + arm.sft * COORDINATES * losses.sft(error_w)
 

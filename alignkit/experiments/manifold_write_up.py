@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def write_up(plan: Plan, arms: tuple[Arm, ...], out: Path) -> Path:
     return page
 
 
-def table(arms: tuple[Arm, ...], rows: list[dict]) -> list[str]:
+def table(arms: tuple[Arm, ...], rows: list[dict[str, Any]]) -> list[str]:
     """One line an arm, from rows that hold `arm` and the MEASURES."""
     lines = [
         "| arm | StrictScore | published | | on the surface | in a winner's range | winner's error | loser's error |",

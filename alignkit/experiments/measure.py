@@ -1,5 +1,7 @@
 """What is measured of a trained model: held-out pairs, samples, and how well it regenerates real regions."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -11,7 +13,7 @@ from alignkit.evaluation.regions import again
 from alignkit.evaluation.samples import sample_latents
 from alignkit.localdpo.build import guided_text
 from alignkit.media.videos import decode_clip
-from alignkit.models import load_model, working_dtype
+from alignkit.models import VideoModel, load_model, working_dtype
 from alignkit.stores.folders import source_folder, video_spec
 from alignkit.stores.pairs import PairStore
 
@@ -21,7 +23,7 @@ REGION_PAIRS = 32
 
 def measure(
     config: Config, section: ModelSection, store: PairStore, seed: int, count: int, device: torch.device
-) -> tuple[dict, torch.Tensor]:
+) -> tuple[dict[str, Any], torch.Tensor]:
     """The numbers of one model on held-out pairs, and its samples uint8 [count, F, H, W, 3].
 
     section: the model; `config.model` is the base that it is compared with. store: pairs of clips never trained on,
@@ -52,7 +54,7 @@ def measure(
 
 def measure_samples(
     config: Config, section: ModelSection, store: PairStore, seed: int, count: int, device: torch.device
-) -> tuple[dict, torch.Tensor]:
+) -> tuple[dict[str, Any], torch.Tensor]:
     """The numbers of one model's samples, and the samples uint8 [count, F, H, W, 3].
 
     fault_rate: share with a fault, by the judge; prompt_following: share with shape, colour and direction as prompted;
@@ -65,6 +67,7 @@ def measure_samples(
     prompts = [prompts[i % len(prompts)] for i in range(count)]
     frames = _samples(config, model, prompts, seed)
     judged = judge(prompts, frames)
+    assert judged is not None
     return {
         "good": float(judged.good.mean()),
         "fault_rate": float(judged.faulty.mean()),
@@ -84,7 +87,9 @@ def measure_ranking(config: Config, store: PairStore, device: torch.device) -> d
         pairs = [store[row] for row in range(first, min(first + config.sample.batch_size, len(store)))]
         for side, found in good.items():
             frames = model.decode_video(torch.stack([getattr(pair, side) for pair in pairs]).to(device))
-            found += judge([pair.prompt for pair in pairs], frames).good.tolist()
+            judged = judge([pair.prompt for pair in pairs], frames)
+            assert judged is not None
+            found += judged.good.tolist()
     return {f"good_{side}s": float(np.mean(found)) for side, found in good.items()} | {"pairs": len(store)}
 
 
@@ -97,6 +102,7 @@ def measure_real(config: Config, store: PairStore, device: torch.device) -> dict
     found = {}
     for name, clips in (("real clips", filmed), ("real clips after the VAE", rebuilt)):
         judged = judge(prompts, clips)
+        assert judged is not None
         shares = {"good": judged.good, "fault_rate": judged.faulty, "prompt_following": judged.followed}
         found[name] = {key: float(value.mean()) for key, value in shares.items()} | _picture_numbers(clips)
     return found
@@ -112,7 +118,7 @@ def _picture_numbers(frames: torch.Tensor) -> dict[str, float]:
     return {name: measure_(frames).mean().item() for name, measure_ in measures.items()}
 
 
-def _samples(config: Config, model, prompts: list[str], seed: int) -> torch.Tensor:
+def _samples(config: Config, model: VideoModel, prompts: list[str], seed: int) -> torch.Tensor:
     data, size = config.data, config.sample.batch_size
     shape = model.latent_shape(data.num_frames, data.height, data.width)
     parts = []
@@ -125,10 +131,10 @@ def _samples(config: Config, model, prompts: list[str], seed: int) -> torch.Tens
     return torch.cat(parts)
 
 
-def region_error(config: Config, model, store: PairStore, device: torch.device) -> float:
+def region_error(config: Config, model: VideoModel, store: PairStore, device: torch.device) -> float:
     """Mean over the first REGION_PAIRS pairs of the mean squared latent difference to the real clip, inside the pair's
     mask, after `model` has regenerated the region at the pair's own strength."""
-    pairs = sorted((store[row] for row in range(min(REGION_PAIRS, len(store)))), key=lambda pair: pair.steps)
+    pairs = sorted((store[row] for row in range(min(REGION_PAIRS, len(store)))), key=lambda pair: pair.steps or 0)
     errors = []
     for steps in dict.fromkeys(pair.steps for pair in pairs):
         group = [pair for pair in pairs if pair.steps == steps]

@@ -8,16 +8,18 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alignkit.config import Config, Family, load_config, shipped_config
-from alignkit.models import VideoModel, family_module, load_model, unwatched
+from alignkit.models import VideoModel, family_module, load_model
+from alignkit.models.folder import unwatched
 from alignkit.objectives.laws import OnSchedule, PathPoints
 from alignkit.objectives.states import SOURCES
 from alignkit.progress import say
-from alignkit.schedules import one_step
+from alignkit.schedules import Schedule, one_step
 from alignkit.schedules.inversion import EVALUATIONS, invert, round_trip_error
 from alignkit.stores.origins import GIVEN, Origin, Trajectory
 from alignkit.stores.pairs import PairBatch, Side
@@ -41,7 +43,7 @@ class KnownField(nn.Module):
         self.centres, self.timesteps, self.rows = centres.double(), timesteps, rows
         self.config = SimpleNamespace(use_rotary_positional_embeddings=False)
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, **_) -> tuple[Tensor]:
+    def forward(self, hidden_states: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
         place = int((self.timesteps - timestep[0].item()).abs().argmin())
         a, s, c, d = self.rows[place].tolist()
         x, variance = hidden_states.double(), a * a * SPREAD**2 + s * s
@@ -105,7 +107,7 @@ class _AtRow:
     """The law that draws one row alone."""
 
     model: VideoModel
-    schedule: object
+    schedule: Schedule
     row: int
 
     def draw(self, ids: Tensor, epochs: Tensor, among: Tensor | None = None) -> PathPoints:
@@ -115,7 +117,8 @@ class _AtRow:
 
 def batch_of(world: World, paths: list[Trajectory], kind: str = "rollout") -> PairBatch:
     """The world's videos as pairs, the first half winners, with a trajectory each at all rows."""
-    half, recipe = len(world.videos) // 2, {}
+    half = len(world.videos) // 2
+    recipe: dict[str, Any] = {}
     origins = [
         Origin("rollout", (SEED, i, 1, int(Stream.ROLLOUT)), recipe=recipe) if kind == "rollout" else GIVEN
         for i in range(2 * half)
@@ -128,8 +131,8 @@ def batch_of(world: World, paths: list[Trajectory], kind: str = "rollout") -> Pa
         text=[torch.zeros(1, 1)] * half,
         strength=None,
         path_rows=torch.arange(STEPS).expand(half, -1),
-        side_w=Side(origins[:half], paths[:half]),
-        side_l=Side(origins[half:], paths[half : 2 * half]),
+        side_w=Side(origins[:half], [*paths[:half]]),
+        side_l=Side(origins[half:], [*paths[half : 2 * half]]),
     )
 
 
@@ -155,7 +158,7 @@ def distances(world: World, source: str, paths: list[Trajectory], *, between: bo
     batch = batch_of(world, paths, "given" if source == "inversion" else "rollout")
     result = []
     for row in range(STEPS):
-        law = _AtRow(world.model, world.law.schedule, row)
+        law: Any = _AtRow(world.model, world.law.schedule, row)
         noised = SOURCES[source](config, law, batch, torch.zeros(len(batch), dtype=torch.int64))
         shown = torch.cat([noised.winner, noised.loser]).double()
         true = world.states[row].double()
@@ -226,7 +229,8 @@ def run(out: Path) -> Path:
     """Measure both families; write results.csv, page.md and, where matplotlib is installed, paths.png into out/page."""
     folder = out / "page"
     folder.mkdir(parents=True, exist_ok=True)
-    measured = {family: measure(family) for family in ("wan", "cogvideox")}
+    families: tuple[Family, ...] = ("wan", "cogvideox")
+    measured = {family: measure(family) for family in families}
     noise = {family: known_world(family, samples=2).law.schedule.coefficients[:-1, 1] for family in measured}
     with (folder / "results.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -267,7 +271,7 @@ def run(out: Path) -> Path:
     return page
 
 
-def _plot(measured: dict[str, dict[str, Tensor]], noise: dict[str, Tensor], file: Path) -> str | None:
+def _plot(measured: dict[Family, dict[str, Tensor]], noise: dict[Family, Tensor], file: Path) -> str | None:
     try:
         import matplotlib
     except ImportError:

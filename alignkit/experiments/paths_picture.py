@@ -1,5 +1,8 @@
 """The four noise sources in one picture: a plane of two-element "videos", its known field, and one sampled video."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +15,7 @@ START, FRESH, REAL = torch.tensor([[1.9, -1.5]]), torch.tensor([[-2.0, -0.4]]), 
 SHOWN_ROW = 11  # where the states are compared: s = 0.71
 
 
-def draw_paths(panel) -> None:
+def draw_paths(panel: Any) -> None:
     """Draw on a matplotlib axes: where one sampled video's training states lie by each source, at one noise level."""
     schedule = known_world("wan", samples=2).law.schedule
     field = KnownField(CENTRES, schedule.timesteps, schedule.coefficients[:-1])
@@ -42,7 +45,7 @@ def draw_paths(panel) -> None:
     panel.legend(fontsize=8, loc="lower left")
 
 
-def _sample(predict, schedule: Schedule) -> Tensor:
+def _sample(predict: Callable[[Tensor, Tensor], Tensor], schedule: Schedule) -> Tensor:
     states = [START]
     for row in range(STEPS):
         prediction = predict(states[-1], schedule.timesteps[row : row + 1])

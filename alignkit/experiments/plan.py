@@ -88,6 +88,7 @@ class Plan:
 
     def store(self, arm: Arm, trial: str) -> str:
         """What the arm's run trains on. A part of a method is trained on what the whole is, others on their own."""
+        assert arm.pairs is not None
         chosen = self.trial(arm, trial)
         other = chosen.pairs if chosen else None
         return other if other and arm.pairs == "bezier" else arm.pairs

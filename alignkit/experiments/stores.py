@@ -15,7 +15,7 @@ from alignkit.evaluation.regions import again
 from alignkit.evaluation.samples import sample_latents
 from alignkit.experiments.plan import Plan, run_config
 from alignkit.localdpo.build import build_pairs, guided_text
-from alignkit.models import load_model, working_dtype
+from alignkit.models import VideoModel, load_model, working_dtype
 from alignkit.objectives.states.checks import sampler_terms
 from alignkit.rankers.measures import small_world_score
 from alignkit.sharing import one_at_a_time
@@ -100,7 +100,7 @@ def _build_generated(plan: Plan, out: Path, split: str, device: torch.device, sh
 
 
 def _rank_rows(
-    config: Config, model, local: PairStore, rollouts: int, rows: range, advance: Callable[[int], None]
+    config: Config, model: VideoModel, local: PairStore, rollouts: int, rows: range, advance: Callable[[int], None]
 ) -> Made:
     data = config.data
     prompts = [local.rows[row]["prompt"] for row in rows]

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ def write_up(plan: Plan, out: Path, chosen: dict[str, str]) -> Path:
     return page
 
 
-def _rows(plan: Plan, out: Path, chosen: dict[str, str]) -> list[dict]:
+def _rows(plan: Plan, out: Path, chosen: dict[str, str]) -> list[dict[str, Any]]:
     """One row for each measured run, in the plan's order."""
     rows = []
     for arm in plan.arms:
@@ -103,13 +104,13 @@ def _rows(plan: Plan, out: Path, chosen: dict[str, str]) -> list[dict]:
     return rows
 
 
-def _of(rows: list[dict], arm: Arm, split: str, trial: str | None = None) -> list[dict]:
+def _of(rows: list[dict[str, Any]], arm: Arm, split: str, trial: str | None = None) -> list[dict[str, Any]]:
     """The rows of an arm's chosen trial, or of another, that did not diverge."""
     found = [row for row in rows if (row["arm"], row["split"]) == (arm.name, split) and "diverged" not in row]
     return [row for row in found if (row["chosen"] if trial is None else row["trial"] == trial)]
 
 
-def _table(plan: Plan, rows: list[dict], chosen: dict[str, str]) -> list[str]:
+def _table(plan: Plan, rows: list[dict[str, Any]], chosen: dict[str, str]) -> list[str]:
     lines = ["| arm | settings | " + " | ".join(heading for heading, *_ in COLUMNS.values()) + " |"]
     lines.append("| --- " * (len(COLUMNS) + 2) + "|")
     for arm in plan.arms:
@@ -131,7 +132,7 @@ def _real_rows(plan: Plan, out: Path) -> list[str]:
     return lines
 
 
-def _differences(plan: Plan, rows: list[dict]) -> list[str]:
+def _differences(plan: Plan, rows: list[dict[str, Any]]) -> list[str]:
     """Each arm against the base and those of `plan.against`: only what lies beyond the spread over seeds is one."""
     lines = [
         "Arms are compared seed by seed, from the same noise, in the same order: one is better or worse in a measure",
@@ -146,7 +147,8 @@ def _differences(plan: Plan, rows: list[dict]) -> list[str]:
             mine, theirs = _of(rows, arm, "test"), _of(rows, other, "test")
             if arm is other or not mine or not theirs:
                 continue
-            better, worse = [], []
+            better: list[str] = []
+            worse: list[str] = []
             pairs = _by_seed(mine, theirs)
             for name in COMPARED:
                 side = compare([one[name] - another[name] for one, another in pairs])
@@ -167,12 +169,12 @@ def compare(differences: list[float]) -> int:
     return int(np.sign(np.mean(differences)))
 
 
-def _by_seed(mine: list[dict], theirs: list[dict]) -> list[tuple[dict, dict]]:
+def _by_seed(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     others = {row["seed"]: row for row in theirs}
     return [(row, others[row["seed"]]) for row in mine if row["seed"] in others]
 
 
-def _interval(pairs: list[tuple[dict, dict]]) -> str:
+def _interval(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
     if not pairs:
         return ""
     after, before = (np.concatenate([_good(pair[side]) for pair in pairs]) for side in (0, 1))
@@ -180,11 +182,11 @@ def _interval(pairs: list[tuple[dict, dict]]) -> str:
     return f"{change} ({low} to {high})"
 
 
-def _good(row: dict) -> np.ndarray:
+def _good(row: dict[str, Any]) -> np.ndarray:
     return np.array(row["followed"]) * (1 - np.array(row["faulty"]))
 
 
-def _curve_table(plan: Plan, rows: list[dict]) -> list[str]:
+def _curve_table(plan: Plan, rows: list[dict[str, Any]]) -> list[str]:
     places = [*(f"after-{steps}" for steps in plan.curve_steps), "test"]
     head = [f"{steps} steps" for steps in (*plan.curve_steps, plan.steps)]
     base = _cell(_of(rows, plan.arms[0], "test"), "good")
@@ -215,7 +217,7 @@ def _data(folder: Path) -> list[str]:
     return lines
 
 
-def _cell(found: list[dict], name: str) -> str:
+def _cell(found: list[dict[str, Any]], name: str) -> str:
     """Mean over the runs `found` ± half the range; empty where the experiment has no such measure."""
     _, form, factor = COLUMNS[name]
     if not found:
@@ -227,7 +229,7 @@ def _cell(found: list[dict], name: str) -> str:
     return middle if len(values) == 1 else f"{middle} ± {form.format((max(values) - min(values)) / 2).lstrip('+')}"
 
 
-def _search_table(plan: Plan, rows: list[dict], chosen: dict[str, str]) -> list[str]:
+def _search_table(plan: Plan, rows: list[dict[str, Any]], chosen: dict[str, str]) -> list[str]:
     names = ("good", "fault_rate", "prompt_following", "frechet", "winner_error_change", "region_accuracy")
     lines = ["| arm | settings | " + " | ".join(COLUMNS[name][0] for name in names) + " | chosen |"]
     lines.append("| --- " * (len(names) + 3) + "|")
@@ -242,7 +244,7 @@ def _search_table(plan: Plan, rows: list[dict], chosen: dict[str, str]) -> list[
     return lines
 
 
-def _plots(plan: Plan, out: Path, folder: Path, rows: list[dict], chosen: dict[str, str]) -> list[str]:
+def _plots(plan: Plan, out: Path, folder: Path, rows: list[dict[str, Any]], chosen: dict[str, str]) -> list[str]:
     try:
         import matplotlib
     except ImportError:
@@ -258,7 +260,7 @@ def _plots(plan: Plan, out: Path, folder: Path, rows: list[dict], chosen: dict[s
     return ["samples.png", "measures.png", "convergence.png", "curves.png"]
 
 
-def _dots(plan: Plan, file: Path, rows: list[dict]) -> None:
+def _dots(plan: Plan, file: Path, rows: list[dict[str, Any]]) -> None:
     """Each measure in a panel of its own: one dot a seed, one line an arm."""
     import matplotlib.pyplot as plt
 
@@ -290,7 +292,7 @@ def _dots(plan: Plan, file: Path, rows: list[dict]) -> None:
     plt.close(figure)
 
 
-def _convergence(plan: Plan, file: Path, rows: list[dict]) -> None:
+def _convergence(plan: Plan, file: Path, rows: list[dict[str, Any]]) -> None:
     """Good samples against steps, each seed a line and their mean a thick one."""
     import matplotlib.pyplot as plt
 
@@ -300,13 +302,16 @@ def _convergence(plan: Plan, file: Path, rows: list[dict]) -> None:
     for color, arm in enumerate(arm for arm in plan.trained if arm.curve):
         lines: dict[int, list[tuple[int, float]]] = {}
         for steps, place in places.items():
-            for row in place if steps == 0 else _of(rows, arm, place):
+            for row in place if isinstance(place, list) else _of(rows, arm, place):
                 lines.setdefault(row["seed"], []).append((steps, 100 * row["good"]))
         for points in lines.values():
             panel.plot(*zip(*points, strict=True), color=f"C{color}", alpha=0.35, linewidth=1)
-        means = {steps: np.mean([dict(points)[steps] for points in lines.values() if steps in dict(points)])
-                 for steps in places if any(steps in dict(points) for points in lines.values())}  # fmt: skip
-        panel.plot(means.keys(), means.values(), "o-", color=f"C{color}", linewidth=2.2, label=arm.title)
+        means: dict[int, Any] = {
+            steps: np.mean([dict(points)[steps] for points in lines.values() if steps in dict(points)])
+            for steps in places
+            if any(steps in dict(points) for points in lines.values())
+        }
+        panel.plot(list(means), list(means.values()), "o-", color=f"C{color}", linewidth=2.2, label=arm.title)
     panel.set_xlabel("steps")
     panel.set_ylabel("good samples, %")
     panel.grid(alpha=0.3)
@@ -361,8 +366,8 @@ def _samples(plan: Plan, out: Path, file: Path, chosen: dict[str, str]) -> None:
     """The first prompts from the same noise for every arm: not a choice."""
     import matplotlib.pyplot as plt
 
-    shown = {arm.title: _shown(plan, out, arm, chosen) for arm in plan.arms}
-    shown = {title: clips for title, clips in shown.items() if clips is not None}
+    every = {arm.title: _shown(plan, out, arm, chosen) for arm in plan.arms}
+    shown = {title: clips for title, clips in every.items() if clips is not None}
     figure, axes = plt.subplots(len(shown), 1, figsize=(16, 0.72 * len(shown)), layout="constrained", squeeze=False)
     for axis, (title, clips) in zip(axes.flat, shown.items(), strict=True):
         times = np.linspace(0, clips.shape[1] - 1, SHOWN_FRAMES).round().astype(int)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from alignkit.errors import ModelError
 from alignkit.tiny.clips import ATTRIBUTES, FRAMES, SIZE
 
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
+Network = TypeVar("Network", bound=nn.Module)
 Role = Literal["judge", "ranker"]
 """What ranks never judges: the two are trained on other clips, from another seed and at another width."""
 FILES: dict[Role, Path] = {"judge": WEIGHTS, "ranker": WEIGHTS.with_name("ranker_classifier.safetensors")}
@@ -62,7 +63,7 @@ def load_classifier(role: Role = "judge") -> ClipClassifier:
     return with_weights(ClipClassifier(WIDTHS[role]), FILES[role], "classifier")
 
 
-def with_weights(model: nn.Module, file: Path, title: str) -> nn.Module:
+def with_weights(model: Network, file: Path, title: str) -> Network:
     """``model`` with the weights of ``file``, in eval mode. Raises ModelError where it is missing."""
     if not file.exists():
         raise ModelError(f"{file}: the {title}'s weights are missing; reinstall alignkit")

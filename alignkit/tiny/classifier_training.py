@@ -1,6 +1,7 @@
 """Training of the clip classifiers, on clips and on clips that went through a VAE."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,8 @@ def train_classifier(
         rows = torch.from_numpy(np.concatenate([real, passed % (len(round_trips) // vaes)]))
         optimizer.scale_rates(schedule(step, steps))
         _, logits = model(disturbed(video, torch_generator(rng)))
-        loss, right = 0.0, {}
+        loss: Any = 0.0
+        right: dict[str, float] = {}
         for column, name in enumerate(ATTRIBUTES):
             target = labels[rows, column]
             loss = loss + F.cross_entropy(logits[name], target, label_smoothing=LABEL_SMOOTHING)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alignkit.media.videos import read_video
@@ -131,7 +131,7 @@ def train(role: classifier.Role, work: Path, out: Path) -> None:
     everything = np.concatenate([frames, *rebuilt])
     file = out / detector.FILES[role].name
     if not file.exists():
-        model = train_detector(everything, rows, faulty_cells(where), work, training, detector.WIDTHS[role])
+        model: nn.Module = train_detector(everything, rows, faulty_cells(where), work, training, detector.WIDTHS[role])
         save_file(model.state_dict(), file)
     file = out / classifier.FILES[role].name
     if role == "ranker" and not file.exists():
@@ -188,7 +188,12 @@ def labelled_rates(folder: Path, role: classifier.Role) -> dict[str, float]:
     frames = np.stack([read_video(folder / row["video"]).numpy() for row in rows])
     fault, followed = (np.array([row[name] for row in rows]) for name in ("fault", "followed"))
     wanted, named = [classifier.attributes_in(row["prompt"]) for row in rows], classifier.classify(frames, role)
-    right = np.array([all(named[key][i] == value for key, value in names.items()) for i, names in enumerate(wanted)])
+    right = np.array(
+        [
+            all(named[key][i] == value for key, value in names.items())  # type: ignore[union-attr]
+            for i, names in enumerate(wanted)
+        ]
+    )
     seen = detector.fault_scores(frames, role) > detector.FAULTY
     return {
         "labelled": len(rows),

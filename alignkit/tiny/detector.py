@@ -28,8 +28,10 @@ class FaultDetector(nn.Module):
         super().__init__()
         wide, wider = 2 * width, 3 * width
 
-        def block(before: int, after: int, kernel, stride) -> list[nn.Module]:
-            padding = tuple(size // 2 for size in kernel)
+        def block(
+            before: int, after: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]
+        ) -> list[nn.Module]:
+            padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
             return [nn.Conv3d(before, after, kernel, stride, padding), nn.GroupNorm(4, after), nn.SiLU()]
 
         self.fine = nn.Sequential(

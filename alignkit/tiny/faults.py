@@ -117,7 +117,8 @@ def faulty_clip(
     if wrong:
         name = list(ATTRIBUTES)[rng.integers(len(ATTRIBUTES))]
         captioned[name] = str(rng.choice([value for value in ATTRIBUTES[name] if value != captioned[name]]))
-    frames, chosen = clean, ()
+    frames = clean
+    chosen: tuple[str, ...] = ()
     if spoiled:
         chosen = tuple(str(kind) for kind in rng.permutation(kinds)[: rng.integers(1, min(2, len(kinds)) + 1)])
         for kind in chosen:

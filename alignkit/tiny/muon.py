@@ -5,6 +5,7 @@ learned brightness first and then stood still for a thousand steps before it lea
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -17,8 +18,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: Iterable[torch.nn.Parameter],
-        others: Iterable[torch.nn.Parameter],
+        matrices: Iterable[torch.Tensor],
+        others: Iterable[torch.Tensor],
         *,
         matrix_rate: float,
         other_rate: float,
@@ -36,7 +37,7 @@ class Muon(torch.optim.Optimizer):
             group["lr"] = factor * group["peak"]
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -46,7 +47,8 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(update, alpha=group["lr"])
 
-    def _orthogonal(self, p: torch.Tensor, group: dict) -> torch.Tensor:
+    def _orthogonal(self, p: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        assert p.grad is not None
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p.grad)
@@ -55,7 +57,8 @@ class Muon(torch.optim.Optimizer):
         rows, columns = direction.shape
         return orthogonalised(direction).reshape(p.shape) * max(1.0, rows / columns) ** 0.5
 
-    def _adam(self, p: torch.Tensor, group: dict) -> torch.Tensor:
+    def _adam(self, p: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        assert p.grad is not None
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros(())

@@ -17,12 +17,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
-from torch import nn
+from transformers import PreTrainedModel
 
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.tiny.classifier_training import train_classifier
@@ -142,9 +144,9 @@ class PretrainConfig:
 class Parts:
     """What is trained of a pipeline."""
 
-    encoder: nn.Module
-    vae: nn.Module
-    transformer: nn.Module
+    encoder: PreTrainedModel
+    vae: ModelMixin
+    transformer: ModelMixin
 
 
 def load_config(path: Path) -> PretrainConfig:
@@ -165,7 +167,7 @@ def load_config(path: Path) -> PretrainConfig:
     return PretrainConfig(**values)
 
 
-def _checked(given: object, section: type, path: Path, prefix: str) -> dict:
+def _checked(given: object, section: type, path: Path, prefix: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: {prefix.rstrip('.') or 'the config'} must be a mapping of keys to values")
     types = {field.name: field.type for field in fields(section)}
@@ -197,7 +199,7 @@ def make_clips(config: PretrainConfig, work: Path) -> tuple[np.ndarray, list[dic
     return np.load(cache, mmap_mode="r"), read_clips(folder, decode=False).attributes
 
 
-def make_vae(config: PretrainConfig, recipe: Recipe, work: Path, clips: np.ndarray) -> tuple[nn.Module, torch.Tensor]:
+def make_vae(config: PretrainConfig, recipe: Recipe, work: Path, clips: np.ndarray) -> tuple[ModelMixin, torch.Tensor]:
     """The VAE with its latents' statistics, and the normalised latents of all clips."""
     folder, latents_file = work / "vae", work / "latents.safetensors"
     if not latents_file.exists():
@@ -215,7 +217,7 @@ def make_versions(
     config: PretrainConfig,
     recipe: Recipe,
     work: Path,
-    vae: nn.Module,
+    vae: ModelMixin,
     latents: torch.Tensor,
     attributes: list[dict[str, str]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,8 +240,8 @@ def make_versions(
 
 
 def make_polished_vae(
-    config: PretrainConfig, recipe: Recipe, work: Path, clips: np.ndarray, vae: nn.Module, latents: torch.Tensor
-) -> nn.Module:
+    config: PretrainConfig, recipe: Recipe, work: Path, clips: np.ndarray, vae: ModelMixin, latents: torch.Tensor
+) -> ModelMixin:
     """The VAE with its decoder trained further; the encoder is the same bit for bit."""
     folder = work / "vae_polished"
     if not folder.exists():
@@ -249,13 +251,13 @@ def make_polished_vae(
     return _load_vae(recipe, folder)
 
 
-def _load_vae(recipe: Recipe, folder: Path) -> nn.Module:
+def _load_vae(recipe: Recipe, folder: Path) -> ModelMixin:
     vae = type(recipe.new_vae()).from_pretrained(folder).eval()
     channels_last(vae)
     return vae
 
 
-def make_text_encoder(config: PretrainConfig, recipe: Recipe, work: Path) -> nn.Module:
+def make_text_encoder(config: PretrainConfig, recipe: Recipe, work: Path) -> PreTrainedModel:
     """The text encoder, trained or from the work folder."""
     folder = work / "text_encoder"
     if not folder.exists():
@@ -268,8 +270,8 @@ def make_transformer(
     recipe: Recipe,
     work: Path,
     versions: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    encoder: nn.Module,
-) -> nn.Module:
+    encoder: PreTrainedModel,
+) -> ModelMixin:
     """The transformer, trained on `make_versions`' or from the work folder."""
     folder = work / "transformer"
     if not folder.exists():
@@ -288,8 +290,13 @@ def make_transformer(
 
 
 def make_mixed_transformer(
-    config: PretrainConfig, recipe: Recipe, work: Path, transformer: nn.Module, vae: nn.Module, encoder: nn.Module
-) -> nn.Module:
+    config: PretrainConfig,
+    recipe: Recipe,
+    work: Path,
+    transformer: ModelMixin,
+    vae: ModelMixin,
+    encoder: PreTrainedModel,
+) -> ModelMixin:
     """The transformer after the mixed set (`alignkit.tiny.faults`), trained or from the work folder."""
     folder, file, section = work / "mixed", work / "mixed.safetensors", config.mixed
     start, transformer = transformer, copy.deepcopy(transformer)
@@ -330,12 +337,13 @@ def make_classifier(
     work: Path,
     clips: np.ndarray,
     attributes: list[dict[str, str]],
-    vae: nn.Module,
+    vae: ModelMixin,
 ) -> Path:
     """The classifier's weights file, trained or from the work folder."""
     path, cache = work / "classifier.safetensors", work / "round_trips.npy"
     section = config.classifier
     if not path.exists():
+        assert section is not None
         if not cache.exists():
             log.info("classifier: %d clips through the VAE", section.round_trips)
             latents = encode_clips(vae, clips[: section.round_trips])

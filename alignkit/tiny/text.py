@@ -2,12 +2,13 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, PreTrainedModel
 
 from alignkit.tiny.clips import ATTRIBUTES, BACKGROUND_WORD
 from alignkit.tiny.recipes import Recipe
@@ -47,7 +48,7 @@ def combination(attributes: dict[str, str]) -> int:
 
 @torch.no_grad()
 def caption_bank(
-    recipe: Recipe, tokenizer: ByT5Tokenizer, encoder: nn.Module
+    recipe: Recipe, tokenizer: ByT5Tokenizer, encoder: PreTrainedModel
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """By text length: every wording of every combination, float32 [wordings, combinations, length, D], and the
     empty prompt [length, D]."""
@@ -64,7 +65,7 @@ def caption_bank(
 class _NamingModel(nn.Module):
     """The encoder with one linear head an attribute, applied to every token."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__()
         self.encoder = encoder
         self.heads = nn.ModuleDict(
@@ -72,21 +73,21 @@ class _NamingModel(nn.Module):
         )
 
 
-def train_text_encoder(recipe: Recipe, folder: Path, *, steps: int, peak_rate: float, seed: int) -> nn.Module:
+def train_text_encoder(recipe: Recipe, folder: Path, *, steps: int, peak_rate: float, seed: int) -> PreTrainedModel:
     """Train on all captions in all wordings, so that each byte's embedding holds all that is named."""
     torch.manual_seed(seed)
     tokenizer = new_tokenizer()
-    texts, labels = [], []
+    texts, places = [], []
     for wording, pattern in enumerate(WORDINGS):
         for attributes in ALL_ATTRIBUTES:
             texts.append(word(attributes, wording))
-            labels.append(
+            places.append(
                 [
                     values.index(attributes[name]) if f"{{{name}}}" in pattern else NOT_NAMED
                     for name, values in ATTRIBUTES.items()
                 ]
             )
-    labels = torch.tensor(labels)
+    labels = torch.tensor(places)
     model = _NamingModel(recipe.new_text_encoder())
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01)
     ema = Ema(model, 0.99)
@@ -99,7 +100,8 @@ def train_text_encoder(recipe: Recipe, folder: Path, *, steps: int, peak_rate: f
         mask = tokenizer(chosen, padding="max_length", max_length=length, return_tensors="pt").attention_mask
         optimizer.param_groups[0]["lr"] = peak_rate * schedule(step, steps)
         hidden = recipe.encode_prompts(tokenizer, model.encoder, chosen, length)
-        loss, right = 0.0, []
+        loss: Any = 0.0
+        right = []
         for column, head in enumerate(model.heads.values()):
             target = labels[rows, column, None].expand_as(mask).masked_fill(mask == 0, NOT_NAMED)
             logits = head(hidden)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from alignkit.models import family_module
@@ -38,9 +39,9 @@ def train_transformer(
     blind: float,
     held_out: int,
     seed: int,
-    start: nn.Module | None = None,
+    start: ModelMixin | None = None,
     stage: str = "transformer",
-) -> nn.Module:
+) -> ModelMixin:
     """Train on path points drawn by the recipe's law, with one caption in ten left empty.
 
     The tiny CogVideoX never read in 14000 steps of single clips whether its text said circle or square: the two

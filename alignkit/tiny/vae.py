@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
 from alignkit.tiny.clips import SHAPES, render_clip
@@ -37,7 +38,7 @@ def train_vae(
     late_kl_weight: float,
     autocast: bool,
     seed: int,
-) -> nn.Module:
+) -> ModelMixin:
     """Train on uint8 clips [N, F, H, W, 3]; returns the autoencoder with its averaged weights.
 
     ``late_kl_weight`` holds in the second half: the first half's weight empties a channel or two. ``autocast``: in
@@ -70,7 +71,7 @@ def train_vae(
 
 def polish_decoder(
     recipe: Recipe,
-    vae: nn.Module,
+    vae: ModelMixin,
     clips: np.ndarray,
     latents: torch.Tensor,
     folder: Path,
@@ -79,7 +80,7 @@ def polish_decoder(
     peak_rate: float,
     autocast: bool,
     seed: int,
-) -> nn.Module:
+) -> ModelMixin:
     """Train the decoder alone on whole clips, from their normalised latents with a little noise added.
 
     The encoder, and with it everything that is trained on latents, stays as it is. Whole clips remove the
@@ -139,35 +140,35 @@ def _descend(model: nn.Module, optimizer: Muon, loss: torch.Tensor) -> None:
     optimizer.step()
 
 
-def channels_last(vae: nn.Module) -> None:
+def channels_last(vae: ModelMixin) -> None:
     """Convolutions in channels-last order: three times faster in bfloat16 on a processor."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)
+            module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         elif isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 @torch.no_grad()
-def encode_clips(vae: nn.Module, clips: np.ndarray, batch: int = 16) -> torch.Tensor:
+def encode_clips(vae: ModelMixin, clips: np.ndarray, batch: int = 16) -> torch.Tensor:
     """uint8 [N, F, H, W, 3] to the latents' means, float32 [N, 8, F', H/4, W/4], not normalised."""
     return torch.cat([vae.encode(to_unit(clips[i : i + batch])).latent_dist.mean for i in range(0, len(clips), batch)])
 
 
 @torch.no_grad()
-def decode_latents(vae: nn.Module, latents: torch.Tensor, batch: int = 16) -> np.ndarray:
+def decode_latents(vae: ModelMixin, latents: torch.Tensor, batch: int = 16) -> np.ndarray:
     """Latents that are not normalised, [N, 8, F', h, w], to uint8 clips [N, F, H, W, 3]."""
     return np.concatenate([to_uint8(vae.decode(latents[i : i + batch]).sample) for i in range(0, len(latents), batch)])
 
 
 @torch.no_grad()
-def posterior_variance(vae: nn.Module, clips: np.ndarray) -> torch.Tensor:
+def posterior_variance(vae: ModelMixin, clips: np.ndarray) -> torch.Tensor:
     """Mean variance of the encoder's posterior by channel, [8], over uint8 clips [N, F, H, W, 3]."""
     return vae.encode(to_unit(clips)).latent_dist.var.mean(dim=(0, 2, 3, 4))
 
 
 @torch.no_grad()
-def shape_contrast(vae: nn.Module, seed: int, count: int = 64) -> torch.Tensor:
+def shape_contrast(vae: ModelMixin, seed: int, count: int = 64) -> torch.Tensor:
     """Second moments [C, C] of how latents change when a clip's shape is another and all else stays; float64."""
     latents = [
         encode_clips(vae, np.stack([render_clip(seed, index, shape).frames for index in range(count)]))

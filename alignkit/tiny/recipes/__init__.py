@@ -1,13 +1,15 @@
 """What the tiny model of each family is built of; one module a family, all with the names of `Recipe`."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Protocol
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from torch import Tensor
+from transformers import ByT5Tokenizer, PreTrainedModel
 
-from alignkit.models.folder import ModelFolder
+from alignkit.models import VideoModel
 
 FAMILIES = ("wan", "cogvideox")
 
@@ -29,7 +31,7 @@ class Recipe(Protocol):
     TITLE: str
     PIPELINE: type[DiffusionPipeline]
     VAE_BATCHES: tuple[tuple[int, int, int], ...]
-    ADAPTER: type[ModelFolder]
+    ADAPTER: Callable[[str, int, SchedulerMixin], VideoModel]
     TEXT_LENGTHS: tuple[int, ...]
     TEXT_LENGTH_SHARES: tuple[float, ...]
     ENCODED_LENGTHS: tuple[int, ...]
@@ -37,32 +39,34 @@ class Recipe(Protocol):
     PATH_POINTS: str
     HELD_OUT_POINTS: tuple[float, ...]
 
-    def new_vae(self) -> nn.Module: ...
+    def new_vae(self) -> ModelMixin: ...
 
-    def decode_unclamped(self, vae: nn.Module, latents: Tensor) -> Tensor:
+    def decode_unclamped(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         """What `vae.decode` gives, with a gradient for pixels beyond the range too."""
 
-    def store_statistics(self, vae: nn.Module, latents: Tensor, variance: Tensor, contrast: Tensor) -> None:
+    def store_statistics(self, vae: ModelMixin, latents: Tensor, variance: Tensor, contrast: Tensor) -> None:
         """Give the VAE the scale that the pipeline reads off its config, from latents [N, C, F, h, w] of some clips.
 
         `variance`: the posterior's own by channel, [C]. `contrast`: `shape_contrast`, [C, C]. The VAE's latents may
         change by this; the videos that it makes of them may not.
         """
 
-    def normalise(self, vae: nn.Module, latents: Tensor) -> Tensor:
+    def normalise(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         """The VAE's latents as the transformer sees them; [N, C, F, h, w] stays."""
 
-    def denormalise(self, vae: nn.Module, latents: Tensor) -> Tensor:
+    def denormalise(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         """The inverse of `normalise`."""
 
-    def new_text_encoder(self) -> nn.Module: ...
+    def new_text_encoder(self) -> PreTrainedModel: ...
 
-    def encode_prompts(self, tokenizer, encoder: nn.Module, prompts: list[str], length: int) -> Tensor:
+    def encode_prompts(
+        self, tokenizer: ByT5Tokenizer, encoder: PreTrainedModel, prompts: list[str], length: int
+    ) -> Tensor:
         """Text as the pipeline encodes it: float [B, length, D]."""
 
-    def new_transformer(self) -> nn.Module: ...
+    def new_transformer(self) -> ModelMixin: ...
 
-    def new_scheduler(self): ...
+    def new_scheduler(self) -> SchedulerMixin: ...
 
     def to_network(self, latents: Tensor) -> Tensor:
         """Latents [N, C, F, h, w] in the transformer's layout."""
@@ -75,6 +79,6 @@ def recipe_of(family: str) -> ModuleType:
     return {"wan": wan, "cogvideox": cogvideox}[family]
 
 
-def per_channel(values) -> Tensor:
+def per_channel(values: list[float]) -> Tensor:
     """Numbers by latent channel, ready to scale latents [N, C, F, h, w]."""
     return torch.tensor(values).view(1, -1, 1, 1, 1)
