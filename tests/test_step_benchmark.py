@@ -41,12 +41,13 @@ def test_the_plain_loss_is_the_fused_one(step, config_file, tmp_path):
 
 
 def test_each_rung_takes_its_step_and_is_measured_beside_the_others(command, tmp_path):
-    """Plain, the defaults, and all that is switched on beside them, under ZeRO-3."""
+    """Under ZeRO-3. What torch compiles is left out: the compiler alone would take longer than all of this."""
+    rungs = ("plain", "alignkit", "+ cached", "+ selective", "+ apart")
     options = ("--models", "tiny-wan", "--preset", "zero3", "--rounds", "1", "--csv", tmp_path / "rows.csv")
-    answer = command(BENCHMARKS / "step.py", *options, python=())
+    answer = command(BENCHMARKS / "step.py", *options, "--rungs", *rungs, python=())
     assert answer.returncode == 0, answer.stderr
     rows = {row["rung"]: row for row in csv.DictReader((tmp_path / "rows.csv").open())}
-    assert list(rows) == ["plain", "alignkit", "+ cached", "+ selective", "+ apart", "+ compile"]
+    assert list(rows) == list(rungs)
     assert all(float(row[f"{part}_s"]) > 0 for row in rows.values() for part in ("data", "policy", "optimizer"))
     assert all(row["device"] and row["torch"] == torch.__version__ and row["attention"] == "native"
                for row in rows.values())  # fmt: skip

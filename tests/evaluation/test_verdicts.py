@@ -1,6 +1,8 @@
 """Whole runs, and the verdict that each deserves: an alignment, a collapse, and one clip."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -35,14 +37,22 @@ def settings(config_file, folder, name: str, *more: str):
     return load_config(config_file, [*places, *SIZES, *more])
 
 
-def summary_of(config) -> dict:
-    for name in ("train", "sample", "eval"):
-        run_command(name, config)
+def summary_of(config, drawn: Path) -> dict:
+    """drawn: where the samples of the base are kept, which are the same for every run."""
+    run_command("train", config)
+    base = config.output.dir / "samples" / "base"
+    if drawn.exists():
+        shutil.copytree(drawn, base)
+    run_command("sample", config)
+    if not drawn.exists():
+        shutil.copytree(base, drawn)
+    run_command("eval", config)
     return json.loads((config.output.dir / "summary.json").read_text())
 
 
 def test_an_alignment_on_drawn_clips_is_reached(config_file, drawn_pairs):
-    summary = summary_of(settings(config_file, drawn_pairs, "aligned", "train.steps=40"))
+    config = settings(config_file, drawn_pairs, "aligned", "train.steps=40")
+    summary = summary_of(config, drawn_pairs / "base")
     failed = [check["text"] for check in summary["criteria"] if not check["reached"]]
     assert summary["verdict"] == "reached" and summary["reached"] is True, failed
     for name in ("fault_rate", "prompt_following"):
@@ -53,7 +63,7 @@ def test_an_alignment_on_drawn_clips_is_reached(config_file, drawn_pairs):
 def test_a_collapse_is_not_reached(config_file, drawn_pairs):
     """A rate that ruins the network in a few steps: pairs may be told apart all the same."""
     collapse = "objective={beta: 5000, strength_range: [0.75, 1.0]}", "train.learning_rate=1e-3", "train.steps=12"
-    summary = summary_of(settings(config_file, drawn_pairs, "collapsed", *collapse))
+    summary = summary_of(settings(config_file, drawn_pairs, "collapsed", *collapse), drawn_pairs / "base")
     assert summary["verdict"] == "not reached" and summary["unjudged"] == []
     failed = {check["name"] for check in summary["criteria"] if not check["reached"]}
     assert {"winner error", "Fréchet distance"} <= failed
