@@ -51,7 +51,7 @@ def summary_of(config, drawn: Path) -> dict:
 
 
 def test_an_alignment_on_drawn_clips_is_reached(config_file, drawn_pairs):
-    config = settings(config_file, drawn_pairs, "aligned", "train.steps=40")
+    config = settings(config_file, drawn_pairs, "aligned", "train.steps=24")
     summary = summary_of(config, drawn_pairs / "base")
     failed = [check["text"] for check in summary["criteria"] if not check["reached"]]
     assert summary["verdict"] == "reached" and summary["reached"] is True, failed
