@@ -59,9 +59,12 @@ SMALL = (
 )
 
 
+LONGEST = "test_verdicts", "test_interpreter", "test_campaign", "test_compiled", "test_rounds", "test_shipped"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Training runs first: its files take minutes each, and left to the end would keep one worker busy alone."""
-    items.sort(key=lambda item: "training" not in item.path.parts)
+    """The longest files first, then training's: one of minutes that begins last keeps its worker busy alone."""
+    items.sort(key=lambda item: (item.path.stem not in LONGEST, "training" not in item.path.parts))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from alignkit_kernels import NoiseKey, PathState, add_keyed_noise, keyed_randn, pair_region_errors, region_errors
+from alignkit_kernels import (
+    NoiseKey,
+    PathState,
+    add_keyed_noise,
+    dispatch,
+    keyed_randn,
+    pair_region_errors,
+    region_errors,
+)
 from alignkit_kernels.checks import check_regions
 from alignkit_kernels.layout import by_sample
 
@@ -204,9 +212,10 @@ def test_a_samples_numbers_ignore_its_batch(make_case, launched, shape, noise):
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1, 3, 5), (1, 1, 1, 17, 16)])
-def test_twenty_repeats_are_equal_bit_for_bit(make_case, shape):
+def test_repeats_are_equal_bit_for_bit(make_case, shape):
     case, other = make_case(shape=shape, noise="keyed"), make_case(shape=shape, noise="keyed", seed=1)
-    first, *others = (everything(case, other) for _ in range(20))
+    # the interpreter runs one program after the other: nothing can overtake
+    first, *others = (everything(case, other) for _ in range(3 if dispatch.INTERPRETED else 20))
     assert all(torch.equal(again[name], first[name]) for again in others for name in first)
 
 
