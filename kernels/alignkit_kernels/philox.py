@@ -27,7 +27,7 @@ SMALLEST_UNIFORM = 1.0e-7  # bounds the logarithm: normals stay within 5.68
 def multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """High and low words of a 32 x 32 bit product (int64 wraps, its bits stay right)."""
     product = a * b
-    return (product >> 32) & WORD, product & WORD
+    return (product >> 32).bitwise_and_(WORD), product.bitwise_and_(WORD)
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:
@@ -41,12 +41,13 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
     return c0, c1, c2, c3
 
 
-def sample_words(elements: int, keys: Tensor) -> Tensor:
-    """Words of the first `elements` elements of every sample, [B, elements rounded up to a multiple of 4].
+def sample_words(elements: int, keys: Tensor, first: int = 0) -> Tensor:
+    """Words of `elements` elements of every sample, from element 4 * first on, [B, elements rounded up to a multiple
+    of 4].
 
     keys: int64 [B, 4], rows (seed, sample id, draw, stream).
     """
-    counter = torch.arange(-(-elements // 4), device=keys.device)
+    counter = torch.arange(first, first - (-elements // 4), device=keys.device)
     seed, sample, draw, stream = keys.unsqueeze(-1).unbind(1)
     return torch.stack(philox(seed, counter, sample & WORD, draw & WORD, stream & WORD), dim=-1).flatten(1)
 

@@ -3,6 +3,8 @@
 Terms are computed in fp32 (fp64 when an input is), products of differences so that equal predictions give
 exactly 0; they are summed over a tree fixed by the sample's size alone, along the channels in their own precision and
 then in fp64. So a sample's numbers depend on neither its batch nor the number of threads.
+
+Whole latents are overwritten where they are not needed again: a new one's pages cost more than the arithmetic.
 """
 
 import torch
@@ -24,12 +26,13 @@ def target_of(clean: Tensor, coefficients: Tensor, source: str, noise: Tensor, d
     columns = coefficient_columns(coefficients, dtype, clean.dim())
     _, _, c, d = columns
     clean = clean.to(dtype)
-    return c * noise_of(source, noise, clean, columns) + d * clean
+    return (c * noise_of(source, noise, clean, columns)).add_(d * clean)
 
 
 def gap_terms(pred: Tensor, reference: Tensor, target: Tensor) -> Tensor:
-    """(p - y)**2 - (r - y)**2 without cancellation."""
-    return (pred - reference) * (pred + reference - 2 * target)
+    """(p - y)**2 - (r - y)**2 without cancellation, as (p - r) * (p + r - 2 * y); in the place of `target`."""
+    total = (pred + reference).sub_(target, alpha=2)  # 2 * y is exact
+    return torch.sub(pred, reference, out=target).mul_(total)
 
 
 def tree_sum(x: Tensor) -> Tensor:
@@ -73,17 +76,16 @@ def region_counts(like: Tensor, regions: Tensor | None, num_regions: int) -> Ten
 
 
 def scaled_by_region(values: Tensor, weights: Tensor, regions: Tensor | None, highest: int = 255) -> Tensor:
-    """values * weights[b, region]; 0 where the label has no weight, whatever the value is. No label is above
+    """values * weights[b, region], in place; 0 where the label has no weight, whatever the value is. No label is above
     `highest`."""
     weights = weights.to(values.dtype)
     if regions is None:
-        return values * weights.reshape(-1, *[1] * (values.dim() - 1))
+        return values.mul_(weights.reshape(-1, *[1] * (values.dim() - 1)))
     num_regions, batch = weights.shape[1], values.shape[0]
     labels = regions.flatten(1).long().expand(batch, -1)
     weight = weights.gather(1, labels.clamp(max=num_regions - 1)).reshape(batch, *regions.shape[1:])
-    if highest < num_regions:
-        return values * weight
-    return torch.where(regions < num_regions, values * weight, 0.0)
+    values.mul_(weight)
+    return values if highest < num_regions else values.masked_fill_(regions >= num_regions, 0.0)
 
 
 def forward(
@@ -101,7 +103,7 @@ def forward(
     target = target_of(clean, coefficients, source, noise, dtype)
     p = pred.to(dtype)
     count = region_counts(pred, regions, num_regions)
-    error = region_sums((p - target) ** 2, regions, num_regions)
+    error = region_sums((p - target).square_(), regions, num_regions)
     if reference is None:
         return torch.stack((count, error, torch.zeros_like(error)))
     gap = region_sums(gap_terms(p, reference.to(dtype), target), regions, num_regions)
@@ -119,5 +121,6 @@ def backward(
 ) -> Tensor:
     """d(loss)/d(pred) = 2 * g[region] * (pred - y), with g the gradients of error and gap together."""
     dtype = compute_dtype(pred, clean)
-    residual = pred.to(dtype) - target_of(clean, coefficients, source, noise, dtype)
+    target = target_of(clean, coefficients, source, noise, dtype)
+    residual = torch.sub(pred.to(dtype), target, out=target)
     return scaled_by_region(residual, 2 * (grad[1] + grad[2]), regions).to(pred.dtype)

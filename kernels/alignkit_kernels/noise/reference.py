@@ -1,5 +1,6 @@
 """Keyed noise in plain torch: the meaning of the kernels beside it."""
 
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -8,10 +9,22 @@ from torch import Tensor
 from ..philox import normals, sample_words, uniforms
 from ..sources import GIVEN, KEYED
 
+PART = 2**15  # counters at a time of all samples together, for each thread: what they become stays in its cache
+
+
+def from_words(shape: list[int], keys: Tensor, dtype: torch.dtype, made: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is `made` of the words of each element, fp32 rounded to `dtype`."""
+    elements, batch = prod(shape[1:]), keys.shape[0]
+    found = torch.empty(batch, -(-elements // 4) * 4, dtype=dtype, device=keys.device)
+    step = 4 * max(PART * torch.get_num_threads() // batch, 1)
+    for start in range(0, found.shape[1], step):
+        part = found[:, start : start + step]
+        part.copy_(made(sample_words(part.shape[1], keys, start // 4)))
+    return found[:, :elements].reshape(shape)
+
 
 def keyed_normal(shape: list[int], keys: Tensor, dtype: torch.dtype) -> Tensor:
-    elements = prod(shape[1:])
-    return normals(sample_words(elements, keys))[:, :elements].reshape(shape).to(dtype)
+    return from_words(shape, keys, dtype, normals)
 
 
 def keyed_part(shape: list[int], keys: Tensor, dtype: torch.dtype, axis: int, start: int, full_size: int) -> Tensor:
@@ -21,8 +34,7 @@ def keyed_part(shape: list[int], keys: Tensor, dtype: torch.dtype, axis: int, st
 
 
 def keyed_uniform(shape: list[int], keys: Tensor, dtype: torch.dtype) -> Tensor:
-    elements = prod(shape[1:])
-    return uniforms(sample_words(elements, keys))[:, :elements].reshape(shape).to(dtype)
+    return from_words(shape, keys, dtype, uniforms)
 
 
 def noise_of(source: str, noise: Tensor, clean: Tensor, columns: list[Tensor]) -> Tensor:

@@ -11,26 +11,29 @@ from ..errors.reference import (
     scaled_by_region,
     target_of,
 )
+from ..noise.reference import keyed_normal
+from ..sources import GIVEN, KEYED
 
 
-def residuals(
-    preds: tuple[Tensor, Tensor],
-    cleans: tuple[Tensor, Tensor],
+def targets_of(
+    clean_w: Tensor,
+    clean_l: Tensor,
     coefficients: Tensor,
     source_w: str,
     noise_w: Tensor,
     source_l: str,
     noise_l: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Targets and pred - target of winner and loser. No noise for the loser means the winner's noise."""
+) -> tuple[Tensor, Tensor]:
+    """The targets of winner and loser. No noise for the loser means the winner's noise."""
     if noise_l is None:
+        if source_w == KEYED:  # of both, and drawn once
+            source_w, noise_w = GIVEN, keyed_normal(list(clean_w.shape), noise_w, dtype)
         source_l, noise_l = source_w, noise_w
-    targets = (
-        target_of(cleans[0], coefficients, source_w, noise_w, dtype),
-        target_of(cleans[1], coefficients, source_l, noise_l, dtype),
+    return (
+        target_of(clean_w, coefficients, source_w, noise_w, dtype),
+        target_of(clean_l, coefficients, source_l, noise_l, dtype),
     )
-    return targets, (preds[0].to(dtype) - targets[0], preds[1].to(dtype) - targets[1])
 
 
 def forward(
@@ -55,14 +58,14 @@ def forward(
     """
     regions = None if regions is None else regions.clamp(max=highest)
     dtype = compute_dtype(pred_w, pred_l, reference_w, reference_l, clean_w, clean_l)
-    (target_w, target_l), (residual_w, residual_l) = residuals(
-        (pred_w, pred_l), (clean_w, clean_l), coefficients, source_w, noise_w, source_l, noise_l, dtype
-    )
+    target_w, target_l = targets_of(clean_w, clean_l, coefficients, source_w, noise_w, source_l, noise_l, dtype)
 
     def sums(terms: Tensor) -> Tensor:
         return region_sums(terms, regions, num_regions)
 
-    error_w, error_l, cross = sums(residual_w**2), sums(residual_l**2), sums(residual_w * residual_l)
+    residual_w, residual_l = pred_w.to(dtype) - target_w, pred_l.to(dtype) - target_l
+    cross = sums(residual_w * residual_l)
+    error_w, error_l = sums(residual_w.square_()), sums(residual_l.square_())
     gap_w = gap_l = torch.zeros_like(error_w)
     if reference_w is not None and reference_l is not None:
         gap_w = sums(gap_terms(pred_w.to(dtype), reference_w.to(dtype), target_w))
@@ -117,15 +120,15 @@ def write_gradients(
     """
     dtype = compute_dtype(pred_w, pred_l, clean_w, clean_l)
     regions = None if regions is None else regions.clamp(max=highest)
-    _, (residual_w, residual_l) = residuals(
-        (pred_w, pred_l), (clean_w, clean_l), coefficients, source_w, noise_w, source_l, noise_l, dtype
-    )
+    target_w, target_l = targets_of(clean_w, clean_l, coefficients, source_w, noise_w, source_l, noise_l, dtype)
+    residual_w = torch.sub(pred_w.to(dtype), target_w, out=target_w)
+    residual_l = torch.sub(pred_l.to(dtype), target_l, out=target_l)
     if upstream is None:
         _, error_w, error_l, gap_w, gap_l, cross = grads
-        dpred_w = scaled_by_region(residual_w, 2 * (error_w + gap_w), regions)
-        dpred_l = scaled_by_region(residual_l, 2 * (error_l + gap_l), regions)
-        dpred_w = dpred_w + scaled_by_region(residual_l, cross, regions)
-        dpred_l = dpred_l + scaled_by_region(residual_w, cross, regions)
+        dpred_w = scaled_by_region(residual_w.clone(), 2 * (error_w + gap_w), regions)
+        dpred_l = scaled_by_region(residual_l.clone(), 2 * (error_l + gap_l), regions)
+        dpred_w += scaled_by_region(residual_l, cross, regions)
+        dpred_l += scaled_by_region(residual_w, cross, regions)
     else:
         by_loss, importance, by_pair = (None if x is None else x.to(dtype) for x in upstream)
         batch = pred_w.shape[0]
