@@ -175,6 +175,12 @@ def test_a_default_may_differ_between_objectives(tmp_path):
         ("train:\n  seed: true\n", "train.seed"),
         ("train:\n  learning_rate: true\n", "train.learning_rate: should be a number, not true or false"),
         ("sample:\n  seeds: [1, 2.0]\n", "sample.seeds.1"),
+        ("sample:\n  seeds: [1, 2, 1]\n", "sample.seeds: 1 stands there twice"),
+        ("evaluation:\n  positions: [0.1, 0.10]\n", "evaluation.positions: 0.1 stands there twice"),
+        ("model:\n  lora: [/a/b, /a/./b]\n", "model.lora: /a/b stands there twice"),
+        ("objective:\n  strength_range: [0.9, 0.75]\n", "objective: strength_range must rise"),
+        ("train:\n  betas: [0.9, 1.0]\n", "train.betas.1: input should be less than 1, got 1"),
+        ("train:\n  seed: 18446744073709551616\n", "train.seed: input should be less than 18446744073709551616"),
     ],
 )
 def test_what_yaml_takes_in_silence_and_nobody_means_is_refused(tmp_path, text, words):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from alignkit.config.sections import Count, NonNegative, Number, Place, Positive, Section, Seed
+from alignkit.config.sections import BelowOne, Count, NonNegative, Number, Place, Positive, Section, Seed
 
 HIGH_NOISE = (0.75, 0.95)
 """t ∈ [750, 950] of 1000, which nearly matches the whole range in LPO's ablation (arXiv 2502.01051)."""
@@ -139,7 +139,7 @@ class ReferenceSection(Section):
     )
     cache: Place | None = Field(None, description="folder of the cached errors; null: output.dir/reference")
     every: Positive = Field(1, description="with ema and sync: steps from one move of the reference to the next")
-    decay: Annotated[Number, Field(ge=0.0, lt=1.0)] = Field(0.99, description="with ema: what is kept at each move")
+    decay: BelowOne = Field(0.99, description="with ema: what is kept at each move")
     from_: Literal["stage", "base"] = Field(
         "stage", alias="from", description="in a chain: what the stage starts from, or the model under all stages"
     )

@@ -95,6 +95,13 @@ class ObjectiveSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _strengths_rise(self) -> "ObjectiveSection":
+        low, high = self.strength_range
+        if low >= high:
+            raise ValueError(f"strength_range must rise, got [{low:g}, {high:g}]")
+        return self
+
+    @model_validator(mode="after")
     def _something_to_train_on(self) -> "ObjectiveSection":
         names = "weight_region", "weight_global", "weight_sft", "weight_region_sft"
         if self.name == "local_dpo" and not any(getattr(self, name) for name in names):

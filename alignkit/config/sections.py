@@ -20,12 +20,22 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        raise ValueError(f"{twice[0]} stands there twice")
+    return values
+
+
 Positive = Annotated[int, Field(ge=1, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**64, strict=True)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 """YAML 1.1 takes 1e-4 for a text, so texts of numbers are taken."""
 Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[Number, Field(ge=0.0, lt=1.0)]
+EachOnce = AfterValidator(_each_once)
+"""Of a list: what stands there twice would be counted, or merged, twice."""
 NonNegative = Annotated[Number, Field(ge=0.0)]
 Place = Annotated[Path, AfterValidator(_expanded)]
 """A file or folder: with ~ expanded, and absolute, so that it means the same wherever it is read."""
@@ -54,7 +64,9 @@ class ModelSection(Section):
         description="kernel of the network's attention; auto: the first of these that runs here, on a CPU native; a "
         "named one that does not run is an error",
     )
-    lora: tuple[Place, ...] = Field((), description="LoRA folders to merge into the weights, in this order")
+    lora: Annotated[tuple[Place, ...], EachOnce] = Field(
+        (), description="LoRA folders to merge into the weights, in this order"
+    )
     expert: Literal["high", "low"] | None = Field(
         None,
         description="of Wan2.2's A14B, which has two: the one that is trained, and that lora is of; high: at noise "
@@ -151,7 +163,7 @@ class PairsSection(Section):
     """How losers are made from winners."""
 
     folder: Place | None = Field(None, description="where the pairs are, to be shared by runs; null: output.dir/pairs")
-    seed: Count = Field(0, description="of masks, strengths and noise, and of which clips are held out")
+    seed: Seed = Field(0, description="of masks, strengths and noise, and of which clips are held out")
     per_clip: Positive = Field(1, description="pairs made from each clip, with different masks and noise")
     num_inference_steps: Positive = Field(50, description="steps of the schedule on which regions are redone")
     strengths: tuple[Positive, ...] = Field(
@@ -197,7 +209,7 @@ class LoraSection(Section):
 class TrainSection(Section):
     """Optimisation. Pair order, noise and timesteps are functions of (seed, epoch, pair id) alone."""
 
-    seed: Count = Field(0, description="of pair order, noise, timesteps, caption dropout and new adapters")
+    seed: Seed = Field(0, description="of pair order, noise, timesteps, caption dropout and new adapters")
     steps: Positive = Field(500, description="optimizer steps in all; of a chain, in each stage")
     optimizer: Literal["adamw", "adamw_bf16", "adamw_8bit"] = Field(
         "adamw",
@@ -210,7 +222,7 @@ class TrainSection(Section):
         "constant", description="of the learning rate after that; cosine: down to min_learning_rate at the last step"
     )
     min_learning_rate: NonNegative = Field(0.0, description="at the end of schedule cosine")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's decay of its first and second moments")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), description="AdamW's decay of its first and second moments")
     weight_decay: NonNegative = Field(1e-3, description="AdamW's, of everything that is trained")
     max_grad_norm: Annotated[Number, Field(gt=0)] = Field(
         1.0, description="norm, over all weights, to which a larger gradient is scaled"
@@ -329,7 +341,7 @@ class SampleSection(Section):
     dynamic_guidance: bool = Field(False, description="CogVideoX's use_dynamic_cfg")
     negative_prompt: str = Field("", description="what guidance leads away from")
     count: Positive = Field(64, description="videos sampled per seed and model, from held-out prompts")
-    seeds: tuple[Count, ...] = Field(
+    seeds: Annotated[tuple[Seed, ...], EachOnce] = Field(
         (0,), min_length=1, description="of starting noise; every prompt is sampled once with each, by both models"
     )
     batch_size: Positive = Field(1, description="videos sampled at once")
@@ -342,8 +354,8 @@ class SampleSection(Section):
 class EvaluationSection(Section):
     """How `alignkit eval` scores held-out pairs: with fixed noise, at fixed points of the inference schedule."""
 
-    seed: Count = Field(0, description="of the noise that pairs are scored with")
-    positions: tuple[Annotated[Number, Field(ge=0.0, lt=1.0)], ...] = Field(
+    seed: Seed = Field(0, description="of the noise that pairs are scored with")
+    positions: Annotated[tuple[BelowOne, ...], EachOnce] = Field(
         (0.1, 0.3, 0.5, 0.7, 0.9),
         min_length=1,
         description="points of the schedule as shares of its steps; 0: pure noise",
