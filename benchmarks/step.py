@@ -10,7 +10,7 @@ fp32, torch's AdamW. alignkit: `alignkit train`'s own step with bf16 weights and
 keyed noise and the fused loss. + cached: the reference's errors from `alignkit cache-reference`, whose cost stands
 beside it, instead of a second model. + selective and + apart each stand on the rung above; torch compiles nothing under
 selective checkpointing, so + compile stands on + cached. All on the same attention backend, with gradient checkpointing
-and on the same latents. On a CPU everything is fp32 and the loss takes its reference path. Rows go to a CSV, a picture
+and pairs of one store. On a CPU everything is fp32 and the loss takes its reference path. Rows go to a CSV, a picture
 of them beside it.
 """
 
@@ -58,6 +58,7 @@ RUNGS: dict[str, dict] = {  # alignkit's: keys of `train` beside cached errors
 PARTS = ("data", "reference", "policy", "optimizer")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bf16, dense, as the maker says
 PAIRS = 4
+LINEAR = torch.nn.functional.linear  # which ZeRO-3 replaces for a whole process
 BUCKET = ("deepspeed.config={zero_optimization: {reduce_bucket_size: 200000}}",)  # else 2 GB beside 26 MB of weights
 
 
@@ -157,6 +158,13 @@ class Plain:
         self.autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if on_gpu else nullcontext
 
     def step(self, number: int) -> tuple[float, dict[str, float]]:
+        replaced, torch.nn.functional.linear = torch.nn.functional.linear, LINEAR
+        try:
+            return self._step(number)
+        finally:
+            torch.nn.functional.linear = replaced
+
+    def _step(self, number: int) -> tuple[float, dict[str, float]]:
         self.clock.at("data")
         batch = load_rows(self.store, [number % PAIRS], self.process.device)
         points = start_law(self.config, self.model).draw(batch.ids, torch.zeros(len(batch), dtype=torch.int64))
@@ -251,7 +259,7 @@ def measure(name: str, rungs: list[str], preset: str, rounds: int, folder: Path,
     clocks: dict[str, list[dict[str, float]]] = {rung: [] for rung in rungs}
     peaks = dict.fromkeys(rungs, 0.0)
     for number in range(1, rounds + 2):  # the first is warm-up
-        for rung in rungs if number % 2 else rungs[::-1]:
+        for rung in (*rungs[number % len(rungs) :], *rungs[: number % len(rungs)]):  # none always after the same one
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             loss, seconds = built[rung].step(number)
@@ -338,13 +346,19 @@ def draw(rows: list[dict], picture: Path) -> None:
     plt.close(figure)
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [name for name, file in TINY.items() if (ROOT / "configs" / file).exists()]
     parser.add_argument("--models", nargs="+", default=known, choices=[*known, *REAL], metavar="MODEL")
     parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=RUNGS, metavar="RUNG")
     parser.add_argument("--preset", default="zero2", choices=("zero2", "zero3"), help="alignkit's, of DeepSpeed")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each rung, after two to warm up")
+    parser.add_argument("--rounds", type=positive, default=7, help="timed steps of each rung, after two to warm up")
     parser.add_argument("--csv", type=Path, default=ROOT / "out" / "benchmarks" / "steps.csv")
     given = parser.parse_args()
     process = start_process()

@@ -95,10 +95,10 @@ class ObjectiveSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _strengths_rise(self) -> "ObjectiveSection":
+    def _strengths_do_not_fall(self) -> "ObjectiveSection":
         low, high = self.strength_range
-        if low >= high:
-            raise ValueError(f"strength_range must rise, got [{low:g}, {high:g}]")
+        if low > high:
+            raise ValueError(f"strength_range must not fall, got [{low:g}, {high:g}]")
         return self
 
     @model_validator(mode="after")

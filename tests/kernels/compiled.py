@@ -135,7 +135,7 @@ def assembled(ptx: str, arch: int) -> tuple[dict[str, str], dict[str, list[str]]
 
 
 def _instructions(section: str) -> list[str]:
-    lines = (re.sub(r"^.*?/\*\w+\*/\s+", "", line) for line in re.findall(r"^\s+/\*\w{4,}\*/.*", section, re.M))
+    lines = (re.sub(r"^.*?/\*\w+\*/\s+", "", line) for line in re.findall(r"^[ \t]+/\*\w{4,}\*/.*", section, re.M))
     return [line for line in lines if not line.startswith("NOP")]
 
 

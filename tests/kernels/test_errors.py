@@ -16,6 +16,7 @@ from alignkit_kernels import (
     region_errors,
 )
 from alignkit_kernels.checks import check_regions
+from alignkit_kernels.errors import reference
 from alignkit_kernels.layout import by_sample
 
 LAYOUTS = ["channels_first", "frames_first", "image", "aligned"]
@@ -209,6 +210,14 @@ def test_a_samples_numbers_ignore_its_batch(make_case, launched, shape, noise):
             part = everything(case.rows(rows), other.rows(rows))
         assert part.keys() == whole.keys()
         assert all(torch.equal(part[name], whole[name][rows]) for name in whole)
+
+
+def test_the_reference_adds_in_the_same_order_however_the_noise_lies(make_case):
+    case = make_case(shape=(2, 4, 3, 5, 6))
+    x = case.pred.detach(), case.reference, case.clean, case.coefficients, "given"
+    turned = case.noise.transpose(1, 4).contiguous().transpose(1, 4)
+    first, again = (reference.forward(*x, noise, case.regions, 2) for noise in (case.noise, turned))
+    assert torch.equal(first, again) and first[2].abs().max() > 0
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1, 3, 5), (1, 1, 1, 17, 16)])

@@ -35,6 +35,19 @@ def pair(make_case):
     return make_case(shape=SHAPE, noise="keyed"), make_case(shape=SHAPE, seed=1)
 
 
+def test_what_is_made_lies_as_the_compiler_is_told(make_case, device):
+    """Contiguous, whatever the size, and however the inputs lie."""
+    shape = (2, 2, 1, 3, 5)  # 30 elements: no multiple of 4
+    case, keys = make_case(shape=shape), key_rows(NoiseKey(1, torch.arange(2, device=device), 0), 2, device)
+    made = [make(list(shape), keys, dtype) for make in (noise_op.keyed_normal, noise_op.keyed_uniform)
+            for dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
+    noise = case.noise.transpose(3, 4).contiguous().transpose(3, 4)
+    grad = torch.ones(3, 2, 2, dtype=torch.float64, device=device)
+    arguments = grad, case.pred, case.clean, case.coefficients, "given", noise, case.regions
+    made.append(errors_op.region_errors_backward(*arguments))
+    assert not noise.is_contiguous() and all(x.is_contiguous() for x in made)
+
+
 def test_opcheck(pair, device):
     winner, loser = pair
     keys = key_rows(winner.noise, 2, device)

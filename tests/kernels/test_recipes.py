@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,10 @@ def test_every_recipe_is_tested():
 def test_a_recipe_runs_and_learns(recipe):
     if importlib.util.find_spec(NEEDS[recipe]) is None:
         pytest.skip(f"{NEEDS[recipe]} is not installed, and this recipe is for its users")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    with socket.socket() as probe:  # others may run the same loop beside this one
+        probe.bind(("127.0.0.1", 0))
+        port = {"MASTER_PORT": str(probe.getsockname()[1])}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", **port}
     command = [sys.executable, str(RECIPES / f"{recipe}.py")]
     answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
     assert answer.returncode == 0, answer.stderr[-2000:]

@@ -30,9 +30,8 @@ def target_of(clean: Tensor, coefficients: Tensor, source: str, noise: Tensor, d
 
 
 def gap_terms(pred: Tensor, reference: Tensor, target: Tensor) -> Tensor:
-    """(p - y)**2 - (r - y)**2 without cancellation, as (p - r) * (p + r - 2 * y); in the place of `target`."""
-    total = (pred + reference).sub_(target, alpha=2)  # 2 * y is exact
-    return torch.sub(pred, reference, out=target).mul_(total)
+    """(p - y)**2 - (r - y)**2 without cancellation, as (p - r) * (p + r - 2 * y)."""
+    return (pred + reference).sub_(target, alpha=2).mul_(pred - reference)  # 2 * y is exact
 
 
 def tree_sum(x: Tensor) -> Tensor:
@@ -123,4 +122,4 @@ def backward(
     dtype = compute_dtype(pred, clean)
     target = target_of(clean, coefficients, source, noise, dtype)
     residual = torch.sub(pred.to(dtype), target, out=target)
-    return scaled_by_region(residual, 2 * (grad[1] + grad[2]), regions).to(pred.dtype)
+    return scaled_by_region(residual, 2 * (grad[1] + grad[2]), regions).to(pred.dtype).contiguous()

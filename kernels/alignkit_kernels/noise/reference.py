@@ -16,11 +16,12 @@ def from_words(shape: list[int], keys: Tensor, dtype: torch.dtype, made: Callabl
     """What is `made` of the words of each element, fp32 rounded to `dtype`."""
     elements, batch = prod(shape[1:]), keys.shape[0]
     found = torch.empty(batch, -(-elements // 4) * 4, dtype=dtype, device=keys.device)
-    step = 4 * max(PART * torch.get_num_threads() // batch, 1)
+    on_cpu = keys.device.type == "cpu"
+    step = 4 * max(PART * torch.get_num_threads() // max(batch, 1), 1) if on_cpu else max(found.shape[1], 1)
     for start in range(0, found.shape[1], step):
         part = found[:, start : start + step]
         part.copy_(made(sample_words(part.shape[1], keys, start // 4)))
-    return found[:, :elements].reshape(shape)
+    return found[:, :elements].reshape(shape).contiguous()
 
 
 def keyed_normal(shape: list[int], keys: Tensor, dtype: torch.dtype) -> Tensor:
