@@ -32,8 +32,8 @@ from alignkit.stores.folders import pairs_folder, video_spec
 from alignkit.stores.pairs import Pair, PairStore
 from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.cache import build_cache, with_cache
-from alignkit.training.distributed import group_lock, lone_worker, set_threads, start_process
-from alignkit.training.engine import accumulation_steps
+from alignkit.training.distributed import Process, group_lock, lone_worker, set_threads, start_process
+from alignkit.training.engine import accumulation_steps, check_deepspeed
 from alignkit.training.optimizers import check_optimizer
 from alignkit.training.references import check_reference
 from alignkit.training.supply import Waiting
@@ -108,9 +108,11 @@ def check_train(config: Config, processes: int) -> None:
     from alignkit.stages.chain import check_chain
 
     stages = stage_configs(config) if config.stages else [("", config)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for _, stage in stages:
         accumulation_steps(stage, processes)
         check_optimizer(stage)
+        check_deepspeed(stage, Process(0, processes, 0, device))
     if config.stages:
         check_chain(stages)
     else:

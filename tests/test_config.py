@@ -179,6 +179,7 @@ def test_a_default_may_differ_between_objectives(tmp_path):
         ("evaluation:\n  positions: [0.1, 0.10]\n", "evaluation.positions: 0.1 stands there twice"),
         ("model:\n  lora: [/a/b, /a/./b]\n", "model.lora: /a/b stands there twice"),
         ("objective:\n  strength_range: [0.9, 0.75]\n", "objective: strength_range must not fall"),
+        ("train:\n  lora: {targets: []}\n", "train.lora.targets: "),
         ("train:\n  betas: [0.9, 1.0]\n", "train.betas.1: input should be less than 1, got 1"),
         ("train:\n  seed: 18446744073709551616\n", "train.seed: input should be less than 18446744073709551616"),
     ],

@@ -1,6 +1,7 @@
 """The sections of a configuration that concern models, data, training and evaluation."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -202,7 +203,9 @@ class LoraSection(Section):
     rank: Positive = Field(64, description="of each adapter")
     alpha: Positive = Field(128, description="an adapter adds alpha / rank times its product")
     targets: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"), description="ends of the names of the linear layers that get one"
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        min_length=1,
+        description="ends of the names of the linear layers that get one",
     )
 
 
@@ -312,6 +315,29 @@ class TrainSection(Section):
         return self
 
 
+OURS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "what train.global_batch_size leaves for a process",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+    "fp16": "model.dtype, bf16 or fp32",
+    "sequence_parallel_size": "train.context_parallel",
+}
+"""Keys of DeepSpeed's that are set by others of a configuration."""
+
+
+def _numbers(value: Any) -> Any:
+    """5e8, which YAML 1.1 takes for a text, is a number in DeepSpeed's JSON."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+", value):
+        number = float(value)
+        return int(number) if number.is_integer() else number
+    return value
+
+
 class DeepSpeedSection(Section):
     """ZeRO stage and anything else of DeepSpeed's own JSON, passed through untouched."""
 
@@ -320,14 +346,17 @@ class DeepSpeedSection(Section):
         description="zero2: optimizer and gradients are shared out; zero3: weights too; zero3-offload: and kept "
         "in main memory; auto: the first of these that fits by the plan's numbers, chosen when a run begins and kept",
     )
-    config: dict[str, Any] = Field(
+    config: Annotated[dict[str, Any], AfterValidator(_numbers)] = Field(
         default_factory=dict, description="any keys of DeepSpeed's JSON, over what the preset and train say"
     )
 
     @model_validator(mode="after")
-    def _context_is_ours(self) -> "DeepSpeedSection":
-        if "sequence_parallel_size" in self.config:
-            raise ValueError("config: sequence_parallel_size: this is train.context_parallel")
+    def _only_what_is_not_ours(self) -> "DeepSpeedSection":
+        for key, value in self.config.items():
+            if key in OURS:
+                raise ValueError(f"config: {key}: this is {OURS[key]}")
+            if key in ("zero_optimization", "bf16", "data_types") and not isinstance(value, dict):
+                raise ValueError(f"config: {key}: should be a section of keys, got {value!r}")
         return self
 
 

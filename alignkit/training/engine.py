@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignkit.config import Config
+from alignkit.config import Config, changed
 from alignkit.errors import ConfigError
 from alignkit.models import VideoModel, working_dtype
 from alignkit.models.attention import set_attention
@@ -42,6 +42,10 @@ def process_put_back() -> Iterator[None]:
     finally:
         torch.nn.functional.linear = linear
         torch.set_num_threads(threads)
+
+
+NOT_TAKEN = ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError
+"""What DeepSpeed raises for a setting that it cannot work with, as likely as not without its name."""
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
@@ -96,6 +100,46 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
             "deepspeed.config: zero_optimization.stage 0 keeps no fp32 weights beside bf16 ones; use 1, 2 or 3"
         )
     return settings
+
+
+def check_deepspeed(config: Config, process: Process) -> None:
+    """Raises ConfigError, before any weight is read, for keys of `deepspeed.config` that DeepSpeed does not take."""
+    if not config.deepspeed.config:
+        return
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+    from pydantic import ValidationError
+
+    if config.deepspeed.preset not in PRESETS:  # auto: not resolved yet
+        config = changed(config, {"deepspeed": {"preset": "zero3"}}, "deepspeed.preset")
+    settings = deepspeed_config(config, process)
+    del settings["train_batch_size"]  # of more processes than there may be yet
+    try:
+        DeepSpeedConfig(copy.deepcopy(settings))
+        DtypeEnum(settings["data_types"]["grad_accum_dtype"])  # which it reads when all is loaded
+    except ValidationError as error:
+        found = error.errors()[0]
+        names = [str(name) for name in found["loc"]]
+        key = ".".join([*_section_of(settings, names[0]), *names])
+        said = found["msg"][:1].lower() + found["msg"][1:]
+        raise ConfigError(f"deepspeed.config: {key}: {said}, got {found['input']!r}") from None
+    except NOT_TAKEN as error:
+        raise ConfigError(_refused(error)) from error
+
+
+def _section_of(settings: dict[str, Any], name: str) -> list[str]:
+    """The names of the sections in which `name` stands."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            if name in value:
+                return [key]
+            if deeper := _section_of(value, name):
+                return [key, *deeper]
+    return []
+
+
+def _refused(error: Exception) -> str:
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"deepspeed.config: DeepSpeed does not take it: {said}"
 
 
 def check_checkpointing(config: Config, process: Process, model: VideoModel) -> None:
@@ -155,9 +199,15 @@ def start_policy(config: Config, process: Process, transformer: Any, start: Star
     set_checkpointing(transformer, train.checkpointing)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(config, trained, process.device)
-    engine = deepspeed.initialize(
-        model=transformer, optimizer=optimizer, config=deepspeed_config(config, process), dist_init_required=False
-    )[0]
+    settings = deepspeed_config(config, process)
+    try:
+        engine = deepspeed.initialize(
+            model=transformer, optimizer=optimizer, config=settings, dist_init_required=False
+        )[0]
+    except NOT_TAKEN as error:
+        if not config.deepspeed.config:
+            raise
+        raise ConfigError(_refused(error)) from error
     if working_dtype(config.model, process.device) != torch.float32:
         set_masters(engine, start.base.share if adapters is None else lambda name, _, device: adapters[name].to(device))
     return engine

@@ -26,6 +26,7 @@ from alignkit.training.distributed import Process, any_process, check_shared, gr
 from alignkit.training.engine import (
     accumulation_steps,
     check_checkpointing,
+    check_deepspeed,
     full_precision_weights,
     load_network,
     process_put_back,
@@ -91,6 +92,7 @@ def train(
     """
     accumulation_steps(config, process.world_size)  # refused before anything loads
     check_optimizer(config)
+    check_deepspeed(config, process)
     if link is None:
         check_reference(config)
     check_shared(process, config.output.dir)

@@ -1,0 +1,62 @@
+"""Keys of DeepSpeed's own: taken, or refused by name before a weight is read."""
+
+import pytest
+import torch
+from starting import one_line
+
+from alignkit.errors import ConfigError
+from alignkit.training.distributed import Process
+from alignkit.training.engine import check_deepspeed, deepspeed_config
+
+REFUSED = [
+    ("{zero_optimization: {stage: 5}}", "zero_optimization.stage: input should be 0, 1, 2, 3 or 3, got 5"),
+    (
+        "{zero_optimization: {reduce_bucket_size: much}}",
+        "zero_optimization.reduce_bucket_size: input should be a valid",
+    ),
+    ("{zero_optimization: {reduce_bukket_size: 5}}", "zero_optimization.reduce_bukket_size: extra inputs"),
+    ("{zero_optimization: {offload_param: {device: moon}}}", "zero_optimization.offload_param.device: input should"),
+    ("{zero_optimization: 3}", "zero_optimization: should be a section of keys, got 3"),
+    ("{bf16: {enabled: maybe}}", "bf16.enabled: input should be a valid boolean"),
+    ("{bf16: true}", "bf16: should be a section of keys, got True"),
+    ("{data_types: {grad_accum_dtype: fp99}}", "DeepSpeed does not take it: 'fp99'"),
+    ("{communication_data_type: fp99}", "DeepSpeed does not take it: Invalid communication_data_type"),
+    ("{activation_checkpointing: 5}", "DeepSpeed does not take it"),
+    ("{train_batch_size: 7}", "train_batch_size: this is train.global_batch_size"),
+    ("{optimizer: {type: Adam}}", "optimizer: this is train.optimizer"),
+    ("{fp16: {enabled: true}}", "fp16: this is model.dtype, bf16 or fp32"),
+]
+
+
+@pytest.mark.parametrize(("given", "line"), REFUSED)
+def test_what_deepspeed_does_not_take_is_named(small_config, given, line):
+    with pytest.raises(ConfigError) as refused:
+        check_deepspeed(small_config(f"deepspeed.config={given}"), Process(0, 2, 0, torch.device("cpu")))
+    said = str(refused.value)
+    assert line in said and "deepspeed" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_the_command_says_so_before_it_loads_anything(run_with_pairs, command, config_file, processes):
+    config, settings = run_with_pairs("run", "deepspeed.config={zero_optimization: {overlap_comm: perhaps}}")
+    before = sorted(config.output.dir.rglob("*"))
+    result = command("train", config_file, *settings, "--nproc", processes)
+    assert "zero_optimization.overlap_comm: input should be a valid boolean" in one_line(result)
+    assert "training on" not in result.stderr and sorted(config.output.dir.rglob("*")) == before
+
+
+def test_a_later_stage_of_a_chain_is_looked_at_too(run_with_pairs, command, config_file):
+    stages = "[{name: sft}, {name: localdpo, deepspeed: {config: {zero_optimization: {stage: 9}}}}]"
+    _, settings = run_with_pairs("run", f"stages={stages}")
+    assert "zero_optimization.stage: input should be" in one_line(command("train", config_file, *settings))
+
+
+def test_numbers_are_taken_as_deepspeeds_json_has_them(small_config):
+    """YAML 1.1 takes 5e8, without a point, for a text."""
+    config = small_config(
+        "deepspeed.config={zero_optimization: {reduce_bucket_size: 5e8, round_robin_gradients: true}}"
+    )
+    process = Process(0, 1, 0, torch.device("cpu"))
+    check_deepspeed(config, process)
+    zero = deepspeed_config(config, process)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 500_000_000 and isinstance(zero["reduce_bucket_size"], int)
