@@ -8,7 +8,7 @@ from alignkit.config import Config
 from alignkit.objectives.preference import needs_reference
 from alignkit.planning.constants import DEEPSPEED
 from alignkit.training.distributed import Process
-from alignkit.training.engine import accumulation_steps, deepspeed_config
+from alignkit.training.engine import accumulation_steps, check_deepspeed, deepspeed_config
 
 DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -53,8 +53,9 @@ def regime(config: Config, gpus: int, *, later: bool = False) -> Regime:
 
     Raises ConfigError for batch sizes or GPUs that do not divide, and for what DeepSpeed's settings cannot be.
     """
-    dtype = DTYPES[config.model.dtype]
-    settings = deepspeed_config(config, Process(0, gpus, 0, torch.device("cpu")))
+    dtype, process = DTYPES[config.model.dtype], Process(0, gpus, 0, torch.device("cpu"))
+    check_deepspeed(config, process)
+    settings = deepspeed_config(config, process)
     zero = settings["zero_optimization"]
     accumulated = settings["data_types"]["grad_accum_dtype"]
     compares = needs_reference(config.objective)

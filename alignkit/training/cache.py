@@ -22,7 +22,7 @@ from alignkit.stores.pairs import PairStore
 from alignkit.stores.store import StoreInfo, has_blocks, missing_blocks, read_info, terms_file, write_rows
 from alignkit.training.context import check_context, data_ranks
 from alignkit.training.distributed import Process, on_main
-from alignkit.training.engine import accumulation_steps, process_put_back
+from alignkit.training.engine import accumulation_steps, check_deepspeed, process_put_back
 from alignkit.training.order import global_batch
 from alignkit.training.references.cached import FEATURES, HOLDS, cache_folder, cache_info, check_made, visit_row
 from alignkit.training.references.copy import Copy
@@ -49,6 +49,7 @@ def build_cache(config: Config, process: Process) -> Path:
     on a CPU with one thread. Raises DataError for a cache that was made under other terms.
     """
     data_ranks(config, process.world_size)  # refused before anything loads
+    check_deepspeed(config, process)
     folder = cache_folder(config)
     store = PairStore(pairs_folder(config, "train"))
     model = load_model(config.model, with_transformer=False, with_encoders=False)

@@ -36,11 +36,13 @@ def test_what_deepspeed_does_not_take_is_named(small_config, given, line):
     assert line in said and "deepspeed" in said and "\n" not in said
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_the_command_says_so_before_it_loads_anything(run_with_pairs, command, config_file, processes):
+@pytest.mark.parametrize(
+    "words", [("train",), ("train", "--nproc", "2"), ("cache-reference",), ("plan", "--gpus", "1")], ids=" ".join
+)
+def test_the_command_says_so_before_it_loads_anything(run_with_pairs, command, config_file, words):
     config, settings = run_with_pairs("run", "deepspeed.config={zero_optimization: {overlap_comm: perhaps}}")
     before = sorted(config.output.dir.rglob("*"))
-    result = command("train", config_file, *settings, "--nproc", processes)
+    result = command(words[0], config_file, *settings, *words[1:])
     assert "zero_optimization.overlap_comm: input should be a valid boolean" in one_line(result)
     assert "training on" not in result.stderr and sorted(config.output.dir.rglob("*")) == before
 
