@@ -162,6 +162,17 @@ class PairStore:
             raise DataError(f"{self.folder}: a pair id occurs twice; delete the folder and build the pairs again")
 
     @cached_property
+    def longest_text(self) -> int:
+        """Tokens of the longest caption, read off the heads of the rows' tensors: their length in 8 bytes, then JSON."""
+        longest = 0
+        for chunk in self.rows.data.column("tensors").chunks:
+            for cell in chunk:
+                stored = memoryview(cell.as_buffer())
+                head = json.loads(bytes(stored[8 : 8 + int.from_bytes(stored[:8], "little")]))
+                longest = max(longest, head["text"]["shape"][0])
+        return longest
+
+    @cached_property
     def empty_text(self) -> Tensor:
         """Embedding of the empty prompt, fp32 [tokens, D]."""
         return load_tensors((self.folder / EMPTY_TEXT).read_bytes())["text"]

@@ -105,6 +105,12 @@ def _check_store(store: PairStore, model: "VideoModel", config: Config) -> None:
                 f"{store.folder}: its pairs were made with {name} {theirs!r}, but model.path "
                 f"{config.model.path!r} is {ours!r}; build the pairs again with this model"
             )
+    length, theirs = config.model.max_sequence_length, store.info.made.get("max_sequence_length")
+    if theirs is not None and length < theirs and store.longest_text > length:
+        raise DataError(
+            f"{store.folder}: holds a caption of {store.longest_text} tokens, more than model.max_sequence_length, "
+            f"{length}; put that back to {theirs}, with which the pairs were made"
+        )
     if "strength_range" in OBJECTIVES[config.objective.name]:
         low, high = config.objective.strength_range
         for strength in {value for value in store.rows["strength"] if value is not None}:

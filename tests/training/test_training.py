@@ -84,6 +84,16 @@ def test_batch_sizes_that_do_not_divide_are_refused_before_anything_loads(run_wi
         train(config, process)
 
 
+def test_captions_longer_than_the_network_is_to_see_are_refused_before_anything_loads(run_with_pairs, process):
+    config, _ = run_with_pairs("run", "model.max_sequence_length=7")
+    store = PairStore(config.output.dir / "pairs" / "train")
+    longest = max(len(pair.text) for pair in store)
+    assert store.longest_text == longest > 7
+    with pytest.raises(DataError, match=rf"of {longest} tokens, more than model.max_sequence_length, 7; put that back"):
+        train(config, process)
+    assert not (config.output.dir / "train").exists()
+
+
 def test_a_reference_that_is_not_the_policy_is_noticed_at_step_0(run_with_pairs, process, monkeypatch):
     config, _ = run_with_pairs("run", "deepspeed.preset=zero3")
     load = engine.load_partitioned
