@@ -163,7 +163,7 @@ class PairStore:
 
     @cached_property
     def longest_text(self) -> int:
-        """Tokens of the longest caption, read off the heads of the rows' tensors: their length in 8 bytes, then JSON."""
+        """Tokens of the longest caption, off the heads of the rows' tensors: their length in 8 bytes, then JSON."""
         longest = 0
         for chunk in self.rows.data.column("tensors").chunks:
             for cell in chunk:
