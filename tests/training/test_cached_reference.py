@@ -234,7 +234,7 @@ CHANGED = {
     "noise.timesteps": (("noise.timesteps=uniform",), "'logit_normal'", "'uniform'"),
     "noise.interval": (("noise.interval=[0.2, 0.9]",), "None", "[0.2, 0.9]"),
     "schedule": (("sample.num_inference_steps=5",),),
-    "model.max_sequence_length": (("model.max_sequence_length=32",), "now it is 32"),
+    "model.max_sequence_length": (("model.max_sequence_length=60",), "64", "60"),
 }
 
 
