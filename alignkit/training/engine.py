@@ -119,20 +119,23 @@ def check_deepspeed(config: Config, process: Process) -> None:
     except ValidationError as error:
         found = error.errors()[0]
         names = [str(name) for name in found["loc"]]
-        key = ".".join([*_section_of(settings, names[0]), *names])
+        key = ".".join([*_section_of(settings, names, found["input"]), *names])
         said = found["msg"][:1].lower() + found["msg"][1:]
         raise ConfigError(f"deepspeed.config: {key}: {said}, got {found['input']!r}") from None
     except NOT_TAKEN as error:
         raise ConfigError(_refused(error)) from error
 
 
-def _section_of(settings: dict[str, Any], name: str) -> list[str]:
-    """The names of the sections in which `name` stands."""
+def _section_of(settings: dict[str, Any], names: list[str], given: Any) -> list[str]:
+    """The names of the sections in which `names`, one in the other, lead to what was given."""
     for key, value in settings.items():
         if isinstance(value, dict):
-            if name in value:
+            found: Any = value
+            for name in names:
+                found = found.get(name) if isinstance(found, dict) else None
+            if found == given:
                 return [key]
-            if deeper := _section_of(value, name):
+            if deeper := _section_of(value, names, given):
                 return [key, *deeper]
     return []
 

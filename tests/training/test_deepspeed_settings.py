@@ -18,6 +18,7 @@ REFUSED = [
     ("{zero_optimization: {offload_param: {device: moon}}}", "zero_optimization.offload_param.device: input should"),
     ("{zero_optimization: 3}", "zero_optimization: should be a section of keys, got 3"),
     ("{bf16: {enabled: maybe}}", "bf16.enabled: input should be a valid boolean"),
+    ("{comms_logger: {enabled: maybe}}", "config: comms_logger.enabled: input should be a valid boolean"),
     ("{bf16: true}", "bf16: should be a section of keys, got True"),
     ("{data_types: {grad_accum_dtype: fp99}}", "DeepSpeed does not take it: 'fp99'"),
     ("{communication_data_type: fp99}", "DeepSpeed does not take it: Invalid communication_data_type"),
