@@ -124,6 +124,12 @@ def check_deepspeed(config: Config, process: Process) -> None:
         raise ConfigError(f"deepspeed.config: {key}: {said}, got {found['input']!r}") from None
     except NOT_TAKEN as error:
         raise ConfigError(_refused(error)) from error
+    for part in ("offload_param", "offload_optimizer"):
+        given = settings["zero_optimization"].get(part) or {}
+        if given.get("device") == "nvme" and not given.get("nvme_path"):
+            raise ConfigError(
+                f"deepspeed.config: zero_optimization.{part}.nvme_path: missing; name a folder of a local disk"
+            )
 
 
 def _section_of(settings: dict[str, Any], names: list[str], given: Any) -> list[str]:

@@ -16,6 +16,8 @@ REFUSED = [
     ),
     ("{zero_optimization: {reduce_bukket_size: 5}}", "zero_optimization.reduce_bukket_size: extra inputs"),
     ("{zero_optimization: {offload_param: {device: moon}}}", "zero_optimization.offload_param.device: input should"),
+    ("{zero_optimization: {offload_param: {device: nvme}}}", "zero_optimization.offload_param.nvme_path: missing"),
+    ("{zero_optimization: {offload_optimizer: {device: nvme}}}", "offload_optimizer.nvme_path: missing"),
     ("{zero_optimization: 3}", "zero_optimization: should be a section of keys, got 3"),
     ("{bf16: {enabled: maybe}}", "bf16.enabled: input should be a valid boolean"),
     ("{comms_logger: {enabled: maybe}}", "config: comms_logger.enabled: input should be a valid boolean"),
