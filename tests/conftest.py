@@ -24,7 +24,7 @@ import torch
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))  # modules beside the tests can be imported by them
-from starting import LAUNCHER, fresh_environment  # noqa: E402
+from starting import LAUNCHER, forget_garbage, fresh_environment, import_everything  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "wan-tiny-localdpo.yaml"
@@ -59,12 +59,19 @@ SMALL = (
 )
 
 
+MANY = 1000
 LONGEST = "test_verdicts", "test_interpreter", "test_campaign", "test_compiled", "test_rounds", "test_shipped"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, then training's: one of minutes that begins last keeps its worker busy alone."""
     items.sort(key=lambda item: (item.path.stem not in LONGEST, "training" not in item.path.parts))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if len(session.items) >= MANY:  # which will need it all
+        import_everything()
+    forget_garbage()
 
 
 @pytest.fixture(autouse=True)
@@ -239,13 +246,13 @@ class Command:
 class Server:
     """The process that commands are forked from (tests/starting.py), started when the first one is."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.numbers, self._process = folder, itertools.count(), None
+    def __init__(self, folder: Path, *arguments: str):
+        self.folder, self.arguments, self.numbers, self._process = folder, arguments, itertools.count(), None
 
     def ask(self, job: dict) -> str:
         if self._process is None:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            command = [sys.executable, str(Path(__file__).with_name("starting.py"))]
+            command = [sys.executable, str(Path(__file__).with_name("starting.py")), *self.arguments]
             self._process = subprocess.Popen(command, text=True, env=fresh_environment(), **pipes)
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
@@ -262,6 +269,21 @@ def server(tmp_path_factory):
     found = Server(tmp_path_factory.mktemp("forked"))
     yield found
     found.stop()
+
+
+@pytest.fixture(scope="session")
+def plain_diffusers(tmp_path_factory):
+    """`plain_diffusers(code, *argv)` runs it in a process that has never heard of alignkit; returns what it printed."""
+    server = Server(tmp_path_factory.mktemp("plain"), "plain")
+
+    def run(code: str, *arguments) -> str:
+        child = Command(server, ["-c", *map(str, arguments)], code, fresh_environment())
+        out, err = child.communicate()
+        assert child.returncode == 0, err[-2000:]
+        return out
+
+    yield run
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@
 
 Imports are most of what a small command takes. `python tests/starting.py` serves jobs, a line of JSON each: one with
 `argv` is started and answered by its process's number, one with `poll` by the exit code of that process, or nothing.
+`python tests/starting.py plain` serves jobs of code that has diffusers and has never heard of alignkit.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -70,17 +72,33 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
+DIFFUSERS = (
+    "diffusers.models", "diffusers.pipelines.cogvideo.pipeline_cogvideox", "diffusers.pipelines.wan.pipeline_wan",
+    "peft", "transformers.models.t5.modeling_t5", "transformers.models.umt5.modeling_umt5",
+)  # fmt: skip
+
+
+def import_diffusers() -> None:
+    """And what the small pipelines need."""
+    for name in ("torch", *DIFFUSERS):
+        importlib.import_module(name)
+
+
 def import_everything() -> None:
     """What the commands need, in the order in which they import it: our own settings come before DeepSpeed."""
     for name in (
-        "torch", "alignkit.training.distributed", "deepspeed", "diffusers.models",
+        "torch", "alignkit.training.distributed", "deepspeed", *DIFFUSERS,
         "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard", "torch.utils.cpp_extension",
-        "diffusers.pipelines.cogvideo.pipeline_cogvideox", "diffusers.pipelines.wan.pipeline_wan", "peft",
-        "transformers.models.t5.modeling_t5", "transformers.models.umt5.modeling_umt5", "alignkit.__main__",
-        "alignkit.demo", "alignkit.evaluation.summary", "alignkit.report", "alignkit.stages.chain",
+        "alignkit.__main__", "alignkit.demo", "alignkit.evaluation.summary", "alignkit.report", "alignkit.stages.chain",
     ):  # fmt: skip
         importlib.import_module(name)
-    importlib.import_module("alignkit.cli")._quiet_libraries()
+
+
+def forget_garbage() -> None:
+    """What is there now is not looked at again: DeepSpeed collects garbage at each start, a third of a second over all
+    that was imported, and a forked process copies what it looks at."""
+    gc.collect()
+    gc.freeze()
 
 
 def start(
@@ -119,15 +137,11 @@ def _become(
         if environment is not None:
             os.environ.clear()
             os.environ.update(environment)
-        import alignkit.__main__
-        from alignkit import launch
-
-        launch.subprocess = _Forking(out, err, first)
-        if "--nproc" not in argv or launch.launched():
-            first()
         sys.argv = argv
+        if "alignkit" in sys.modules:
+            _prepare(argv, out, err, first)
         if code is None:
-            alignkit.__main__.main()
+            sys.modules["alignkit.__main__"].main()
         else:
             exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
         status = 0
@@ -148,6 +162,14 @@ def _become(
         atexit._run_exitfuncs()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
+
+
+def _prepare(argv: list[str], out: Path, err: Path, first: Callable) -> None:
+    from alignkit import launch
+
+    launch.subprocess = _Forking(out, err, first)
+    if "--nproc" not in argv or launch.launched():
+        first()
 
 
 def _connect(file: str | Path, number: int) -> None:
@@ -195,7 +217,12 @@ class _Child:
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print as they are imported
-    import_everything()
+    if sys.argv[1:] == ["plain"]:
+        import_diffusers()
+    else:
+        import_everything()
+        importlib.import_module("alignkit.cli")._quiet_libraries()
+    forget_garbage()
     running: dict[int, Started] = {}
     for line in sys.stdin:
         job = json.loads(line)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from starting import fresh_environment, one_line
@@ -58,7 +59,10 @@ def work(terminal):
         shown = terminal(columns)
         with open(shown.path, "w") as slave:
             code, env = WORK.format(end=end), on_a_terminal()
-            process = subprocess.Popen([sys.executable, "-c", code], stdout=slave, stderr=slave, env=env)
+            process = subprocess.Popen(
+                [sys.executable, "-c", code], stdout=slave, stderr=slave, env=env,
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's jobs ignore it
+            )  # fmt: skip
         if send:
             shown.wait_for(when)
             process.send_signal(send)

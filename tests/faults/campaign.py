@@ -50,9 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "disk full" in kinds and not mounts.may_mount():
         print("disk full: left out, this system does not let us mount a small disk")
         del kinds["disk full"]
-    from starting import import_everything
+    from starting import forget_garbage, import_everything
 
     import_everything()
+    forget_garbage()
     print(f"seed {given.seed}{''.join(f', without {guard}' for guard in given.without)}", flush=True)
     table: dict[str, list[bool]] = {}
     healthy = World(Path(tempfile.mkdtemp()))  # a TemporaryDirectory's end would come in every process that is forked

@@ -1,8 +1,5 @@
 """Every stage's core for each family, full and LoRA: pairs, training, export, and what plain diffusers makes of it."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -40,7 +37,9 @@ def family_pairs(request, pairs_of):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_run_of_each_family_ends_in_something_plain_diffusers_samples_from(family_pairs, config_file, kind, tmp_path):
+def test_a_run_of_each_family_ends_in_something_plain_diffusers_samples_from(
+    family_pairs, config_file, plain_diffusers, kind, tmp_path
+):
     settings, folder = family_pairs
     out = tmp_path / "run"
     out.mkdir()
@@ -67,10 +66,7 @@ def test_a_run_of_each_family_ends_in_something_plain_diffusers_samples_from(fam
     sizes |= {"max_sequence_length": config.model.max_sequence_length}
     torch.save({"noise": noise, "sizes": sizes}, tmp_path / "noise.pt")
     arguments = [str(base.local_folder()), str(export_folder(config)), kind]
-    subprocess.run(
-        [sys.executable, "-c", PLAIN_DIFFUSERS, *arguments, str(tmp_path / "noise.pt"), str(tmp_path / "frames.pt")],
-        check=True, capture_output=True, cwd=tmp_path,
-    )  # fmt: skip
+    plain_diffusers(PLAIN_DIFFUSERS, *arguments, tmp_path / "noise.pt", tmp_path / "frames.pt")
     theirs = torch.load(tmp_path / "frames.pt", weights_only=True)
     if kind == "full":
         assert torch.equal(theirs, ours)

@@ -227,13 +227,22 @@ def environment(rank: int, port: int) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in numbers.items()}
 
 
+IMPATIENT = """
+from alignkit.__main__ import main
+from alignkit.training import distributed
+
+distributed.SEEN_WITHIN_S = 1.0
+main()
+"""
+
+
 def test_a_folder_that_the_processes_do_not_share_is_refused(run_with_pairs, config_file, start_command, tmp_path):
     from alignkit.launch import free_port
 
     port, ranks = free_port(), []
     for rank in range(2):
         _, settings = run_with_pairs(f"node{rank}")
-        ranks.append(start_command("train", config_file, *settings, env=environment(rank, port)))
+        ranks.append(start_command("train", config_file, *settings, code=IMPATIENT, env=environment(rank, port)))
     errors = [rank.communicate(timeout=200)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], errors
     assert "is not one folder for all processes: 1 on" in errors[0]
