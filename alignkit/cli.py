@@ -24,7 +24,7 @@ from alignkit.config import (
     shipped_configs,
 )
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.launch import SHARING, first_of_several, launched, run_processes, slurm_group
+from alignkit.launch import SHARING, first_of_several, group_size, groups_of, launched, run_processes, slurm_group
 
 app = typer.Typer(
     add_completion=False,
@@ -422,8 +422,12 @@ def _start_several(command: str, config: Path, overrides: list[str] | None, coun
 def _share(name: str, config: Path, overrides: list[str] | None, nproc: int) -> None:
     """Run a command of SHARING: as the launcher of `nproc` processes, or as one that may have others beside it."""
     settings = _settings(name, config, overrides)
+    key, degree = f"{name}.context_parallel", getattr(getattr(settings, name, None), "context_parallel", 1)
     if _to_be_started(name, nproc):
+        groups_of(key, degree, nproc)
         _start_several(name, config, overrides, nproc)
+    if degree > 1:
+        groups_of(key, degree, group_size(os.environ))
     _run(name, settings)
 
 

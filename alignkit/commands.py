@@ -32,6 +32,7 @@ from alignkit.stores.folders import pairs_folder, video_spec
 from alignkit.stores.pairs import Pair, PairStore
 from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.cache import build_cache, with_cache
+from alignkit.training.context import PAIRS_KEY, ROLLOUT_KEY, make_by_first, token_worker
 from alignkit.training.distributed import Process, group_lock, lone_worker, set_threads, start_process
 from alignkit.training.engine import accumulation_steps, check_deepspeed
 from alignkit.training.optimizers import check_optimizer
@@ -39,6 +40,7 @@ from alignkit.training.references import check_reference
 from alignkit.training.supply import Waiting
 
 PAIRS_IN_REPORT = 6
+GROUPED = ("pairs", "rollout")  # sections by the names of the commands whose processes may share each video's tokens
 TOGETHER = ("train", "cache-reference")  # of one process group, which learns together whether it has the lock
 
 
@@ -50,6 +52,9 @@ def run_command(name: str, config: Config) -> None:
     try:
         if name in TOGETHER:
             _timed(name, config)
+        elif name in GROUPED and getattr(config, name).context_parallel > 1:
+            with group_lock(start_process(), config.output.dir, name, shared=True):
+                _timed(name, config)
         elif first_of_several():  # each task of an array, too
             with run_lock(config.output.dir, name, shared=name in SHARING):
                 _timed(name, config)
@@ -114,7 +119,7 @@ def check_train(config: Config, processes: int) -> None:
         check_optimizer(stage)
         check_deepspeed(stage, Process(0, processes, 0, device))
     if config.stages:
-        check_chain(stages)
+        check_chain(stages, processes)
     else:
         check_states(config, PairStore(pairs_folder(config, "train")))
         check_reference(config)
@@ -139,13 +144,14 @@ def _run_to_cache(config: Config) -> Config:
 
 def _pairs(config: Config) -> None:
     """One of any number of processes that build the pairs between them; the first one speaks for all."""
-    worker = lone_worker()
+    worker, group = token_worker(config, PAIRS_KEY, config.pairs.context_parallel)
     build = build_given_pairs if config.data.pairs else build_pairs
     build = build_rollout_pairs if config.data.rollouts else build
     hooks = {"preview": partial(_preview_pairs, config)} if worker.main else {}
     if worker.main and build is build_pairs:
         hooks["foresee"] = partial(_foresee, config)
-    for split in build(config, worker.device, show=worker.main, **hooks):
+    made = partial(build, config, worker.device, show=worker.main, group=group, **hooks)
+    for split in make_by_first(config, worker.device, group, made) or ():
         if worker.main:
             folder, count = pairs_folder(config, split), len(PairStore(pairs_folder(config, split)))
             size = sum(file.stat().st_size for file in folder.glob("block-*.arrow")) / 1e6
@@ -168,9 +174,10 @@ def _foresee(config: Config, model: VideoModel, sources: list[Source], heldout: 
 
 def _rollout(config: Config) -> None:
     """One of any number of processes that sample the rollouts between them; the first one speaks for all."""
-    worker = lone_worker()
+    worker, group = token_worker(config, ROLLOUT_KEY, config.rollout.context_parallel)
     preview = partial(_preview_rollouts, config) if worker.main else None
-    count = build_rollouts(config, worker.device, show=worker.main, preview=preview)
+    made = partial(build_rollouts, config, worker.device, show=worker.main, preview=preview, group=group)
+    count = make_by_first(config, worker.device, group, made)
     if worker.main:
         folder, sampler = rollouts_folder(config), config.sampler
         size = sum(file.stat().st_size for file in folder.glob("block-*.arrow")) / 1e6

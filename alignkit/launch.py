@@ -16,7 +16,7 @@ PARENT = "ALIGNKIT_LAUNCHER_PID"
 WORKER, WORKERS = "ALIGNKIT_WORKER", "ALIGNKIT_WORKERS"  # of processes that share work and form no group
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", PARENT)
 PR_SET_PDEATHSIG = 1
-SHARING = ("rollout", "pairs", "sample", "eval")  # commands whose processes share files out and form no group
+SHARING = ("rollout", "pairs", "sample", "eval")  # commands whose processes share files out and need form no group
 FIRST_PORT, PORTS = 20_000, 10_000
 
 
@@ -57,6 +57,20 @@ def slurm_group(environment: Mapping[str, str]) -> dict[str, str]:
         "MASTER_ADDR": host,
         "MASTER_PORT": environment.get("MASTER_PORT", str(FIRST_PORT + job % PORTS)),
     }
+
+
+def group_size(environment: Mapping[str, str]) -> int:
+    """Of the process group that a launcher's environment names, torchrun's before Slurm's; 1 where none does."""
+    found = environment if "RANK" in environment else slurm_group(environment)
+    return int(found.get("WORLD_SIZE", 1))
+
+
+def groups_of(key: str, degree: int, processes: int) -> int:
+    """How many groups of `degree` the processes of a run make; those of a group have consecutive ranks. Raises
+    ConfigError, naming `key`, for processes that cannot be divided among them."""
+    if processes % degree:
+        raise ConfigError(f"{key}: {degree} does not divide the {processes} process(es) of this run")
+    return processes // degree
 
 
 def first_host(nodes: str) -> str:

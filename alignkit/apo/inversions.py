@@ -11,6 +11,7 @@ from torch import Tensor
 from alignkit.config import Config
 from alignkit.errors import AlignkitError
 from alignkit.models import VideoModel, family_module
+from alignkit.models.context import context_terms
 from alignkit.objectives.laws import Law, stored_rows
 from alignkit.schedules.inversion import EVALUATIONS, invert, round_trip_error
 from alignkit.stores.origins import Trajectory
@@ -34,6 +35,7 @@ def inversion_terms(config: Config, model: VideoModel) -> dict[str, Any]:
             "attention": model.attention,
             "device": model.vae.device.type,
             "evaluations": EVALUATIONS,
+            **context_terms(model),
             "negative_prompt": config.sampler.negative_prompt if config.noise.inversion_guidance > 1 else None,
             "seed": config.pairs.seed,
             **versions(),

@@ -22,6 +22,7 @@ from alignkit.media.captions import Problem
 from alignkit.media.rows import read_table
 from alignkit.media.videos import decode_clip
 from alignkit.models import VideoModel, load_model, working_dtype
+from alignkit.models.context import TokenGroup
 from alignkit.objectives.laws import Law
 from alignkit.objectives.states.checks import check_noise, sampler_terms
 from alignkit.progress import say
@@ -29,6 +30,7 @@ from alignkit.stores.blocks import Made, build_store
 from alignkit.stores.folders import (
     SPLITS,
     add_skipped_pairs,
+    encoding_terms,
     latent_grid,
     pairs_folder,
     say_skipped,
@@ -66,12 +68,13 @@ def build_rollout_pairs(
     device: torch.device,
     show: bool = True,
     preview: Callable[[VideoModel, PairStore], None] | None = None,
+    group: TokenGroup | None = None,
 ) -> dict[str, int]:
     """Make every pair that is not stored yet; returns how many pairs each split holds.
 
     Any number of processes may call this at once. A share `data.heldout` of the prompts is held out, with all their
     pairs. A pair's winner and loser keep their origins and the states of their paths; a real video gets its inversion
-    where `noise.anchor` asks for it. preview(model, store) as in `build_given_pairs`.
+    where `noise.anchor` asks for it. preview(model, store) and group as in `build_given_pairs`.
 
     Raises DataError for rollouts of another sampler than the configuration's, and where no row can be used.
     """
@@ -84,7 +87,7 @@ def build_rollout_pairs(
         say_skipped(problems)
         say(f"{len(splits['train'])} pairs to train on, {len(splits['heldout'])} held out; loading {config.model.path}")
     accepted = partial(write_skipped, config, problems if show else None)
-    build_ranked(config, device, law, rollouts, splits, show=show, preview=preview, accepted=accepted)
+    build_ranked(config, device, law, rollouts, splits, show=show, preview=preview, accepted=accepted, group=group)
     if show:
         add_skipped_pairs(config)
     return {split: len(rows) for split, rows in splits.items()}
@@ -100,13 +103,14 @@ def build_ranked(
     show: bool = True,
     preview: Callable[[VideoModel, PairStore], None] | None = None,
     accepted: Callable[[], None] = lambda: None,
+    group: TokenGroup | None = None,
 ) -> None:
     """Every pair of `splits`, by split, that is not stored yet."""
     rankings = [row for rows in splits.values() for row in rows]
     anchored = any(isinstance(side, Path) for row in rankings for side in (row.chosen, row.rejected))
     inverted = config.noise.source == "inversion" or (anchored and config.noise.inverts("real", beside="rollout"))
     dtype = working_dtype(config.model, device)
-    model = load_model(config.model, with_transformer=inverted, device=device, dtype=dtype)
+    model = load_model(config.model, with_transformer=inverted, device=device, dtype=dtype, group=group)
     shared = StoreInfo(
         kind="rollouts",
         family=model.family,
@@ -120,6 +124,7 @@ def build_ranked(
             "rollouts": rollouts.info.made,
             "states": config.noise.stores_states,
             "max_sequence_length": config.model.max_sequence_length,
+            **(encoding_terms(config.model) if anchored else {}),
             **(inversion_terms(config, model) if inverted else {}),
         },
     )

@@ -18,6 +18,7 @@ from alignkit.apo.prompts import read_prompts
 from alignkit.config import Config
 from alignkit.media.captions import Problem
 from alignkit.models import VideoModel, load_model, working_dtype
+from alignkit.models.context import TokenGroup, context_terms
 from alignkit.objectives.laws import Law, stored_rows
 from alignkit.objectives.states.checks import check_noise, sampler_terms
 from alignkit.progress import say
@@ -58,13 +59,15 @@ def build_rollouts(
     device: torch.device,
     show: bool = True,
     preview: Callable[[VideoModel, RolloutStore], None] | None = None,
+    group: TokenGroup | None = None,
 ) -> int:
     """Sample every rollout that is not stored yet; returns how many are planned.
 
     Any number of processes may call this at once: they share the blocks between them. Rollout k of prompt number p (the
     order of `data.prompts`) has the id p·K + k and starts from the noise of key (rollout.seed, id, 1 + rollout.round,
     stream "rollout"): the same bits whoever makes it, in one regime of engine, dtype, attention and batch. preview is
-    called with the first block and with the whole store.
+    called with the first block and with the whole store. group: this process's, whose first it is, where others follow
+    its network.
 
     Raises ConfigError, DataError or ModelError for what cannot be sampled, and DataError for a folder that holds
     rollouts of other prompts, weights, schedule or versions.
@@ -77,7 +80,7 @@ def build_rollouts(
         check_membership(folder, members, "prompts")  # before weights load
     if show:
         say(f"{len(prompts)} prompts; loading {config.model.family} from {config.model.path}")
-    model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
+    model = load_model(config.model, device=device, dtype=working_dtype(config.model, device), group=group)
     sampling = start_sampling(config, model, prompts, engine="module", network=model.fingerprint())
     info = store_info(sampling)
     open_for_building(folder, info)
@@ -161,6 +164,7 @@ def start_sampling(config: Config, model: VideoModel, prompts: list[str], *, eng
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.attention,
         "batch": rollout.batch_size,
+        **context_terms(model),
         "max_sequence_length": config.model.max_sequence_length,
         "latents": list(model.latent_shape(data.num_frames, data.height, data.width)),
     }

@@ -112,6 +112,11 @@ class RolloutSection(Section):
     negative_prompt: str | None = Field(None, description="what guidance leads away from; null: as in sample")
     block_size: Positive = Field(8, description="videos in one file: the unit that is made and resumed whole")
     batch_size: Positive = Field(1, description="videos sampled at once; a smaller last batch is filled up")
+    context_parallel: Positive = Field(
+        1,
+        description="processes that sample each video together, sharing its tokens (Ulysses); within training those of "
+        "train.context_parallel do",
+    )
     previews: Count = Field(4, description="videos written for people to look at")
 
 

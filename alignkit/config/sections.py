@@ -77,6 +77,11 @@ class ModelSection(Section):
         None, description="of the low expert, wherever another guidance_scale is above 1; null: that one too"
     )
     max_sequence_length: Positive = Field(512, description="text tokens that the network attends to, padding included")
+    vae_tiling: bool = Field(
+        False,
+        description="videos are encoded and decoded in tiles of 256 pixels that overlap: less memory; the VAE's "
+        "normalisation and attention see one tile at a time, so latents are others",
+    )
 
     @model_validator(mode="after")
     def _two_scales_of_two(self) -> "ModelSection":
@@ -182,6 +187,11 @@ class PairsSection(Section):
     )
     block_size: Positive = Field(32, description="pairs in one file: the unit that is made, stored and resumed whole")
     batch_size: Positive = Field(1, description="videos corrupted at once")
+    context_parallel: Positive = Field(
+        1,
+        description="processes that share the tokens of each video that a pair is made of (Ulysses); an online stage "
+        "makes its pairs on one",
+    )
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto",
         description="of stored latents and text; auto: fp16, or fp32 where the network runs in it or noise.source "

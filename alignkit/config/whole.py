@@ -146,10 +146,22 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _attention_shares_tokens(self) -> "Config":
-        if self.train.context_parallel > 1 and self.model.attention in WHOLE_SEQUENCES:
+        if self.model.attention in WHOLE_SEQUENCES:
+            for name in ("train", "pairs", "rollout"):
+                if getattr(self, name).context_parallel > 1:
+                    raise ValueError(
+                        f"model.attention: {self.model.attention!r} cannot share tokens among processes, which "
+                        f"{name}.context_parallel asks for; leave it at auto"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _network_to_share(self) -> "Config":
+        inverted = self.noise.inverts("real", beside="rollout" if self.data.rollouts else "real")
+        if self.pairs.context_parallel > 1 and self.data.pairs and not inverted:
             raise ValueError(
-                f"model.attention: {self.model.attention!r} cannot share tokens among processes, which "
-                "train.context_parallel asks for; leave it at auto"
+                "pairs.context_parallel: pairs of given videos are shown to no network unless they are inverted "
+                "(noise.source or noise.anchor); leave it at 1"
             )
         return self
 

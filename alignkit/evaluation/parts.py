@@ -37,6 +37,7 @@ from alignkit.training.heldout import Point, points
 MEASURES = {"motion": motion_amount, "flicker": temporal_flicker, "edge_energy": edge_energy}
 SCORED = {"before": "base", "after": "aligned"}
 ENCODERS = "encoders"
+UNREAD_OF_PAIRS: Any = {"folder", "previews", "block_size", "context_parallel"}
 Tensors = dict[str, Tensor]
 
 
@@ -63,7 +64,7 @@ class Parts:
         terms = {
             **{f"{name} model": model_terms(section, steps) for name, section in self.sections.items()},
             "pairs": self.store.fingerprint,
-            "regions": config.pairs.model_dump(mode="json", exclude={"folder", "previews", "block_size"}),
+            "regions": config.pairs.model_dump(mode="json", exclude=UNREAD_OF_PAIRS),
             "evaluation": config.evaluation.model_dump(mode="json"),
             "beta": config.objective.largest_beta,
             "videos": config.data.model_dump(mode="json", include={"height", "width", "num_frames", "fps"}),

@@ -8,6 +8,7 @@ from alignkit.config import ModelSection
 from alignkit.models import load_model
 from alignkit.progress import progress
 from alignkit.sharing import share_out
+from alignkit.stores.folders import encoding_terms
 
 PARTS = ("transformer", "vae", "text_encoder")
 
@@ -20,6 +21,7 @@ def model_terms(section: ModelSection, num_steps: int) -> dict[str, Any]:
         **{part: model.fingerprint(part) for part in PARTS},
         "schedule": model.schedule(num_steps).fingerprint,
         **section.model_dump(mode="json", include=run_as),
+        **encoding_terms(section),
     }
 
 

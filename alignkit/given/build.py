@@ -22,6 +22,7 @@ from alignkit.media.captions import Problem
 from alignkit.media.masks import mask_digest, mask_on_grid, read_mask
 from alignkit.media.videos import VideoFacts, VideoSpec, decode_clip, decode_with_facts
 from alignkit.models import VideoModel, load_model, working_dtype
+from alignkit.models.context import TokenGroup
 from alignkit.objectives.laws import Law
 from alignkit.objectives.states.checks import check_noise
 from alignkit.progress import progress, say
@@ -30,6 +31,7 @@ from alignkit.stores.blocks import Made, build_store
 from alignkit.stores.folders import (
     SPLITS,
     add_skipped_pairs,
+    encoding_terms,
     latent_grid,
     pairs_folder,
     say_skipped,
@@ -56,13 +58,14 @@ def build_given_pairs(
     device: torch.device,
     show: bool = True,
     preview: Callable[[VideoModel, PairStore], None] | None = None,
+    group: TokenGroup | None = None,
 ) -> dict[str, int]:
     """Encode every pair that is not stored yet; returns how many pairs each split holds.
 
     Any number of processes may call this at once. A pair's id is its row's number in `data.pairs`; those of
     `data.heldout_pairs` are counted on behind it. A row without a mask is compared as a whole: its mask is all ones.
     preview(model, store) is called with the first block of each split when it is there, and with the whole store at
-    the end.
+    the end. group: this process's, whose first it is, where others follow its network.
     """
     splits, problems = find_given(config, show)
     if show:
@@ -73,7 +76,7 @@ def build_given_pairs(
         say(f"loading {config.model.family}'s VAE and text encoder from {config.model.path}")
     inverted = config.noise.source == "inversion"
     dtype = working_dtype(config.model, device)
-    model = load_model(config.model, with_transformer=inverted, device=device, dtype=dtype)
+    model = load_model(config.model, with_transformer=inverted, device=device, dtype=dtype, group=group)
     law = check_noise(config, model)
     shared = StoreInfo(
         kind="given",
@@ -84,7 +87,11 @@ def build_given_pairs(
         pairs=0,
         block_size=config.pairs.block_size,
         dtype=stored_dtype(config, dtype),
-        made={"videos": asdict(video_spec(config)), "max_sequence_length": config.model.max_sequence_length}
+        made={
+            "videos": asdict(video_spec(config)),
+            "max_sequence_length": config.model.max_sequence_length,
+            **encoding_terms(config.model),
+        }
         | (inversion_terms(config, model) if inverted else {}),
     )
     for split, rows in splits.items():

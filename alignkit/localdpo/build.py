@@ -20,6 +20,7 @@ from alignkit.media.finding import Clip
 from alignkit.media.masks import mask_digest, mask_on_grid, read_mask
 from alignkit.media.videos import VideoFacts, decode_with_facts
 from alignkit.models import VideoModel, family_module, load_model, working_dtype
+from alignkit.models.context import TokenGroup, context_terms
 from alignkit.objectives.laws import Law
 from alignkit.objectives.states.checks import check_noise, expert_terms
 from alignkit.progress import say
@@ -27,6 +28,7 @@ from alignkit.stores.blocks import Made, build_store
 from alignkit.stores.folders import (
     SPLITS,
     add_skipped_pairs,
+    encoding_terms,
     latent_grid,
     pairs_folder,
     say_skipped,
@@ -70,6 +72,7 @@ def build_pairs(
     show: bool = True,
     preview: Callable[[VideoModel, PairStore], None] | None = None,
     foresee: Callable[[VideoModel, list[Source], int], None] | None = None,
+    group: TokenGroup | None = None,
 ) -> dict[str, int]:
     """Make every pair that is not stored yet; returns how many pairs are planned for each split.
 
@@ -77,7 +80,7 @@ def build_pairs(
     number times `pairs.per_clip` plus a counter, so ids are unique over both splits and a pair's mask, strength and
     noise depend on nothing but its id and the seed. preview(model, store) is called with the first block of each split
     when it is there, and with the whole store at the end. foresee(model, usable clips, how many are held out) is called
-    before the first pair is made.
+    before the first pair is made. group: this process's, whose first it is, where others follow its network.
     """
     check_settings(config)
     sources, problems = find_usable(config, show)
@@ -88,7 +91,7 @@ def build_pairs(
     check_count(config, sources, problems)
     if show:
         say(f"loading {config.model.family} from {config.model.path}")
-    model = load_model(config.model, device=device, dtype=working_dtype(config.model, device))
+    model = load_model(config.model, device=device, dtype=working_dtype(config.model, device), group=group)
     law = check_noise(config, model)
     per_clip, shared = config.pairs.per_clip, _store_info(config, model)
     counts, parts = {}, split_clips(len(sources), config.data.heldout, config.pairs.seed)
@@ -113,8 +116,8 @@ def build_pairs(
 
 def _store_info(config: Config, model: VideoModel) -> StoreInfo:
     pairs = config.pairs
-    unlike: Any = {"folder": True, "block_size": True, "dtype": True, "previews": True, "mask": {"files"}}
-    terms = pairs.model_dump(mode="json", exclude=unlike)
+    unlike: Any = {key: True for key in ("folder", "block_size", "dtype", "previews", "context_parallel")}
+    terms = pairs.model_dump(mode="json", exclude=unlike | {"mask": {"files"}})
     return StoreInfo(
         kind="local_dpo",
         family=model.family,
@@ -131,6 +134,8 @@ def _store_info(config: Config, model: VideoModel) -> StoreInfo:
             "max_sequence_length": config.model.max_sequence_length,
             "schedule": model.schedule(pairs.num_inference_steps).fingerprint,
             **expert_terms(config),
+            **context_terms(model),
+            **encoding_terms(config.model),
             "videos": config.data.model_dump(mode="json", include={"height", "width", "num_frames", "fps", "heldout"}),
         }
         | (inversion_terms(config, model) if config.noise.source == "inversion" else {}),
@@ -240,6 +245,7 @@ def _recipe(config: Config, model: VideoModel) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": model.attention,
             "batch": pairs.batch_size,
+            **context_terms(model),
         },
     }
 

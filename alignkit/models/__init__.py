@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from alignkit.config import ModelSection, check_model_place
 from alignkit.models.attention import set_attention
+from alignkit.models.context import TokenGroup, lead, split_tokens
 from alignkit.models.experts import Experts
 from alignkit.models.folder import Watch, unwatched
 from alignkit.schedules import Schedule
@@ -27,6 +28,8 @@ class VideoModel(Protocol):
     pipeline: Any
     dtype: torch.dtype
     attention: str | None
+    context_parallel: int
+    """Processes that share the tokens of the videos that `transformer` is shown."""
     expert: str | None
     """Of two, the one that is trained, "high" or "low"; None of a model with one network. `transformer` is then both,
     `experts.Experts`, where the model is loaded whole."""
@@ -47,6 +50,10 @@ class VideoModel(Protocol):
         """Of `transformer`, what is trained: one of two experts, where it is both."""
 
     def to(self, device: torch.device | str) -> Self: ...
+
+    def tile_vae(self) -> None:
+        """From now on videos of more than 256 pixels a side are encoded and decoded in tiles of 256 that overlap by 64
+        and are blended there."""
 
     def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(F, H, W) of one video's latents. Raises ConfigError for sizes the model cannot take."""
@@ -202,12 +209,16 @@ def load_model(
     with_encoders: bool = True,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    group: TokenGroup | None = None,
 ) -> VideoModel:
     """Load the parts of `section`'s model that are asked for: the transformer in `dtype`, the rest in fp32.
 
-    To CPU, or to `device`, with the attention backend that the section names for it. Raises ModelError when files
-    are missing, damaged or of another family, ConfigError when the attention backend cannot run there.
+    To CPU, or to `device`, with the attention backend that the section names for it. With a `group`, which needs a
+    device, its processes share the transformer's tokens: what its first one shows to it, the others are to `follow`.
+    Raises ModelError when files are missing, damaged or of another family, ConfigError when the attention backend
+    cannot run there.
     """
+    assert group is None or device is not None
     path = str(shipped_model(section.family)) if section.path == "tiny" else section.path
     local = Path(path)
     check_model_place(section)
@@ -230,5 +241,13 @@ def load_model(
     if device is not None:
         model.to(device)
         if model.transformer is not None:
-            model.attention = set_attention(model.transformer, section.attention, device, dtype)
+            shared = "context_parallel" if group else None  # of whichever section: it was tried before
+            model.attention = set_attention(model.transformer, section.attention, device, dtype, shared=shared)
+            if group:
+                split_tokens(model.transformer, family_module(section.family), group.parallel)
+                model.context_parallel = group.degree
+                if group.first:
+                    lead(model.transformer, group)
+    if section.vae_tiling and model.pipeline is not None:
+        model.tile_vae()
     return model

@@ -23,13 +23,13 @@ BACKENDS = {
 
 
 def set_attention(
-    transformer: Any, wanted: str, device: torch.device, dtype: torch.dtype, *, shared: bool = False
+    transformer: Any, wanted: str, device: torch.device, dtype: torch.dtype, *, shared: str | None = None
 ) -> str:
     """Make `transformer` use the backend `wanted` on `device` in `dtype`; returns the name that was taken.
 
     "auto" takes the first of BACKENDS that runs there, forward and backward, and `native` on a CPU. Raises
     ConfigError for a named one that does not run, with its reason and what to install: never a silent fallback.
-    shared: whether a sequence's tokens are shared among processes, which not every backend can.
+    shared: the key that has a sequence's tokens shared among processes, which not every backend can; None: no key.
     """
     names = [wanted]
     if wanted == "auto":
@@ -40,7 +40,7 @@ def set_attention(
         if not names:
             raise ConfigError(
                 f"model.attention: {wanted!r} cannot share tokens among processes on {device.type}, which "
-                f"train.context_parallel asks for; {', '.join(able)} can"
+                f"{shared} asks for; {', '.join(able)} can"
             )
     for name in names:
         ours, advice = BACKENDS[name]

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from alignkit.errors import ConfigError, ModelError
 from alignkit.models.folder import (
+    STRIDE,
+    TILE,
     ModelFolder,
     Watch,
     first_order_sample,
@@ -52,6 +54,11 @@ class CogVideoXModel(ModelFolder):
     family = "cogvideox"
     stochastic = False
     """Whether the folder's own scheduler is the DPM one, in whose place DDIM samples."""
+
+    def tile_vae(self) -> None:
+        # diffusers' own sizes go by the config, and their seams do not fit together for every one
+        overlap = 1 - STRIDE / TILE
+        self.vae.enable_tiling(TILE, TILE, overlap, overlap)
 
     def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(F, H, W) of one video's latents. Raises ConfigError for sizes the model cannot take."""

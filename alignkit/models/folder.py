@@ -30,6 +30,7 @@ from alignkit.schedules import Schedule, one_step
 REMEMBERED_PROMPTS = 64  # an embedding of a full model takes megabytes
 Watch = Callable[[int, Tensor], None]
 HUB_TIMEOUT_S = 10.0
+TILE, STRIDE = 256, 192  # of the VAE, in pixels, as diffusers has Wan's
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 
 
@@ -39,8 +40,9 @@ class ModelFolder:
     schedule and the training path need the scheduler alone, the latents' sizes `vae_config`.
 
     dtype: the transformer's, and that of the text and states it is given; the other parts are fp32.
-    attention: the backend that the transformer runs on, where one was chosen. expert: which of two experts is trained,
-    "high" or "low", boundary: the first timestep of the high one; None of a model with one network.
+    attention: the backend that the transformer runs on, where one was chosen. context_parallel: processes that share
+    its tokens. expert: which of two experts is trained, "high" or "low", boundary: the first timestep of the high one;
+    None of a model with one network.
     """
 
     path: str
@@ -52,6 +54,7 @@ class ModelFolder:
     dtype: torch.dtype = torch.float32
     revision: str | None = None
     attention: str | None = None
+    context_parallel: int = 1
     lora: tuple[Path, ...] = ()
     variant: str | None = None
     expert: str | None = None
@@ -70,6 +73,9 @@ class ModelFolder:
     @property
     def vae(self) -> Any:
         return self.pipeline.vae
+
+    def tile_vae(self) -> None:
+        raise NotImplementedError
 
     @property
     def part(self) -> str:

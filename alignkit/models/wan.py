@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from alignkit.errors import ConfigError, ModelError
 from alignkit.models.experts import PARTS, Experts, boundary_timestep
 from alignkit.models.folder import (
+    STRIDE,
+    TILE,
     ModelFolder,
     Watch,
     first_order_sample,
@@ -38,6 +40,9 @@ class WanModel(ModelFolder):
     """The parts of a Wan folder."""
 
     family = "wan"
+
+    def tile_vae(self) -> None:
+        self.vae.enable_tiling(TILE, TILE, STRIDE, STRIDE)
 
     def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(F, H, W) of one video's latents. Raises ConfigError for sizes the model cannot take."""

@@ -16,7 +16,7 @@ from alignkit.planning.outline import Outline, outline
 from alignkit.planning.preset import AUTO, Choice, choose, room_of, with_preset
 from alignkit.planning.regime import DTYPES, Regime, regime
 from alignkit.stages import STUDENTS, SUPPLIED, stage_configs
-from alignkit.training.context import check_lengths
+from alignkit.training.context import PAIRS_KEY, ROLLOUT_KEY, check_lengths, check_split
 
 MOST_GPUS = 1024
 
@@ -89,7 +89,10 @@ def _stage(
         config = with_preset(config, choice.preset)
     run = regime(config, gpus, later=later)
     grid = found.model.latent_grid(data.num_frames, data.height, data.width)
-    check_lengths(config, found.network(1, run.dtype).config, grid)
+    network = found.network(1, run.dtype).config
+    check_lengths(config, network, grid)
+    for key, degree in ((PAIRS_KEY, config.pairs.context_parallel), (ROLLOUT_KEY, config.rollout.context_parallel)):
+        check_split(key, degree, config.model, network, grid)
     step = work.step_work(config, run, count, forward, gpu)
     need, sampled = memory(found, config, run, count), _rollouts(name, config, forward)
     return Stage(name, config, run, count, need, step, sampled, choice)

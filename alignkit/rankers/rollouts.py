@@ -22,6 +22,7 @@ from alignkit.rankers import PEOPLE, open_ranker, people
 from alignkit.rankers.asking import Stopped, ask
 from alignkit.rankers.protocol import Comparison
 from alignkit.rankers.tournament import pick
+from alignkit.stores.folders import encoding_terms
 from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.supply import Waiting
 
@@ -132,7 +133,11 @@ def decode_rollouts(config: Config, rollouts: RolloutStore, device: torch.device
     """Every rollout as a video file, those that are not there yet. Raises DataError for a folder of other rollouts."""
     folder = rankings_folder(config)
     file = folder / "rollouts.json"
-    terms = asdict(rollouts.info) | {"prompts": [rollouts.prompt_of(number) for number in rollouts.ids]}
+    terms = (
+        asdict(rollouts.info)
+        | encoding_terms(config.model)
+        | {"prompts": [rollouts.prompt_of(number) for number in rollouts.ids]}
+    )
     folder.mkdir(parents=True, exist_ok=True)
     _check_same(file, terms)
     missing = [number for number in rollouts.ids if not video_file(folder, number).exists()]

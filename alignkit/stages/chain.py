@@ -9,6 +9,7 @@ from alignkit.apo.pairs import build_rollout_pairs
 from alignkit.config import Config, dump_config
 from alignkit.files import write_atomically
 from alignkit.given.build import build_given_pairs
+from alignkit.launch import groups_of
 from alignkit.localdpo.build import build_pairs
 from alignkit.models import load_model
 from alignkit.objectives.states.checks import check_noise, check_states
@@ -20,6 +21,7 @@ from alignkit.stages.rounds import Rounds
 from alignkit.stages.students import correction_of, distillation_of
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
+from alignkit.training.context import PAIRS_KEY, make_by_first, token_worker
 from alignkit.training.distributed import Process, on_main
 from alignkit.training.export import export_folder
 from alignkit.training.loop import AtPeak, Link, train, train_folder
@@ -33,7 +35,7 @@ def run_chain(config: Config, process: Process, at_peak: AtPeak = lambda *_: Non
 
     at_peak: as for `train`."""
     stages = stage_configs(config)
-    check_chain(stages)  # the last one's faults too, before the first one trains
+    check_chain(stages, process.world_size)  # the last one's faults too, before the first one trains
 
     def keep_settings() -> None:
         write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
@@ -61,12 +63,16 @@ def run_chain(config: Config, process: Process, at_peak: AtPeak = lambda *_: Non
     return True
 
 
-def check_chain(stages: list[tuple[str, Config]]) -> None:
-    """What can be wrong with stages whose pairs are there already or are made while they train. Raises ConfigError or
-    DataError."""
+def check_chain(stages: list[tuple[str, Config]], processes: int) -> None:
+    """What can be wrong with stages whose pairs are there already or are made while they train, and with processes that
+    are to make pairs together. Raises ConfigError or DataError."""
     check_supplies(stages)
     for name, stage in stages:
-        if name not in SUPPLIED and not makes_pairs(stage):
+        if name in SUPPLIED:
+            continue
+        if makes_pairs(stage):
+            groups_of(f"stage {name}: {PAIRS_KEY}", stage.pairs.context_parallel, processes)
+        else:
             check_states(stage, PairStore(pairs_folder(stage, "train")))
 
 
@@ -92,7 +98,10 @@ def build_own_pairs(config: Config, process: Process) -> None:
     """The pairs of `config`'s data, those that are not there yet; every process takes a part."""
     build = build_given_pairs if config.data.pairs else build_pairs
     build = build_rollout_pairs if config.data.rollouts else build
-    build(config, process.device, show=process.main)
+    degree = config.pairs.context_parallel
+    group = token_worker(config, PAIRS_KEY, degree)[1] if degree > 1 else None
+    made = partial(build, config, process.device, show=process.main, group=group)
+    make_by_first(config, process.device, group, made)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ FREE = {
     "sample": True,
     "evaluation": True,
     "data": {"videos", "pairs", "prompts", "rollouts", "heldout_pairs", "captions"},
-    "pairs": {"folder", "previews"},
-    "rollout": {"folder", "previews"},
+    "pairs": {"folder", "previews", "context_parallel"},
+    "rollout": {"folder", "previews", "context_parallel"},
     "ranker": {"endpoint": REACHED},
     "train": terms.FREE,
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from alignkit.config import Config
+from alignkit.config import Config, ModelSection
 from alignkit.errors import DataError
 from alignkit.files import write_json, write_lines
 from alignkit.media.captions import Problem
@@ -47,6 +47,11 @@ def stored_dtype(config: Config, network: torch.dtype) -> str:
     if config.pairs.dtype != "auto":
         return config.pairs.dtype
     return "fp32" if network == torch.float32 or config.noise.source != "shared" else "fp16"
+
+
+def encoding_terms(section: ModelSection) -> dict[str, bool]:
+    """How videos are encoded and decoded, for the terms of what holds them; empty where it is done as ever."""
+    return {"vae_tiling": True} if section.vae_tiling else {}
 
 
 def latent_grid(config: Config) -> tuple[int, int, int]:

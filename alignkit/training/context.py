@@ -1,42 +1,43 @@
-"""`train.context_parallel`: the processes of a group share the tokens of the same videos (Ulysses, arXiv 2309.14509).
+"""Processes that share the tokens of the same videos (`alignkit.models.context`): what can be, in training, and where
+`alignkit pairs` and `rollout` make them.
 
-diffusers' hooks split what goes into the network's blocks, exchange tokens for heads around attention and gather the
-prediction, so that each process of a group has the whole of it, and the loss. Going back, each follows its own tokens
-alone: a group's gradient is the sum of its processes', where DeepSpeed takes the mean over all. So the loss is
-multiplied by the degree before its backward pass (`Run`).
+`train.context_parallel`: going back, each process follows its own tokens alone: a group's gradient is the sum of its
+processes', where DeepSpeed takes the mean over all. So the loss is multiplied by the degree before its backward pass
+(`Run`).
 
 DeepSpeed is not told the groups (`mpu`): 0.19.8 then sums gradients within them under ZeRO-2, but under ZeRO-3, unless
 `reduce_scatter` is off, it takes the mean over them too [measured], and the next run of the process inherits them.
 """
 
 import math
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from diffusers.hooks.context_parallel import apply_context_parallel
-from diffusers.models import ContextParallelConfig, ParallelConfig
-from torch.distributed.device_mesh import init_device_mesh
 
-from alignkit.config import Config
-from alignkit.errors import ConfigError
-from alignkit.models import VideoModel, family_module, working_dtype
+from alignkit.config import Config, ModelSection
+from alignkit.errors import AlignkitError, ConfigError
+from alignkit.launch import groups_of
+from alignkit.models import VideoModel, family_module, load_model, working_dtype
 from alignkit.models.attention import set_attention
+from alignkit.models.context import TokenGroup, follow, parallel_config, split_tokens, token_group
 from alignkit.stores.folders import latent_grid
 from alignkit.stores.pairs import PairStore
-from alignkit.training.distributed import Process
+from alignkit.training.distributed import Process, lone_worker, start_process
 from alignkit.training.weights import empty_network
 
-KEY = "train.context_parallel"
+Result = TypeVar("Result")
+KEY, PAIRS_KEY, ROLLOUT_KEY = (f"{name}.context_parallel" for name in ("train", "pairs", "rollout"))
+
+
+def token_key(config: Config) -> str | None:
+    """What has tokens shared in training, as `set_attention` wants to know it."""
+    return KEY if config.train.context_parallel > 1 else None
 
 
 def data_ranks(config: Config, world_size: int) -> int:
-    """Groups of processes that work on different pairs; those of a group have consecutive ranks. Raises ConfigError for
-    processes that cannot be divided among them."""
-    degree = config.train.context_parallel
-    if world_size % degree:
-        raise ConfigError(f"{KEY}: {degree} does not divide the {world_size} process(es) of this run")
-    return world_size // degree
+    """Groups of processes that train on different pairs. Raises ConfigError as `groups_of`."""
+    return groups_of(KEY, config.train.context_parallel, world_size)
 
 
 def own_group(config: Config, process: Process) -> tuple[int, int]:
@@ -57,53 +58,79 @@ def check_context(config: Config, process: Process, model: VideoModel, store: Pa
     grid = latent_grid(config) if store is None else tuple(model.frames_of_mask(store[0].mask).shape)
     check_lengths(config, network.config, grid)
     dtype = working_dtype(config.model, process.device)
-    set_attention(network, config.model.attention, process.device, dtype, shared=True)
+    set_attention(network, config.model.attention, process.device, dtype, shared=KEY)
 
 
 def check_lengths(config: Config, network: Any, grid: tuple[int, ...]) -> None:
     """The part of it that needs no more than the network's config, and the latents' (F, H, W)."""
-    degree, family = config.train.context_parallel, family_module(config.model.family)
+    check_split(KEY, config.train.context_parallel, config.model, network, grid)
+    if config.train.context_parallel == 1:
+        return
+    for target in config.train.lora.targets if config.train.lora else ():
+        for name in family_module(config.model.family).CONTEXT_PLAN or ():
+            if f".{name}".endswith(f".{target}"):
+                raise ConfigError(f"train.lora.targets: {target!r} is {name}, which {KEY} cannot split with an adapter")
+
+
+def check_split(key: str, degree: int, section: ModelSection, network: Any, grid: tuple[int, ...]) -> None:
+    """Raises ConfigError, naming `key`, for a network, by its config, and latents (F, H, W) whose heads or tokens
+    `degree` processes, if more than one, cannot share."""
+    family = family_module(section.family)
     if degree == 1:
         return
     if family.CONTEXT_PLAN is None:
-        raise ConfigError(f"{KEY}: how a network of {config.model.family} is to be split is not known; leave it at 1")
+        raise ConfigError(f"{key}: how a network of {section.family} is to be split is not known; leave it at 1")
     lengths = {"attention heads": network.num_attention_heads}
-    lengths |= family.split_lengths(network, grid, config.model.max_sequence_length)
+    lengths |= family.split_lengths(network, grid, section.max_sequence_length)
     shared = math.gcd(*lengths.values())
     for name, length in lengths.items():
         if length % degree:
             possible = ", ".join(str(n) for n in range(2, shared + 1) if shared % n == 0)
             raise ConfigError(
-                f"{KEY}: {degree} does not divide the {length} {name}; "
+                f"{key}: {degree} does not divide the {length} {name}; "
                 + (f"what divides all of it is {possible}" if possible else "nothing divides all of it")
             )
-    for target in config.train.lora.targets if config.train.lora else ():
-        for name in family.CONTEXT_PLAN:
-            if f".{name}".endswith(f".{target}"):
-                raise ConfigError(f"train.lora.targets: {target!r} is {name}, which {KEY} cannot split with an adapter")
 
 
-def split_tokens(network: Any, config: Config, process: Process, model: VideoModel) -> None:
-    """Put diffusers' hooks on `network`, which then takes and gives whole videos as before. Every process calls this.
+def split_for_training(network: Any, config: Config, process: Process, model: VideoModel) -> None:
+    """`split_tokens` among the processes of a group of `own_group`. Every process calls this."""
+    if config.train.context_parallel > 1:
+        parallel = parallel_config(config.train.context_parallel, process.device)
+        split_tokens(network, family_module(model.family), parallel)
 
-    By hand what `enable_parallelism` does: it asks for an accelerator, which a CPU is not.
+
+def token_worker(config: Config, key: str, degree: int) -> tuple[Process, TokenGroup | None]:
+    """Who this process is among those that share out a command's videos; where groups of `degree` of them share the
+    tokens of each video too, its group, in a process group that is formed for it.
+
+    Raises ConfigError, naming `key`, for what cannot be shared so, before any weight is read.
     """
-    if config.train.context_parallel == 1:
-        return
-    parallel = _parallel_config(config.train.context_parallel, process.device)
-    for module in network.modules():
-        processor: Any = getattr(module, "processor", None)
-        if hasattr(processor, "_parallel_config"):
-            processor._parallel_config = parallel
-    family: Any = family_module(model.family)
-    apply_context_parallel(network, parallel.context_parallel_config, family.CONTEXT_PLAN)
+    if degree == 1:
+        return lone_worker(), None
+    process = start_process()
+    groups_of(key, degree, process.world_size)
+    section, device = config.model, process.device
+    network: Any = empty_network(load_model(section, with_transformer=False, with_encoders=False))
+    check_split(key, degree, section, network.config, latent_grid(config))
+    set_attention(network, section.attention, device, working_dtype(section, device), shared=key)
+    return process, token_group(degree, device)
 
 
-@lru_cache(maxsize=8)
-def _parallel_config(degree: int, device: torch.device) -> ParallelConfig:
-    """With the group of this process. One for all networks: process groups are dear."""
-    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mesh = init_device_mesh(device.type, (count // degree, 1, degree), mesh_dim_names=("data", "ring", "ulysses"))
-    config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=degree))
-    config.setup(rank, count, device, mesh=mesh)
-    return config
+def make_by_first(
+    config: Config, device: torch.device, group: TokenGroup | None, make: Callable[[], Result]
+) -> Result | None:
+    """What make() returns on the first process of a group, which is to load its network with that group; the others
+    run theirs on what that one is shown, and get None. Without a group: what make() returns."""
+    if group is None:
+        return make()
+    if not group.first:
+        dtype = working_dtype(config.model, device)
+        model = load_model(config.model, with_encoders=False, device=device, dtype=dtype, group=group)
+        return follow(model.transformer, group, device)
+    try:
+        made = make()
+    except (AlignkitError, OSError):  # of files: the others wait for the next word. Of a forward they are in it
+        group.say(None)
+        raise
+    group.say(None)
+    return made

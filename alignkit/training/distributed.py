@@ -155,10 +155,10 @@ def check_shared(process: Process, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def group_lock(process: Process, folder: Path, command: str) -> Iterator[None]:
+def group_lock(process: Process, folder: Path, command: str, *, shared: bool = False) -> Iterator[None]:
     """`run_lock` of a run's folder, had by the first process for all of them; every process calls this."""
     with contextlib.ExitStack() as held:
-        on_main(process, lambda: held.enter_context(run_lock(folder, command)))
+        on_main(process, lambda: held.enter_context(run_lock(folder, command, shared=shared)))
         yield
 
 

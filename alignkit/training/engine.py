@@ -14,7 +14,7 @@ from alignkit.models import VideoModel, working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.models.blocks import compile_blocks
 from alignkit.models.checkpointing import check_selective, set_checkpointing
-from alignkit.training.context import data_ranks, split_tokens
+from alignkit.training.context import data_ranks, split_for_training, token_key
 from alignkit.training.distributed import Process
 from alignkit.training.lora import add_lora
 from alignkit.training.optimizers import make_optimizer
@@ -156,7 +156,7 @@ def check_checkpointing(config: Config, process: Process, model: VideoModel) -> 
     if config.train.checkpointing == "selective":
         network: Any = empty_network(model)
         dtype = working_dtype(config.model, process.device)
-        shared = config.train.context_parallel > 1
+        shared = token_key(config)
         backend = set_attention(network, config.model.attention, process.device, dtype, shared=shared)
         check_selective(backend, network.config.attention_head_dim, process.device, dtype)
 
@@ -172,10 +172,10 @@ def load_network(config: Config, process: Process, model: VideoModel, start: Sta
         network = load_partitioned(model, start.base, settings, dtype, process.device)
     else:
         network = load_whole(model, start.base, dtype, process.device)
-    split_tokens(network, config, process, model)
+    split_for_training(network, config, process, model)
     if config.train.compile:
         compile_blocks(network)
-    shared = config.train.context_parallel > 1
+    shared = token_key(config)
     return network, set_attention(network, config.model.attention, process.device, dtype, shared=shared)
 
 

@@ -264,6 +264,13 @@ def test_pairs_with_and_without_states_are_not_mixed(build):
         build([(0, 1)])
 
 
+def test_anchors_in_tiles_and_as_ever_are_not_mixed(build, clips):
+    anchor = [(str(next(clips.glob("*.mp4"))), 1)]
+    build(anchor, "noise.anchor=shared")
+    with pytest.raises(DataError, match="holds pairs made with vae_tiling = "):
+        build(anchor, "noise.anchor=shared", "model.vae_tiling=true")
+
+
 @pytest.mark.parametrize("change", ["model.dtype=bf16", "noise.inversion_guidance=2.0", "noise.path_steps=2"])
 def test_inversions_made_otherwise_are_not_mixed(build, change):
     keys = ("noise.source=inversion", "noise.path_between=false", "pairs.dtype=fp32")

@@ -62,6 +62,12 @@ def test_rows_become_pairs_and_the_bad_one_is_listed(config, wan):
     assert stores[0].info.kind == "given" and stores[0].info.model is None
 
 
+def test_pairs_in_tiles_and_as_ever_are_not_mixed(config):
+    build_given_pairs(config(), CPU)
+    with pytest.raises(DataError, match="holds pairs made with vae_tiling = "):
+        build_given_pairs(config("model.vae_tiling=true"), CPU)
+
+
 def test_a_second_build_looks_at_nothing_again_unless_a_file_changed(config, table, monkeypatch):
     settings = config()
     build_given_pairs(settings, CPU)

@@ -141,7 +141,7 @@ def test_terms_that_change_the_bytes_are_refused_by_name(small_config):
     config = small_config()
     build_pairs(config, CPU)
     changes = "pairs.batch_size=1", "model.max_sequence_length=32", "pairs.seed=1", "model.attention=native_flash"
-    for change in changes:
+    for change in (*changes, "model.vae_tiling=true"):
         with pytest.raises(DataError, match=f"holds pairs made with {change.split('.')[1].split('=')[0]} = "):
             build_pairs(small_config(change), CPU)
 

@@ -119,8 +119,10 @@ def test_gpus_that_share_tokens_share_activations_and_no_more_than_divides():
     assert four.memory.gpu["weights"] == one.memory.gpu["weights"], "ZeRO shares them among all"
     assert four.run.accumulation == 4 * one.run.accumulation and four.step.flops == one.step.flops
     assert "shared by 4 GPUs" in report(shared) and "shared by" not in report(alone)
-    with pytest.raises(ConfigError, match="4 does not divide the 30 attention heads; what divides all of it is 2"):
-        planned("cogvideox-2b-localdpo.yaml", "train.context_parallel=4", gpus=8)
+    for key in ("train.context_parallel", "pairs.context_parallel", "rollout.context_parallel"):
+        words = f"{key}: 4 does not divide the 30 attention heads; what divides all of it is 2"
+        with pytest.raises(ConfigError, match=words):
+            planned("cogvideox-2b-localdpo.yaml", f"{key}=4", gpus=8)
 
 
 def test_tokens_are_shared_where_a_video_of_one_is_too_much():

@@ -18,6 +18,11 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from one_step import away_from_the_start, first_step_of
 """
 FORKED += """
+from functools import partial
+
+from alignkit.commands import run_command
+from alignkit.given import build as given
+from alignkit.localdpo import build as local
 from alignkit.config import load_config
 from alignkit.training.cache import build_cache
 from alignkit.training.distributed import free_port, start_process
@@ -29,6 +34,19 @@ def first_step(config, process):
     torch.save(step, f"{config.output.dir}/first-step-{process.rank}.pt")
 
 calls = {"train": train, "cache-reference": build_cache, "first step": first_step}
+
+
+def blind(*_):
+    raise AssertionError("a video is opened by another process than the first of its group")
+
+
+def made(name, config, process):
+    if process.rank % 2:
+        local.decode_with_facts = given.decode_with_facts = given.decode_clip = blind
+    run_command(name, config)
+
+
+calls |= {name: partial(made, name) for name in ("pairs", "rollout")}
 for count, jobs in json.loads(sys.argv[2]):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     running = []

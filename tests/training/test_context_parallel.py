@@ -204,7 +204,7 @@ def test_auto_passes_over_attention_that_cannot_share_tokens(monkeypatch):
     monkeypatch.setattr(attention, "try_backend", lambda *_: None)
     gpu, network = torch.device("cuda"), Transformer(config=SimpleNamespace(attention_head_dim=64))
     assert attention.set_attention(network, "auto", gpu, torch.bfloat16) == "flash_3"
-    assert attention.set_attention(network, "auto", gpu, torch.bfloat16, shared=True) == "flash"
+    assert attention.set_attention(network, "auto", gpu, torch.bfloat16, shared="train.context_parallel") == "flash"
     assert {name for name in attention.BACKENDS if not attention.shares_tokens(name, gpu)} == set(WHOLE_SEQUENCES)
 
 

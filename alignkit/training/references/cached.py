@@ -30,6 +30,7 @@ from alignkit.objectives.states import States
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import LATENT_DTYPES, PairBatch, PairStore
 from alignkit.stores.store import StoreInfo, block_file, read_info
+from alignkit.training.context import token_key
 from alignkit.training.distributed import Process
 from alignkit.training.order import global_batch
 from alignkit.training.terms import difference
@@ -81,7 +82,7 @@ def cache_info(config: Config, process: Process, model: VideoModel, store: PairS
         "family": model.family,
         "dtype": next(name for name, known in LATENT_DTYPES.items() if known == dtype),
         "attention": set_attention(
-            empty_network(model), config.model.attention, device, dtype, shared=train.context_parallel > 1
+            empty_network(model), config.model.attention, device, dtype, shared=token_key(config)
         ),
         "deepspeed.preset": config.deepspeed.preset,
         "deepspeed.config": config.deepspeed.config,
