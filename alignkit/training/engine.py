@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -113,8 +114,9 @@ def check_deepspeed(config: Config, process: Process) -> None:
         config = changed(config, {"deepspeed": {"preset": "zero3"}}, "deepspeed.preset")
     settings = deepspeed_config(config, process)
     del settings["train_batch_size"]  # of more processes than there may be yet
+    read = _Noting(copy.deepcopy(settings))
     try:
-        DeepSpeedConfig(copy.deepcopy(settings))
+        DeepSpeedConfig(read)
         DtypeEnum(settings["data_types"]["grad_accum_dtype"])  # which it reads when all is loaded
     except ValidationError as error:
         found = error.errors()[0]
@@ -124,12 +126,40 @@ def check_deepspeed(config: Config, process: Process) -> None:
         raise ConfigError(f"deepspeed.config: {key}: {said}, got {found['input']!r}") from None
     except NOT_TAKEN as error:
         raise ConfigError(_refused(error)) from error
+    for key in config.deepspeed.config:
+        if key not in read.asked_for:
+            alike = get_close_matches(key, sorted(read.asked_for), 1)
+            meant = f"; is {alike[0]} meant?" if alike else "; leave it out"
+            raise ConfigError(f"deepspeed.config: {key}: DeepSpeed knows no such key{meant}")
     for part in ("offload_param", "offload_optimizer"):
         given = settings["zero_optimization"].get(part) or {}
         if given.get("device") == "nvme" and not given.get("nvme_path"):
             raise ConfigError(
                 f"deepspeed.config: zero_optimization.{part}.nvme_path: missing; name a folder of a local disk"
             )
+
+
+class _Noting(dict[str, Any]):
+    """Settings that note which of their keys are asked for: DeepSpeed passes over those that it does not know."""
+
+    def __init__(self, settings: dict[str, Any]):
+        super().__init__(settings)
+        self.asked_for: set[str] = set()
+
+    def __contains__(self, key: Any) -> bool:
+        self.asked_for.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked_for.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked_for.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self  # in which it looks by `key in settings.keys()`
 
 
 def _section_of(settings: dict[str, Any], names: list[str], given: Any) -> list[str]:

@@ -18,6 +18,8 @@ REFUSED = [
     ("{zero_optimization: {offload_param: {device: moon}}}", "zero_optimization.offload_param.device: input should"),
     ("{zero_optimization: {offload_param: {device: nvme}}}", "zero_optimization.offload_param.nvme_path: missing"),
     ("{zero_optimization: {offload_optimizer: {device: nvme}}}", "offload_optimizer.nvme_path: missing"),
+    ("{zero_optimisation: {stage: 2}}", "zero_optimisation: DeepSpeed knows no such key; is zero_optimization meant?"),
+    ("{qqq: 1}", "deepspeed.config: qqq: DeepSpeed knows no such key; leave it out"),
     ("{zero_optimization: 3}", "zero_optimization: should be a section of keys, got 3"),
     ("{bf16: {enabled: maybe}}", "bf16.enabled: input should be a valid boolean"),
     ("{comms_logger: {enabled: maybe}}", "config: comms_logger.enabled: input should be a valid boolean"),
@@ -37,6 +39,21 @@ def test_what_deepspeed_does_not_take_is_named(small_config, given, line):
         check_deepspeed(small_config(f"deepspeed.config={given}"), Process(0, 2, 0, torch.device("cpu")))
     said = str(refused.value)
     assert line in said and "deepspeed" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "{wall_clock_breakdown: true, steps_per_print: 5, communication_data_type: fp32, memory_breakdown: false}",
+        "{activation_checkpointing: {partition_activations: true}, aio: {block_size: 4096}, dump_state: true}",
+        "{comms_logger: {enabled: true}, flops_profiler: {enabled: true}, tensorboard: {enabled: false}}",
+    ],
+)
+def test_keys_that_deepspeed_knows_are_passed_on(small_config, given):
+    config, process = small_config(f"deepspeed.config={given}"), Process(0, 2, 0, torch.device("cpu"))
+    check_deepspeed(config, process)
+    settings = deepspeed_config(config, process)
+    assert all(settings[key] == value for key, value in config.deepspeed.config.items())
 
 
 @pytest.mark.parametrize(
