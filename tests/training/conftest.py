@@ -98,8 +98,8 @@ def _together(command, config_file):
 
 
 @pytest.fixture(scope="session")
-def pairs_of(overrides, config_file, cogvideox_folders, tmp_path_factory):
-    """`pairs_of("wan")`, "2b" or "5b": (settings, folder) of a run that holds pairs of the family."""
+def pairs_of(overrides, config_file, cogvideox_folders, two_experts, tmp_path_factory):
+    """`pairs_of("wan")`, "2b", "5b" or "experts": (settings, folder) of a run that holds pairs of the family."""
     from alignkit.config import load_config
     from alignkit.localdpo.build import build_pairs
 
@@ -108,7 +108,9 @@ def pairs_of(overrides, config_file, cogvideox_folders, tmp_path_factory):
     def pairs(family: str):
         if family not in made:
             folder, settings = tmp_path_factory.mktemp(family), []
-            if family != "wan":
+            if family == "experts":
+                settings = [f"model.path={two_experts}", "model.expert=high"]
+            elif family != "wan":
                 settings = [
                     "model.family=cogvideox", f"model.path={cogvideox_folders[family]}", "model.max_sequence_length=24",
                     "data.height=16", "data.width=16",

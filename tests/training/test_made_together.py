@@ -21,7 +21,7 @@ from alignkit.stores.rollouts import RolloutStore
 
 CPU = torch.device("cpu")
 PAIRS, ROLLOUTS = "pairs.context_parallel=2", "rollout.context_parallel=2"
-FAMILIES = {"wan": 2, "2b": 2, "5b": 4}  # by processes: one group, or two that share the blocks out
+FAMILIES = {"wan": 2, "experts": 2, "2b": 2, "5b": 4}  # by processes: one group, or two that share the blocks out
 
 
 @pytest.fixture(scope="module")
