@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alignkit.config import Config
 from alignkit.models import family_module
+from alignkit.models.folder import STRIDE, TILE
 from alignkit.planning.outline import Outline
 
 MODES = ("none", "selective", "full")
@@ -161,6 +162,47 @@ def activation_bytes(outline: Outline, config: Config, dtype: torch.dtype, mode:
         two, three = (_peak(outline, config, dtype, mode == "full", videos, stage, layers) for layers in (2, 3))
         outline.counted[key] = Linear(two, three - two).of(outline.layers - 1)
     return outline.counted[key]
+
+
+def forward_bytes(outline: Outline, config: Config, dtype: torch.dtype, videos: int) -> float:
+    """Most bytes that a forward over `videos` at once holds beside weights, without a backward pass."""
+    key = "forward", dtype, videos, config.data, config.model.max_sequence_length
+    if key not in outline.counted:
+        network: Any = outline.network(2, dtype)  # the second block's are as the first's, and are gone by the third
+        known = [*network.parameters(), *network.buffers()]
+        with torch.no_grad(), fused_attention(), Live(known) as live:
+            _predict(outline, config, network, dtype, videos)
+        outline.counted[key] = live.peak
+    return outline.counted[key]
+
+
+def video_bytes(outline: Outline, config: Config) -> float:
+    """Most bytes that the VAE, in fp32, holds beside its weights to encode one video or decode its latents."""
+    data = config.data
+    key = "video", data.num_frames, data.height, data.width, config.model.vae_tiling
+    if key not in outline.counted:
+        sizes = data.height, data.width
+        if config.model.vae_tiling and max(sizes) > TILE:
+            piece = _coded(outline, data.num_frames, min(data.height, TILE), min(data.width, TILE))
+            pixel = 3 * 4 * data.num_frames
+            rows, columns = (sum(min(TILE, size - start) for start in range(0, size, STRIDE)) for size in sizes)
+            # the last tile beside the others; then all of them, the rows they are put into, their sum and a copy of it
+            outline.counted[key] = pixel * rows * columns + max(piece, 3 * pixel * data.height * data.width)
+        else:
+            outline.counted[key] = _coded(outline, data.num_frames, *sizes)
+    return outline.counted[key]
+
+
+def _coded(outline: Outline, num_frames: int, height: int, width: int) -> int:
+    with torch.device("meta"):
+        video = torch.empty(1, 3, num_frames, height, width)
+    vae = outline.autoencoder
+    known = [*vae.parameters(), *vae.buffers(), video]
+    with torch.no_grad(), fused_attention(), Live(known) as encoding:
+        latents = vae.encode(video).latent_dist.mode()
+    with torch.no_grad(), fused_attention(), Live([*known, latents]) as decoding:
+        vae.decode(latents)
+    return max(encoding.peak, decoding.peak)
 
 
 def _kept_of_attention(outline: Outline, config: Config, dtype: torch.dtype, videos: int) -> Linear:

@@ -9,7 +9,7 @@ import torch
 from alignkit.config import Config
 from alignkit.models import family_module
 from alignkit.planning.constants import FILLED, GPUS_A_NODE, PROCESS, RESERVED, Gpu
-from alignkit.planning.counting import activation_bytes
+from alignkit.planning.counting import activation_bytes, forward_bytes, video_bytes
 from alignkit.planning.outline import Outline
 from alignkit.planning.regime import Regime
 
@@ -145,12 +145,16 @@ def _of_the_loss(outline: Outline, config: Config, run: Regime) -> float:
     return elements * (4 + run.width * (4 if run.reference else 3))
 
 
-def pairs_memory(outline: Outline, count: Parameters, run: Regime) -> dict[str, float]:
-    """On a GPU that builds pairs or samples: the network, or both experts, and VAE and text encoder in fp32; what the
-    VAE makes of a video is not counted."""
+def pairs_memory(outline: Outline, config: Config, count: Parameters, run: Regime) -> dict[str, float]:
+    """On a GPU that builds pairs: the network, or both experts, VAE and text encoder in fp32, and the most that one of
+    them holds at work, the network of `pairs.batch_size` videos, the VAE of one; without operations' own workspaces."""
+    video = video_bytes(outline, config)
+    forward = forward_bytes(outline, config, run.dtype, config.pairs.batch_size) / config.pairs.context_parallel
+    working = "a forward" if forward > video else "a video in the VAE" + ", in tiles" * config.model.vae_tiling
     return {
         "network" if outline.networks == 1 else "both experts": run.width * count.all * outline.networks,
         "text encoder, fp32": 4.0 * outline.text,
         "VAE, fp32": 4.0 * outline.vae,
+        working: max(forward, video),
         "CUDA": RESERVED,
     }

@@ -35,13 +35,14 @@ PARTS = ("transformer", "vae", "text_encoder")
 
 @dataclass(frozen=True)
 class Outline:
-    """architecture: of the network that is trained. model: its family's, with nothing loaded. vae, text: their
-    parameters. networks: 2 where it is one of two experts, which sample together. counted: activations that were
-    counted already, by all that they depend on."""
+    """architecture: of the network that is trained. model: its family's, with nothing loaded. autoencoder: the VAE, on
+    the meta device. vae, text: their parameters. networks: 2 where it is one of two experts, which sample together.
+    counted: what was counted already, by all that it depends on."""
 
     section: ModelSection
     architecture: dict[str, Any]
     model: VideoModel
+    autoencoder: Any
     vae: int
     text: int
     text_width: int
@@ -78,7 +79,8 @@ def outline(config: Config) -> Outline:
         text = AutoConfig.for_model(text.pop("model_type"), **text)
         encoder = AutoModelForTextEncoding.from_config(text)
         model, decoder = family.outline(vae, section.max_sequence_length)
-    return Outline(section, transformer, model, _size(decoder), _size(encoder), text.d_model, 1 + experts)
+    autoencoder = decoder.eval().requires_grad_(False)
+    return Outline(section, transformer, model, autoencoder, _size(decoder), _size(encoder), text.d_model, 1 + experts)
 
 
 def _configs(section: ModelSection) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from alignkit.config import changed
 from alignkit.planning import work
 from alignkit.planning.constants import EFFICIENCY, FILLED, GPUS_A_NODE
 from alignkit.planning.memory import pairs_memory
@@ -102,11 +103,17 @@ def _pairs(whole: Plan) -> Iterator[str]:
     each = work.seconds(flops, whole.gpu, stage.run)
     hours = PAIRS * each / 3600
     yield _row("building pairs", f"{_flops(flops)} and {_time(each)} of a GPU each, {hours:.3g} GPU-hours for {PAIRS}")
-    yield _row("", "VAE and text encoder not counted")
-    parts = pairs_memory(whole.outline, stage.count, stage.run)
-    total, room = sum(parts.values()), FILLED * whole.gpu.memory
-    said = ", ".join(f"{part} {_size(size)}" for part, size in parts.items())
-    yield _row("  memory a GPU", f"{_size(total)} of {_size(room)} and what the VAE takes for a video: {said}")
+    yield _row("", "the time of VAE and text encoder not counted")
+    parts, room = pairs_memory(whole.outline, config, stage.count, stage.run), FILLED * whole.gpu.memory
+    total = sum(parts.values())
+    verdict = "fits" if total <= room else "DOES NOT FIT"
+    said = "; ".join(f"{part} {_size(size)}" for part, size in parts.items())
+    yield _row("  memory a GPU", f"{_size(total)} of {_size(room)}: {verdict}: {said}")
+    if total > room and not config.model.vae_tiling:
+        tiled = changed(config, {"model": {"vae_tiling": True}}, "model.vae_tiling")
+        less = sum(pairs_memory(whole.outline, tiled, stage.count, stage.run).values())
+        if less < total:
+            yield _row("  → 1.", f"model.vae_tiling=true: {_size(less)}")
 
 
 def head(whole: Plan) -> str:
