@@ -113,13 +113,13 @@ def check_train(config: Config, processes: int) -> None:
     from alignkit.stages.chain import check_chain
 
     stages = stage_configs(config) if config.stages else [("", config)]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    one = Process(0, processes, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for _, stage in stages:
         accumulation_steps(stage, processes)
         check_optimizer(stage)
-        check_deepspeed(stage, Process(0, processes, 0, device))
+        check_deepspeed(stage, one)
     if config.stages:
-        check_chain(stages, processes)
+        check_chain(stages, one)
     else:
         check_states(config, PairStore(pairs_folder(config, "train")))
         check_reference(config)

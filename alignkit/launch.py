@@ -59,6 +59,11 @@ def slurm_group(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def array_task(environment: Mapping[str, str]) -> int:
+    """The number of a task of a Slurm array, from 0; 0 of any other process."""
+    return int(environment.get("SLURM_ARRAY_TASK_ID", 0)) - int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+
+
 def group_size(environment: Mapping[str, str]) -> int:
     """Of the process group that a launcher's environment names, torchrun's before Slurm's; 1 where none does."""
     found = environment if "RANK" in environment else slurm_group(environment)

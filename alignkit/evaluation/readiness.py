@@ -34,7 +34,8 @@ def explained_share(model: VideoModel, latents: Tensor, text: Tensor) -> float:
         key = NoiseKey(SEED, torch.arange(len(latents)), number, Stream.EVALUATION)
         state = add_keyed_noise(latents, coefficients, key).to(model.dtype)
         timesteps = schedule.timesteps[row].expand(len(latents)).to(device, torch.float32)
-        out = family_module(model.family).predict(model.transformer, state, timesteps, text).float()
+        clips = zip(state.split(1), timesteps.split(1), text.split(1), strict=True)  # one at a time, as pairs are made
+        out = torch.cat([family_module(model.family).predict(model.transformer, *clip) for clip in clips]).float()
         a, s, c, d = schedule.coefficients[row].double().tolist()
         noise = keyed_randn(tuple(latents.shape), key, device=device)
         error = (out - (c * noise + d * latents)).double().flatten(1).square().mean(1).cpu()

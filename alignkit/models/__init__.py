@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from alignkit.config import ModelSection, check_model_place
 from alignkit.models.attention import set_attention
-from alignkit.models.context import TokenGroup, lead, split_tokens
+from alignkit.models.context import LOAD, TokenGroup, lead, split_tokens
 from alignkit.models.experts import Experts
 from alignkit.models.folder import Watch, unwatched
 from alignkit.schedules import Schedule
@@ -135,6 +135,8 @@ class Family(Protocol):
     """A module of this package."""
 
     TRANSFORMER: type[nn.Module]
+    GUIDED_AT_ONCE: int
+    """Branches of classifier-free guidance that `guided` runs in one forward."""
     CONTEXT_PLAN: dict[str, Any] | None
     """What context parallelism splits and gathers, as diffusers' `_cp_plan` has it; None of a network without one."""
 
@@ -219,6 +221,8 @@ def load_model(
     cannot run there.
     """
     assert group is None or device is not None
+    if group and group.first and with_transformer:
+        group.say(LOAD)
     path = str(shipped_model(section.family)) if section.path == "tiny" else section.path
     local = Path(path)
     check_model_place(section)

@@ -38,6 +38,7 @@ from alignkit.progress import say
 from alignkit.schedules import Schedule, v_coefficients
 
 TRANSFORMER = CogVideoXTransformer3DModel
+GUIDED_AT_ONCE = 2
 _TOKENS, _POSITIONS = ContextParallelInput(1, expected_dims=3), ContextParallelInput(0, expected_dims=2)
 CONTEXT_PLAN = {
     "": {"image_rotary_emb": (_POSITIONS, _POSITIONS)},

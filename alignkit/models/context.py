@@ -4,6 +4,7 @@ diffusers' hooks split what goes into the network's blocks, exchange tokens for 
 prediction, so that each process of a group has the whole of it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from alignkit.models.experts import Experts
 
+LOAD = "load"
 PATIENCE = timedelta(days=30)  # of those that are led: the first may wait for other groups, or decode for hours
 
 
@@ -99,9 +101,15 @@ def lead(network: nn.Module, group: TokenGroup) -> None:
     network.register_forward_pre_hook(say, prepend=True, with_kwargs=True)
 
 
-@torch.no_grad()
-def follow(network: nn.Module, group: TokenGroup, device: torch.device) -> None:
-    """Run `network` on what the first process of the group shows its own, until that one says that it is done
-    (`group.say(None)`)."""
-    while (inputs := group.say(None)) is not None:
-        network(**tree_map_only(Tensor, lambda value: value.to(device), inputs))
+def follow(load: Callable[[], Any], group: TokenGroup, device: torch.device) -> None:
+    """Run the network that load() returns on what the first process of the group shows its own, once that one says
+    LOAD and until it says that it is done (`group.say(None)`). Raises the error that it says."""
+    network: Any = None
+    while (word := group.say(None)) is not None:
+        if isinstance(word, Exception):
+            raise word
+        if word == LOAD:
+            network = load()
+        else:
+            with torch.no_grad():
+                network(**tree_map_only(Tensor, lambda value: value.to(device), word))

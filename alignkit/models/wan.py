@@ -31,6 +31,7 @@ from alignkit.models.folder import (
 from alignkit.schedules import Schedule, flow_coefficients, flow_shift
 
 TRANSFORMER = WanTransformer3DModel
+GUIDED_AT_ONCE = 1
 # "" splits timesteps of each token, which Wan2.1 has none of, and warns of it
 CONTEXT_PLAN = {name: part for name, part in WanTransformer3DModel._cp_plan.items() if name}
 """The video's tokens and their positions; every process has the whole text."""

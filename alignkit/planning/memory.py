@@ -77,7 +77,7 @@ def memory(outline: Outline, config: Config, run: Regime, count: Parameters) -> 
         (host if offloaded else gpu)[part] = size
     whole = activation_bytes(outline, config, run.dtype, run.checkpointing, run.kept_videos, run.stage)
     if run.context > 1:
-        first = _first_input(outline, config, run)
+        first = _first_input(outline, config, run, run.kept_videos)
         whole = first + (whole - first) / run.context
     gpu["activations"] = whole
     gpu["buffers"] = _buffers(run, count)
@@ -115,7 +115,7 @@ def _states(config: Config, run: Regime, count: Parameters) -> dict[str, tuple[f
     return states
 
 
-def _first_input(outline: Outline, config: Config, run: Regime) -> float:
+def _first_input(outline: Outline, config: Config, run: Regime, videos: int) -> float:
     """What goes into the first block, which each GPU has the whole of before it takes its tokens. Of a text that is not
     split there is more, of hundreds of tokens beside tens of thousands: not counted."""
     data = config.data
@@ -123,7 +123,7 @@ def _first_input(outline: Outline, config: Config, run: Regime) -> float:
     grid = outline.model.latent_grid(data.num_frames, data.height, data.width)
     lengths = family_module(config.model.family).split_lengths(network, grid, config.model.max_sequence_length)
     width = network.num_attention_heads * network.attention_head_dim
-    return run.width * run.kept_videos * sum(lengths.values()) * width
+    return run.width * videos * sum(lengths.values()) * width
 
 
 def _buffers(run: Regime, count: Parameters) -> float:
@@ -148,8 +148,11 @@ def _of_the_loss(outline: Outline, config: Config, run: Regime) -> float:
 def pairs_memory(outline: Outline, config: Config, count: Parameters, run: Regime) -> dict[str, float]:
     """On a GPU that builds pairs: the network, or both experts, VAE and text encoder in fp32, and the most that one of
     them holds at work, the network of `pairs.batch_size` videos, the VAE of one; without operations' own workspaces."""
-    video = video_bytes(outline, config)
-    forward = forward_bytes(outline, config, run.dtype, config.pairs.batch_size) / config.pairs.context_parallel
+    pairs, video = config.pairs, video_bytes(outline, config)
+    branches = family_module(config.model.family).GUIDED_AT_ONCE if pairs.guidance_scale > 1 else 1
+    first = _first_input(outline, config, run, pairs.batch_size * branches)
+    forward = forward_bytes(outline, config, run.dtype, pairs.batch_size * branches)
+    forward = first + (forward - first) / pairs.context_parallel
     working = "a forward" if forward > video else "a video in the VAE" + ", in tiles" * config.model.vae_tiling
     return {
         "network" if outline.networks == 1 else "both experts": run.width * count.all * outline.networks,

@@ -9,7 +9,6 @@ from alignkit.apo.pairs import build_rollout_pairs
 from alignkit.config import Config, dump_config
 from alignkit.files import write_atomically
 from alignkit.given.build import build_given_pairs
-from alignkit.launch import groups_of
 from alignkit.localdpo.build import build_pairs
 from alignkit.models import load_model
 from alignkit.objectives.states.checks import check_noise, check_states
@@ -21,7 +20,7 @@ from alignkit.stages.rounds import Rounds
 from alignkit.stages.students import correction_of, distillation_of
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
-from alignkit.training.context import PAIRS_KEY, make_by_first, token_worker
+from alignkit.training.context import PAIRS_KEY, check_tokens, make_by_first, token_worker
 from alignkit.training.distributed import Process, on_main
 from alignkit.training.export import export_folder
 from alignkit.training.loop import AtPeak, Link, train, train_folder
@@ -35,7 +34,7 @@ def run_chain(config: Config, process: Process, at_peak: AtPeak = lambda *_: Non
 
     at_peak: as for `train`."""
     stages = stage_configs(config)
-    check_chain(stages, process.world_size)  # the last one's faults too, before the first one trains
+    check_chain(stages, process)  # the last one's faults too, before the first one trains
 
     def keep_settings() -> None:
         write_atomically(config.output.dir / "config.yaml", dump_config(config).encode())
@@ -63,7 +62,7 @@ def run_chain(config: Config, process: Process, at_peak: AtPeak = lambda *_: Non
     return True
 
 
-def check_chain(stages: list[tuple[str, Config]], processes: int) -> None:
+def check_chain(stages: list[tuple[str, Config]], process: Process) -> None:
     """What can be wrong with stages whose pairs are there already or are made while they train, and with processes that
     are to make pairs together. Raises ConfigError or DataError."""
     check_supplies(stages)
@@ -71,7 +70,7 @@ def check_chain(stages: list[tuple[str, Config]], processes: int) -> None:
         if name in SUPPLIED:
             continue
         if makes_pairs(stage):
-            groups_of(f"stage {name}: {PAIRS_KEY}", stage.pairs.context_parallel, processes)
+            check_tokens(stage, f"stage {name}: {PAIRS_KEY}", stage.pairs.context_parallel, process)
         else:
             check_states(stage, PairStore(pairs_folder(stage, "train")))
 

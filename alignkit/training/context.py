@@ -10,17 +10,22 @@ DeepSpeed is not told the groups (`mpu`): 0.19.8 then sums gradients within them
 """
 
 import math
+import os
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from alignkit.config import Config, ModelSection
-from alignkit.errors import AlignkitError, ConfigError
-from alignkit.launch import groups_of
+from alignkit.errors import AlignkitError, ConfigError, DataError
+from alignkit.launch import array_task, groups_of
 from alignkit.models import VideoModel, family_module, load_model, working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.models.context import TokenGroup, follow, parallel_config, split_tokens, token_group
+from alignkit.stores.blocks import one_thread
 from alignkit.stores.folders import latent_grid
 from alignkit.stores.pairs import PairStore
 from alignkit.training.distributed import Process, lone_worker, start_process
@@ -108,29 +113,42 @@ def token_worker(config: Config, key: str, degree: int) -> tuple[Process, TokenG
     if degree == 1:
         return lone_worker(), None
     process = start_process()
+    check_tokens(config, key, degree, process)
+    job = array_task(os.environ)  # each of an array has a group of its own, and the first one's first speaks for all
+    return replace(process, rank=process.rank + job * process.world_size), token_group(degree, process.device)
+
+
+def check_tokens(config: Config, key: str, degree: int, process: Process) -> None:
+    """Raises ConfigError, naming `key`, where groups of `degree` cannot be made of the processes, or cannot share the
+    tokens of one of `config`'s videos. No weight is read."""
     groups_of(key, degree, process.world_size)
+    if degree == 1:
+        return
     section, device = config.model, process.device
     network: Any = empty_network(load_model(section, with_transformer=False, with_encoders=False))
     check_split(key, degree, section, network.config, latent_grid(config))
     set_attention(network, section.attention, device, working_dtype(section, device), shared=key)
-    return process, token_group(degree, device)
 
 
 def make_by_first(
     config: Config, device: torch.device, group: TokenGroup | None, make: Callable[[], Result]
 ) -> Result | None:
     """What make() returns on the first process of a group, which is to load its network with that group; the others
-    run theirs on what that one is shown, and get None. Without a group: what make() returns."""
+    run theirs on what that one is shown, and get None. Without a group: what make() returns. What make() raises of
+    settings and files is raised on all."""
     if group is None:
         return make()
+    dtype = working_dtype(config.model, device)
     if not group.first:
-        dtype = working_dtype(config.model, device)
-        model = load_model(config.model, with_encoders=False, device=device, dtype=dtype, group=group)
-        return follow(model.transformer, group, device)
+        load = partial(load_model, config.model, with_encoders=False, device=device, dtype=dtype, group=group)
+        with one_thread(device):
+            follow(lambda: load().transformer, group, device)
+        return None
     try:
         made = make()
-    except (AlignkitError, OSError):  # of files: the others wait for the next word. Of a forward they are in it
-        group.say(None)
+    except (AlignkitError, OSError) as error:  # of a forward's own errors the others hear by what ends them
+        with suppress(RuntimeError):  # of others that have failed by themselves
+            group.say(DataError(str(error)))
         raise
     group.say(None)
     return made

@@ -20,7 +20,7 @@ import torch
 
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.files import made
-from alignkit.launch import WORKER, WORKERS, die_with_launcher, free_port, slurm_group
+from alignkit.launch import WORKER, WORKERS, array_task, die_with_launcher, free_port, slurm_group
 from alignkit.sharing import run_lock
 from alignkit.training.extension import load_cpu_communication
 
@@ -184,7 +184,7 @@ def lone_worker() -> Process:
     SLURM_ARRAY_TASK_ID. Sets the number of threads as `start_process` does.
     """
     environment = os.environ
-    task = int(environment.get("SLURM_ARRAY_TASK_ID", 0)) - int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+    task = array_task(environment)
     # WORKER before RANK, which a training run that formed a group alone has set
     rank = int(environment.get(WORKER, environment.get("RANK", task or environment.get("SLURM_PROCID", 0))))
     local_rank = int(environment.get(WORKER, environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0))))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from alignkit.config import Config, changed
+from alignkit.config.sections import OURS
 from alignkit.errors import ConfigError
 from alignkit.models import VideoModel, working_dtype
 from alignkit.models.attention import set_attention
@@ -129,7 +130,7 @@ def check_deepspeed(config: Config, process: Process) -> None:
     for key in config.deepspeed.config:
         if key not in read.asked_for:
             alike = get_close_matches(key, sorted(read.asked_for), 1)
-            meant = f"; is {alike[0]} meant?" if alike else "; leave it out"
+            meant = f"; is {OURS.get(alike[0], alike[0])} meant?" if alike else "; leave it out"
             raise ConfigError(f"deepspeed.config: {key}: DeepSpeed knows no such key{meant}")
     for part in ("offload_param", "offload_optimizer"):
         given = settings["zero_optimization"].get(part) or {}

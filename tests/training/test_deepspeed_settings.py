@@ -19,6 +19,7 @@ REFUSED = [
     ("{zero_optimization: {offload_param: {device: nvme}}}", "zero_optimization.offload_param.nvme_path: missing"),
     ("{zero_optimization: {offload_optimizer: {device: nvme}}}", "offload_optimizer.nvme_path: missing"),
     ("{zero_optimisation: {stage: 2}}", "zero_optimisation: DeepSpeed knows no such key; is zero_optimization meant?"),
+    ("{optimiser: {type: Adam}}", "optimiser: DeepSpeed knows no such key; is train.optimizer meant?"),
     ("{qqq: 1}", "deepspeed.config: qqq: DeepSpeed knows no such key; leave it out"),
     ("{zero_optimization: 3}", "zero_optimization: should be a section of keys, got 3"),
     ("{bf16: {enabled: maybe}}", "bf16.enabled: input should be a valid boolean"),

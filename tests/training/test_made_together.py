@@ -32,6 +32,7 @@ def made(pairs_of, rollout_overrides, together_once, tmp_path_factory):
         jobs[count].append(
             ("pairs", [*pairs_of(family)[0], f"output.dir={root / family}", "pairs.block_size=3", PAIRS])
         )
+    jobs[4].append(("pairs", [*pairs_of("wan")[0], f"output.dir={root / 'two groups'}", "pairs.block_size=3", PAIRS]))
     jobs[2].append(("rollout", rollout_overrides(root / "rollouts", ROLLOUTS)))
     together_once(*jobs.items())
     return root
@@ -55,6 +56,13 @@ def test_pairs_are_those_of_one_process(made, pairs_of, family):
             # sums of another order, over the steps of a sampler
             assert distance(one.loser, other.loser) <= 1e-5
             assert one.origin_l.recipe["regime"]["context_parallel"] == 2
+
+
+def test_however_many_groups_there_are_the_bytes_are_the_same(made):
+    """And however many threads a process may take."""
+    one, two = ({file.name: file.read_bytes() for file in (made / name / "pairs/train").glob("block-*.arrow")}
+                for name in ("wan", "two groups"))  # fmt: skip
+    assert one == two and len(one) == 3
 
 
 def test_rollouts_are_those_of_one_process(made, made_rollouts):
@@ -85,6 +93,24 @@ def test_a_stage_of_a_chain_makes_its_pairs_so_and_trains_on_them(pairs_of, comm
     assert done.returncode == 0, done.stderr
     (folder,) = {file.parent for file in tmp_path.rglob("train/block-*.arrow")}
     assert PairStore(folder).info.made["context_parallel"] == 2 and (tmp_path / "export").is_dir()
+
+
+def test_a_stage_whose_videos_cannot_be_used_is_one_line(pairs_of, command, config_file, tmp_path):
+    """What the first of a group alone finds out is not taken for pairs that are made."""
+    (tmp_path / "empty").mkdir()
+    own = f"data: {{videos: {tmp_path / 'empty'}}}, pairs: {{context_parallel: 2}}"
+    settings = [*pairs_of("wan")[0], f"output.dir={tmp_path / 'run'}", f"stages=[{{name: localdpo, {own}}}]"]
+    line = one_line(command("train", config_file, *settings, "--nproc", 2))
+    assert str(tmp_path / "empty") in line and "pairs" not in line
+
+
+def test_what_cannot_be_shared_is_refused_before_an_earlier_stage_trains(pairs_of, command, config_file, tmp_path):
+    settings, folder = pairs_of("wan")
+    stages = "stages=[sft, {name: localdpo, pairs: {seed: 1, context_parallel: 3}}]"
+    places = f"output.dir={tmp_path}", f"pairs.folder={folder / 'pairs'}"
+    batch = "train.global_batch_size=6", "train.micro_batch_size=1"
+    line = one_line(command("train", config_file, *settings, *places, *batch, stages, "--nproc", 3))
+    assert "stage localdpo: pairs.context_parallel: 3 does not divide the 4 attention heads" in line
 
 
 def test_an_inversion_is_that_of_one_process(pairs_of, clips, together, config_file, tmp_path):
