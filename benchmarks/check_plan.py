@@ -1,8 +1,10 @@
 """The plan's memory model beside the growth of a process's memory: networks of more than 200 million random weights
-are started, and take a step of two micro-batches, on the CPU.
+are started, and take a step of two micro-batches, on the CPU. And of the full models' VAEs, with random weights, while
+they encode and decode a small video.
 
     python benchmarks/check_plan.py             # ten runs of both families: presets, dtypes, references, checkpointing
     python benchmarks/check_plan.py --only 0 3  # two of them
+    python benchmarks/check_plan.py --videos    # the VAEs
 """
 
 import argparse
@@ -35,6 +37,8 @@ class Run(NamedTuple):
     branches: str
 
 
+VIDEOS = [("wan2.1-14b", 9, 256, 256), ("cogvideox-2b", 9, 192, 192)]
+"""Configuration, frames, height and width."""
 RUNS = [
     Run("wan", "zero3", "bf16", "copy", "full", "together"),
     Run("wan", "zero2", "fp32", "copy", "none", "together"),
@@ -52,15 +56,28 @@ RUNS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--only", type=int, nargs="+", help="rows of the table, from 0 on", choices=range(len(RUNS)))
+    parser.add_argument("--videos", action="store_true", help="the VAEs instead")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--video", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.video is not None:
+        print(json.dumps(measure_video(*VIDEOS[arguments.video])))
+        return
     if arguments.run:
         number, folder = arguments.run
         print(json.dumps(measure(RUNS[int(number)], folder)))
         return
+    freeing = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system at once
+    if arguments.videos:
+        print("| VAE of | frames, height, width | calculated | measured |\n| --- | --- | --- | --- |")
+        for number, (name, *sizes) in enumerate(VIDEOS):
+            command = [sys.executable, __file__, "--video", str(number)]
+            text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=freeing).stdout
+            found = json.loads(text.splitlines()[-1])
+            print(f"| {name} | {', '.join(map(str, sizes))} | {_beside(*found)} |", flush=True)
+        return
     print("| run | parameters | imported | kept: calculated | measured | most in a step: calculated | measured |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    freeing = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system at once
     with tempfile.TemporaryDirectory() as folder:
         for family, wider in WIDE.items():
             write_model(family, wider, Path(folder) / family)
@@ -176,6 +193,26 @@ def measure(run: Run, folder: str) -> dict[str, float]:
         "calculated_step": sum(size for part, size in planned.items() if part != "CUDA, NCCL"),
         "measured_step": peak - imported,
     }
+
+
+def measure_video(name: str, frames: int, height: int, width: int) -> tuple[float, float]:
+    """Most bytes beside the VAE's weights, by the plan and by this process's memory."""
+    import torch
+
+    from alignkit.config import load_config, shipped_config
+    from alignkit.planning.counting import video_bytes
+    from alignkit.planning.outline import outline
+
+    sizes = f"data.num_frames={frames}", f"data.height={height}", f"data.width={width}"
+    config = load_config(shipped_config(f"{name}-localdpo.yaml"), ["data.videos=videos", "output.dir=out", *sizes])
+    found = outline(config)
+    vae = type(found.autoencoder).from_config(found.autoencoder.config).eval()
+    with torch.no_grad():
+        vae.encode(torch.rand(1, 3, 9, 32, 32)).latent_dist.mode()  # libraries that the first convolution loads
+        before = resident()
+        Path("/proc/self/clear_refs").write_text("5")
+        vae.decode(vae.encode(torch.rand(1, 3, frames, height, width)).latent_dist.mode())
+    return video_bytes(found, config), status("VmHWM") - before
 
 
 def resident() -> float:
