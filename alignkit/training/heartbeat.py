@@ -66,11 +66,11 @@ def heartbeat(process: Process, stuck_seconds: float) -> Iterator[Pulse]:
     port = on_main(process, lambda: kept.port if kept else 0)
     store = kept or open_store(host, port, None, False, wait, False)
     store.set_timeout(wait)
-    first, left = _First(host), threading.Event()
-    args = (store, pulse, process, stuck_seconds, period, stop, first)
-    thread = threading.Thread(target=_beat, args=args, daemon=True, name="heartbeat")
     store.set(_key(process.rank), _beat_of(pulse))
     torch.distributed.barrier()  # all have a first beat
+    first, left = _First(store.get(_key(0))), threading.Event()
+    args = (store, pulse, process, stuck_seconds, period, stop, first)
+    thread = threading.Thread(target=_beat, args=args, daemon=True, name="heartbeat")
     thread.start()
     if not process.main:
         heard = (first, stuck_seconds, period, left)
@@ -90,12 +90,16 @@ def heartbeat(process: Process, stuck_seconds: float) -> Iterator[Pulse]:
 class _First:
     """What another process last heard of the first one, which keeps the store."""
 
-    def __init__(self, host: str):
-        self.told, self.heard = f"process 0 on {host}", time.monotonic()
+    def __init__(self, beat: bytes):
+        self._beat = b""
+        self.says(beat)
 
-    def says(self, beat: str) -> None:
-        told = json.loads(beat)
-        self.told, self.heard = f"process 0 on {told['host']}, last at {told['phase']}", time.monotonic()
+    def says(self, beat: bytes) -> None:
+        """The store answers for a process whose threads do not run, too: what is heard is a beat that is new."""
+        if beat != self._beat:
+            told = json.loads(beat)
+            self.told, self.heard = _who(0, told), time.monotonic()
+            self._beat = beat
 
 
 def _listen(first: _First, stuck_seconds: float, period: float, left: threading.Event) -> None:
@@ -130,7 +134,7 @@ def _beat(
             elif store.check([ENDED]):
                 _end(None)
             else:
-                first.says(store.get(_key(0)).decode())
+                first.says(store.get(_key(0)))
         except RuntimeError as error:  # torch's errors of a store that does not answer
             if stop.wait(GRACE_S):  # an error that all have raised: the first one was quicker to leave
                 return
@@ -150,7 +154,7 @@ def _fault(
         heard = now if last is None or last[0] != beat else last[2]
         begun = now if last is None or last[1] != told["count"] else last[3]
         seen[rank] = beat, told["count"], heard, begun
-        who = f"process {rank} on {told['host']}, last at {told['phase']}"
+        who = _who(rank, told)
         if now - heard > stuck_seconds:
             silent.append(f"{who}, is not heard of for {now - heard:.0f} s")
         elif now - begun > told["limit"]:
@@ -159,6 +163,10 @@ def _fault(
         return "; ".join(silent)
     behind = min(count for count, _ in still) if still else 0
     return "; ".join(text for count, text in still if count == behind) or None
+
+
+def _who(rank: int, told: dict[str, Any]) -> str:
+    return f"process {rank} on {told['host']}, last at {told['phase']}"
 
 
 def _beat_of(pulse: Pulse, number: int = 0) -> str:

@@ -270,3 +270,36 @@ def test_a_process_that_is_stopped_is_named_and_the_run_ends(run_with_pairs, con
         for rank in ranks:
             rank.kill()
             rank.wait()
+
+
+SILENT = """
+import ctypes, os, signal, sys, time
+import torch
+from alignkit.training.distributed import Process
+from alignkit.training.heartbeat import heartbeat
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+with heartbeat(Process(rank, 2, rank, torch.device("cpu")), 1.0):
+    if rank == 0 and sys.argv[1] == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if rank == 0:
+        ctypes.PyDLL(None).sleep(600)  # as a library that waits with the interpreter's lock in its hands
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["stopped", "locked"])
+def test_a_first_process_that_falls_silent_before_a_beat_was_heard_is_named(start_command, how):
+    from alignkit.launch import free_port
+
+    port = free_port()
+    ranks = [start_command(how, code=SILENT, env=environment(rank, port)) for rank in range(2)]
+    try:
+        said = ranks[1].communicate(timeout=60)[1]
+        assert ranks[1].returncode == 1
+        assert re.search(r"alignkit: process 0 on \S+, last at loading, is not heard of for", said)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
