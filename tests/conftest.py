@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Some virtual machines list AMX and do not grant it: attention in bf16 then dies of an illegal instruction.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # what is remembered of videos and weights: the suite's, its workers' too
+    CACHE = tempfile.TemporaryDirectory(prefix="alignkit-cache-")
+    os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 import pytest
 import torch

@@ -166,6 +166,9 @@ def finished(command, config_file, made_pairs, overrides, tmp_path_factory):
     [
         ("pairs", "pairs.seed=5"),
         ("pairs", "data.num_frames=10"),
+        ("pairs", "data.num_frames=5"),
+        ("pairs", "model.vae_tiling=true"),
+        ("pairs", "data.captions=/nowhere"),
         ("pairs", "data.videos=/nowhere"),
         ("pairs", "model.max_sequence_length=60"),
         ("train", "train.learning_rate=1"),

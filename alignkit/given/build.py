@@ -1,21 +1,18 @@
 """`alignkit pairs` from ranked videos: rows of prompt, chosen and rejected become pairs in latent space."""
 
-import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import av
 import torch
 from torch import Tensor
 
+import alignkit
 from alignkit.apo.inversions import add_inversions, inversion_terms
 from alignkit.config import Config
 from alignkit.errors import ConfigError, DataError
-from alignkit.files import write_json
 from alignkit.given.preferences import Preference, read_preferences
 from alignkit.given.validation import NothingLeftError, split_preferences, validate_preferences
 from alignkit.media.captions import Problem
@@ -26,7 +23,7 @@ from alignkit.models.context import TokenGroup
 from alignkit.objectives.laws import Law
 from alignkit.objectives.states.checks import check_noise
 from alignkit.progress import progress, say
-from alignkit.sharing import one_at_a_time
+from alignkit.remembered import memory
 from alignkit.stores.blocks import Made, build_store
 from alignkit.stores.folders import (
     SPLITS,
@@ -109,9 +106,9 @@ def build_given_pairs(
 def find_given(config: Config, show: bool = True) -> tuple[dict[str, list[Given]], list[Problem]]:
     """The rows of each split, and what is wrong with the others.
 
-    The first process looks, and leaves what it found in output.dir/validated.json for the others and for a build that
-    is started again; it is looked at again when a file changed. Raises DataError, after listing the problems, when no
-    row is left.
+    The first process looks, and leaves what it found in the user's cache for the others and for a build that is
+    started again; it is looked at again when a file changed. Raises DataError, after listing the problems, when no row
+    is left.
     """
     assert config.data.pairs is not None
     if config.noise.source in ("initial", "path"):
@@ -126,76 +123,42 @@ def find_given(config: Config, show: bool = True) -> tuple[dict[str, list[Given]
     (train, problems), *other = (read_preferences(file, str(file) if alike else None) for file in files)
     heldout, more = other[0] if other else (None, [])
     problems += more
-    memory, key = config.output.dir / "validated.json", _key(config, [*train, *(heldout or [])])
-    with one_at_a_time(config.output.dir / ".validating.lock"):
-        found = _remembered(memory)
-        if found.get("key") != key:
-            found = {"key": key, **_validated(config, grid, train, heldout, show)}
-            write_json(memory, found)
-    problems += [Problem(**problem) for problem in found["problems"]]
-    if found["error"]:
-        if show:
-            say_skipped(problems)
-            write_skipped(config, problems)
-        raise DataError(found["error"])
-    offset = max((row.number for row in train), default=-1) + 1 if heldout is not None else 0
-    places = {"train": (train, 0), "heldout": (train if heldout is None else heldout, offset)}
-    splits = {
-        split: [
-            Given(row.number + first, row, tuple(found[split][str(row.number)]), mask_digest(row.mask))
-            for row in rows
-            if str(row.number) in found[split]
-        ]
-        for split, (rows, first) in places.items()
-    }
-    return splits, problems
-
-
-def _remembered(memory: Path) -> dict[str, Any]:
     try:
-        return json.loads(memory.read_text())
-    except (OSError, ValueError):
-        return {}
+        splits, more = _validated(config, files, grid, train, heldout, show)
+    except DataError as error:
+        if show:
+            say_skipped(problems + (error.problems if isinstance(error, NothingLeftError) else []))
+        raise
+    return splits, problems + more
 
 
 def _validated(
-    config: Config, grid: tuple[int, int, int], train: list[Preference], heldout: list[Preference] | None, show: bool
-) -> dict[str, Any]:
-    """Both splits as {row number: digests of the two videos}, the problems, and why nothing is left, if so."""
-    result: dict[str, Any] = {"train": {}, "heldout": {}, "problems": [], "error": None}
-    try:
-        rows = [*train, *(heldout or [])]
-        with progress("checking pairs", len(rows), show=show) as bar:
-            findings = validate_preferences(train, video_spec(config), grid=grid, heldout=heldout, watch=bar.advance)
-        kept, held = findings.train, findings.heldout
-        result["problems"] = [asdict(problem) for problem in findings.problems]
-        if heldout is None:
-            kept, held = split_preferences(kept, findings.keys, config.data.heldout, config.pairs.seed)
-    except DataError as error:
-        problems = error.problems if isinstance(error, NothingLeftError) else []
-        return result | {"error": str(error), "problems": result["problems"] or [asdict(p) for p in problems]}
-    for split, rows in (("train", kept), ("heldout", held)):
-        result[split] = {str(row.number): [findings.keys[row.chosen], findings.keys[row.rejected]] for row in rows}
-    return result
-
-
-def _key(config: Config, rows: list[Preference]) -> str:
-    """Changes with the rows, the files they name, and what is asked of them."""
-    asked = (asdict(video_spec(config)), config.data.heldout, config.pairs.seed, config.model.family, config.model.path)
-    terms = [_state(row) for row in rows], asked
-    return hashlib.sha256(json.dumps(terms).encode()).hexdigest()
-
-
-def _state(row: Preference) -> list[Any]:
-    """Of files their size and date; of masks, which are small and may be folders, the content."""
-    stats: list[tuple[str | int, ...]] = []
-    for file in (row.chosen, row.rejected):
-        try:
-            stats.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
-        except (OSError, ValueError) as error:
-            stats.append((str(file), str(error)))
-    mask = mask_digest(row.mask) if row.mask is not None and os.path.exists(row.mask) else None
-    return [row.where, row.number, row.prompt, stats, str(row.mask), mask]
+    config: Config, files: list[Path], grid: tuple[int, int, int], train: list[Preference],
+    heldout: list[Preference] | None, show: bool,
+) -> tuple[dict[str, list[Given]], list[Problem]]:  # fmt: skip
+    """The rows of each split that can be used, and what is wrong with the others. What was found of a video before is
+    remembered in the user's cache; processes take turns, so that each is decoded once."""
+    spec = video_spec(config)
+    asked = [[str(file.absolute()) for file in files], asdict(spec), av.__version__]
+    code = [file for folder in ("given", "media") for file in (Path(alignkit.__path__[0]) / folder).glob("*.py")]
+    with (
+        memory("rows", asked, code) as known,
+        progress("checking pairs", len(train) + len(heldout or []), show=show) as bar,
+    ):
+        findings = validate_preferences(train, spec, grid=grid, heldout=heldout, watch=bar.advance, known=known)
+    keys, kept, held, offset = findings.keys, findings.train, findings.heldout, 0
+    if heldout is None:
+        kept, held = split_preferences(kept, keys, config.data.heldout, config.pairs.seed)
+    else:
+        offset = max((row.number for row in train), default=-1) + 1
+    splits = {
+        split: [
+            Given(first + row.number, row, (keys[row.chosen], keys[row.rejected]), mask_digest(row.mask))
+            for row in rows
+        ]
+        for split, rows, first in (("train", kept, 0), ("heldout", held, offset))
+    }
+    return splits, findings.problems
 
 
 def _make_rows(

@@ -4,11 +4,12 @@ Two videos count as the same where they decode to the same pictures for the spec
 that was encoded anew has other pictures and is not found.
 """
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +18,10 @@ import numpy as np
 from alignkit.errors import DataError
 from alignkit.given.preferences import Preference
 from alignkit.media.captions import Problem
-from alignkit.media.masks import mask_on_grid, read_mask
+from alignkit.media.masks import mask_digest, mask_on_grid, read_mask
+from alignkit.media.usable import of_the_moment
 from alignkit.media.videos import TooShortError, VideoFacts, VideoSpec, decode_with_facts, picture_digest
+from alignkit.remembered import Memory, name_of
 
 Kind = Literal[
     "missing", "damaged", "too_short",  # a file
@@ -58,6 +61,7 @@ def validate_preferences(
     grid: tuple[int, int, int] | None = None,
     heldout: list[Preference] | None = None,
     watch: Callable[[], None] = lambda: None,
+    known: Memory | None = None,
 ) -> Findings:
     """Decode every video once and drop the rows that cannot be trained on, or held out, as `spec` asks.
 
@@ -65,12 +69,15 @@ def validate_preferences(
     their size as shown or their frame rate, or do not differ at all; whose mask `read_mask` refuses, or `mask_on_grid`
     for the latent `grid` (F, H, W) where that is given; that repeat an earlier row; that contradict another (the same
     videos the other way round: both go); and held-out rows with a video or a prompt that is trained on. Prompts are
-    compared without regard to case. `watch` is called once a row.
+    compared without regard to case. `watch` is called once a row. What is `known` of videos and masks, by their place,
+    size and dates, is not looked at again, and what is found of others is noted there.
 
     Raises NothingLeftError, a DataError, if no row is left, or none of `heldout` where that is given.
     """
     videos: dict[Path, _Video | _Fault] = {}
-    wrong, wrong_heldout = (_unsound(rows, spec, grid, videos, watch) for rows in (preferences, heldout or []))
+    wrong, wrong_heldout = (
+        _unsound(rows, spec, grid, videos, watch, known or Memory(None)) for rows in (preferences, heldout or [])
+    )
     keys = {path: video.key for path, video in videos.items() if isinstance(video, _Video)}
     train, held = _without(preferences, wrong), _without(heldout or [], wrong_heldout)
     wrong += _repeated(train, keys)
@@ -171,44 +178,66 @@ def _unsound(
     grid: tuple[int, int, int] | None,
     videos: dict[Path, _Video | _Fault],
     watch: Callable[[], None],
+    known: Memory,
 ) -> list[Problem]:
     """What is wrong with single rows. Adds to `videos` those that are not there yet."""
     unknown = [path for path in dict.fromkeys(p for row in rows for p in _videos(row)) if path not in videos]
     problems = []
     threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     try:
-        looked_at = zip(unknown, threads.map(lambda path: _look_at(path, spec), unknown), strict=True)
+        looked_at = zip(unknown, threads.map(lambda path: _look_at(path, spec, known), unknown), strict=True)
         for row in rows:
             while not videos.keys() >= set(_videos(row)):
                 path, found = next(looked_at)
                 videos[path] = found
             watch()
-        for row, faults in zip(rows, threads.map(lambda row: _faults(row, videos, spec, grid), rows), strict=True):
+        for row, faults in zip(
+            rows, threads.map(lambda row: _faults(row, videos, spec, grid, known), rows), strict=True
+        ):
             problems += [Problem(row.where, fault.reason, fault.kind) for fault in faults]
     finally:
         threads.shutdown(cancel_futures=True)
     return problems
 
 
-def _look_at(path: Path, spec: VideoSpec) -> _Video | _Fault:
+def _look_at(path: Path, spec: VideoSpec, known: Memory) -> _Video | _Fault:
+    name = name_of(path) if os.path.exists(path) else ""
+    if name and name in known:
+        kind, found, told = known[name]
+        if kind:
+            return _Fault(kind, found)
+        return _Video(VideoFacts(**told | {"path": path, "chosen": tuple(told["chosen"])}), found)
     try:
         frames, facts = decode_with_facts(path, spec)
-    except TooShortError as error:
-        return _Fault("too_short", str(error))
     except DataError as error:
-        return _Fault("damaged" if os.path.exists(path) else "missing", str(error))
-    return _Video(facts, picture_digest(frames))
+        bad: Kind = "damaged" if name else "missing"
+        fault = _Fault("too_short" if isinstance(error, TooShortError) else bad, str(error))
+        if name and not of_the_moment(error):
+            known.note(name, [fault.kind, fault.reason, {}])
+        return fault
+    video = _Video(facts, picture_digest(frames))
+    if name:
+        known.note(name, ["", video.key, asdict(facts) | {"path": None}])
+    return video
 
 
 def _faults(
-    row: Preference, videos: dict[Path, _Video | _Fault], spec: VideoSpec, grid: tuple[int, int, int] | None
+    row: Preference,
+    videos: dict[Path, _Video | _Fault],
+    spec: VideoSpec,
+    grid: tuple[int, int, int] | None,
+    known: Memory,
 ) -> list[_Fault]:
     sides = [videos[path] for path in dict.fromkeys(_videos(row))]
-    return [side for side in sides if isinstance(side, _Fault)] or list(_differences(row, videos, spec, grid))
+    return [side for side in sides if isinstance(side, _Fault)] or list(_differences(row, videos, spec, grid, known))
 
 
 def _differences(
-    row: Preference, videos: dict[Path, _Video | _Fault], spec: VideoSpec, grid: tuple[int, int, int] | None
+    row: Preference,
+    videos: dict[Path, _Video | _Fault],
+    spec: VideoSpec,
+    grid: tuple[int, int, int] | None,
+    known: Memory,
 ) -> Iterator[_Fault]:
     """What is wrong with a pair of videos each of which is good."""
     chosen, rejected = videos[row.chosen], videos[row.rejected]
@@ -225,13 +254,26 @@ def _differences(
     if chosen.key == rejected.key:
         yield _Fault("identical", f"{row.chosen} and {row.rejected} show the same")
     if row.mask is not None:
-        try:
-            mask = read_mask(row.mask, a, spec)
+        reason = _fault_of_mask(row.mask, a, spec, grid, known)
+        if reason:
+            yield _Fault("mask", reason)
+
+
+def _fault_of_mask(
+    file: Path, video: VideoFacts, spec: VideoSpec, grid: tuple[int, int, int] | None, known: Memory
+) -> str | None:
+    try:
+        digest = mask_digest(file) if os.path.exists(file) else ""
+        name = json.dumps([str(file), digest, name_of(video.path), grid])
+        if name not in known:
+            mask = read_mask(file, video, spec)
             if grid is not None:
                 mask_on_grid(mask, grid)
-        except (DataError, OSError) as error:
-            reason = str(error)
-            yield _Fault("mask", reason if reason.startswith(str(row.mask)) else f"{row.mask}: {reason}")
+            known.note(name, None)
+        return None
+    except (DataError, OSError) as error:
+        reason = str(error)
+        return reason if reason.startswith(str(file)) else f"{file}: {reason}"
 
 
 # --- rows beside one another --------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from alignkit.media.captions import Problem
 from alignkit.media.finding import Clip, find_clips
 from alignkit.media.masks import find_mask, mask_on_grid, read_mask
 from alignkit.media.usable import usable_clips
-from alignkit.sharing import one_at_a_time
 from alignkit.stores.folders import latent_grid, video_spec
 
 
@@ -29,12 +28,11 @@ class Source:
 
 def find_usable(config: Config, show: bool = True) -> tuple[list[Source], list[Problem]]:
     """The clips of `data.videos` that decode to the wanted size and length, in name order, and what is wrong with
-    the others. What was decoded before is remembered in output.dir/checked.jsonl."""
+    the others. What was decoded before is remembered in the user's cache."""
     if config.data.videos is None:
         raise DataError("data.videos: not set; name the folder that holds the videos")
     clips, problems = find_clips(config.data.videos, config.data.captions)
-    with one_at_a_time(config.output.dir / ".checking.lock"):
-        good, refused = usable_clips(clips, video_spec(config), config.output.dir / "checked.jsonl", show=show)
+    good, refused = usable_clips(clips, config.data.videos, video_spec(config), show=show)
     if config.pairs.mask.files is None:
         return [Source(clip, digest) for clip, digest in good], problems + refused
     sources, without = _with_masks(good, config.pairs.mask.files)

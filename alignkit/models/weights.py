@@ -2,15 +2,14 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
-from alignkit.errors import DataError, ModelError
-from alignkit.files import write_atomically
-from alignkit.sharing import one_at_a_time
+from alignkit.errors import ModelError
+from alignkit.remembered import memory, stamp
 
 NAMES = ("diffusion_pytorch_model", "model")  # diffusers', transformers'
 CHUNK = 1 << 24
+FINGERPRINT = "fingerprint"
 UNTOLD = ("_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype")
 """Of a part's config.json, what says nothing of its weights."""
 
@@ -53,36 +52,10 @@ def fingerprint_of(folder: Path, variant: str | None = None) -> str:
     files = weight_files(folder, variant) or weight_files(folder)  # a variant's other parts may have the usual names
     read = [*files, folder / "config.json"] if files else sorted(folder.glob("*"))
     read = [file for file in read if file.is_file()]
-    known = json.dumps([[str(file.resolve()), *_stamp(file)] for file in read])
-    memory = _memory() / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
-    try:
-        with one_at_a_time(memory.with_suffix(".lock")):
-            return _remembered(memory, known) or _remember(memory, known, _compute(files, read))
-    except (OSError, DataError):  # no home to remember it in, or one without locks
-        return _compute(files, read)
-
-
-def _stamp(file: Path) -> list[int]:
-    status = file.stat()
-    # a copy may keep its original's time of change, but not that of its own making
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-
-
-def _memory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignkit" / "fingerprints"
-
-
-def _remembered(memory: Path, known: str) -> str | None:
-    try:
-        stored = json.loads(memory.read_text())
-        return stored["fingerprint"] if stored["of"] == known else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _remember(memory: Path, known: str, fingerprint: str) -> str:
-    write_atomically(memory, json.dumps({"of": known, "fingerprint": fingerprint}).encode())
-    return fingerprint
+    with memory("fingerprints", [[str(file.resolve()), *stamp(file)] for file in read]) as known:
+        if FINGERPRINT not in known:
+            known.note(FINGERPRINT, _compute(files, read))
+        return str(known[FINGERPRINT])
 
 
 def _compute(files: list[Path], read: list[Path]) -> str:

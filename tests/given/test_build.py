@@ -71,7 +71,8 @@ def test_pairs_in_tiles_and_as_ever_are_not_mixed(config):
 def test_a_second_build_looks_at_nothing_again_unless_a_file_changed(config, table, monkeypatch):
     settings = config()
     build_given_pairs(settings, CPU)
-    monkeypatch.setattr("alignkit.given.build.validate_preferences", lambda *_, **__: pytest.fail("looked again"))
+    for name in ("decode_with_facts", "read_mask"):
+        monkeypatch.setattr(f"alignkit.given.validation.{name}", lambda *_: pytest.fail("looked again"))
     assert build_given_pairs(settings, CPU) == {"train": 3, "heldout": 1}
     (table.with_name("1.mp4")).touch()  # another date, the same pictures: looked at again, and taken
     monkeypatch.undo()
@@ -144,15 +145,16 @@ def test_files_of_one_name_are_told_apart_and_pairs_without_any_mask_are_remarke
     assert "no pair has a mask, so both terms of local_dpo are the same" in shown
 
 
-def test_why_no_row_is_left_is_listed_in_full(config, table):
+def test_why_no_row_is_left_is_said_of_each_and_nothing_is_written(config, table, capfd):
     rows = [json.loads(line) for line in table.read_text().splitlines()[:2]]
     table.write_text("".join(json.dumps({**row, "rejected": row["chosen"]}) + "\n" for row in rows))
     settings = config()
     for _ in range(2):  # the second time from memory
         with pytest.raises(DataError, match="no pair is left to train on"):
             build_given_pairs(settings, CPU)
-        listed = (settings.output.dir / "skipped.jsonl").read_text()
-        assert "pairs.jsonl:1" in listed and "pairs.jsonl:2" in listed
+        said = capfd.readouterr().err
+        assert said.count("skipped pairs.jsonl:1: ") == said.count("skipped pairs.jsonl:2: ") == 1
+        assert not settings.output.dir.exists()
 
 
 def test_useless_pairs_are_left_out_and_listed(config, monkeypatch):

@@ -1,3 +1,4 @@
+import errno
 import re
 import shutil
 from dataclasses import replace
@@ -13,6 +14,7 @@ from alignkit.errors import DataError
 from alignkit.given.preferences import Preference
 from alignkit.given.validation import Kind, split_preferences, validate_preferences
 from alignkit.media.videos import VideoSpec, write_video
+from alignkit.remembered import memory
 
 SPEC = VideoSpec(height=48, width=48, num_frames=17)
 
@@ -190,6 +192,28 @@ def test_videos_of_several_rows_are_decoded_once_and_every_row_is_counted(row, m
     assert sorted(names) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4", "4.mp4", "gone.mp4"]
     assert len(rows_seen) == 5
     assert {path.name for path in findings.keys} == set(names) - {"gone.mp4"}
+
+
+def test_what_is_known_is_not_looked_at_again_and_what_was_of_the_moment_is(row, shelf, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    decode = validation.decode_with_facts
+
+    def exhausted(path, spec):
+        if path.name == "1.mp4":
+            raise DataError(f"{path}: cannot be read") from OSError(errno.EMFILE, "Too many open files")
+        return decode(path, spec)
+
+    rows = [row(0, "0.mp4", "1.mp4"), row(1, "2.mp4", "3.mp4", mask="good.npy"), row(2, "short.mp4", "gone.mp4")]
+    monkeypatch.setattr(validation, "decode_with_facts", exhausted)
+    with memory("rows", "of this test") as known:
+        first = validate_preferences(rows, SPEC, grid=(5, 6, 6), known=known)
+    decoded = []
+    monkeypatch.setattr(validation, "decode_with_facts", lambda path, spec: decoded.append(path) or decode(path, spec))
+    with memory("rows", "of this test") as known:
+        findings = validate_preferences(rows, SPEC, grid=(5, 6, 6), known=known)
+    assert [path.name for path in decoded] == ["1.mp4", "gone.mp4"]
+    assert [row.number for row in first.train] == [1] and [row.number for row in findings.train] == [0, 1]
+    assert findings == validate_preferences(rows, SPEC, grid=(5, 6, 6))
 
 
 @pytest.mark.parametrize(

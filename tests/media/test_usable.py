@@ -15,7 +15,7 @@ SPEC = VideoSpec(48, 48, 5)
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
     """a and d show the same pictures, b is too short, c is no video, e is fine."""
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(256, (8, 48, 48, 3), generator=generator, dtype=torch.uint8)
@@ -24,12 +24,13 @@ def folder(tmp_path):
     (tmp_path / "c.mp4").write_bytes(b"nothing")
     (tmp_path / "d.mp4").write_bytes((tmp_path / "a.mp4").read_bytes() + b"free space at the end")
     write_video(tmp_path / "e.mp4", frames.flip(1), 8)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 
 
 def look(folder):
     clips = [Clip(path, path.name, "a caption") for path in sorted(folder.glob("*.mp4"))]
-    return usable_clips(clips, SPEC, folder / "checked.jsonl", show=False)
+    return usable_clips(clips, folder, SPEC, show=False)
 
 
 def test_bad_files_and_repeated_pictures_are_passed_over(folder):
@@ -48,8 +49,9 @@ def test_what_was_found_is_remembered_until_the_file_changes(folder, monkeypatch
     monkeypatch.setattr(usable, "decode_clip", lambda path, spec: looked_at.append(path.name))
     assert look(folder) == first and looked_at == []
     monkeypatch.undo()
-    memory = folder / "checked.jsonl"
+    (memory,) = (folder / "cache").rglob("*.jsonl")
     lines = memory.read_text().splitlines(keepends=True)
+    assert len(lines) == 5
     memory.write_text("".join(lines[:3]) + lines[3][:20])  # killed while it wrote the fourth
     assert look(folder) == first
     (folder / "e.mp4").write_bytes(b"damaged since")

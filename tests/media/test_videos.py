@@ -364,7 +364,7 @@ def test_real_clips_are_used_and_the_two_bad_ones_refused_with_a_reason(fps, tmp
     names = sorted(p.name for p in REAL.iterdir() if p.suffix in (".mp4", ".mov", ".webm"))
     clips = [Clip(REAL / name, name, "a caption") for name in names]
     spec = VideoSpec(48, 64, 17 if fps is None else 7, fps)
-    used, problems = usable_clips(clips, spec, tmp_path / "checked.jsonl")
+    used, problems = usable_clips(clips, tmp_path, spec)
     assert {clip.name for clip, _ in used} == set(names) - {"corrupted.mp4", "rotated_90.mov"}
     reasons = {problem.video: problem.reason for problem in problems}
     assert "damaged, decoding fails after 28 frames" in reasons["corrupted.mp4"]
