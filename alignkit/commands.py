@@ -34,9 +34,9 @@ from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.cache import build_cache, with_cache
 from alignkit.training.context import PAIRS_KEY, ROLLOUT_KEY, make_by_first, token_worker
 from alignkit.training.distributed import Process, group_lock, lone_worker, set_threads, start_process
-from alignkit.training.engine import accumulation_steps, check_deepspeed
 from alignkit.training.optimizers import check_optimizer
 from alignkit.training.references import check_reference
+from alignkit.training.settings import accumulation_steps, check_deepspeed
 from alignkit.training.supply import Waiting
 
 PAIRS_IN_REPORT = 6

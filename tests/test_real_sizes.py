@@ -16,8 +16,8 @@ from alignkit.models import family_module, load_model
 from alignkit.models.cogvideox import CogVideoXModel
 from alignkit.models.wan import WanModel
 from alignkit.stages import stage_configs
-from alignkit.training.engine import accumulation_steps, deepspeed_config
 from alignkit.training.lora import add_lora
+from alignkit.training.settings import accumulation_steps, deepspeed_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # parameters as diffusers builds them; tokens of one video, which with the text are what attention sees

@@ -64,10 +64,10 @@ def _with_masks(clips: list[tuple[Clip, str]], folder: Path) -> tuple[list[Sourc
 def check_count(config: Config, sources: list[Source], problems: list[Problem]) -> None:
     """Raises DataError unless there is a clip for either split."""
     if len(sources) < 2:
+        why = "; what is wrong with the others is said above" if problems else ""
         raise DataError(
             f"data.videos: {len(sources)} usable of {len(sources) + len(problems)} in {config.data.videos}, but one to "
-            "train on and one to hold out are needed (and 16 held out for a verdict); what is wrong with the others is "
-            "said above"
+            f"train on and one to hold out are needed (and 16 held out for a verdict){why}"
         )
 
 

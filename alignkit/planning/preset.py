@@ -17,10 +17,10 @@ from alignkit.progress import say
 from alignkit.stages import stage_configs
 from alignkit.stores.store import read_info, terms_file
 from alignkit.training.distributed import Process, gather, on_main
-from alignkit.training.engine import PRESETS
 from alignkit.training.loop import train_folder
 from alignkit.training.references import reads_cache
 from alignkit.training.references.cached import HOLDS, cache_folder
+from alignkit.training.settings import PRESETS
 
 AUTO = "auto"
 

@@ -22,11 +22,12 @@ from alignkit.stores.pairs import PairStore
 from alignkit.stores.store import StoreInfo, has_blocks, missing_blocks, read_info, terms_file, write_rows
 from alignkit.training.context import check_context, data_ranks
 from alignkit.training.distributed import Process, on_main
-from alignkit.training.engine import accumulation_steps, check_deepspeed, process_put_back
+from alignkit.training.engine import process_put_back
 from alignkit.training.order import global_batch
 from alignkit.training.references.cached import FEATURES, HOLDS, cache_folder, cache_info, check_made, visit_row
 from alignkit.training.references.copy import Copy
 from alignkit.training.run import load_rows, visited_states
+from alignkit.training.settings import accumulation_steps, check_deepspeed
 from alignkit.training.terms import run_terms
 from alignkit.training.weights import open_start
 

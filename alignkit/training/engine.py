@@ -1,37 +1,24 @@
-"""DeepSpeed: its settings, the network that policy and reference copy are both built from, and the policy's engine."""
+"""The network that policy and reference copy are both built from, and the policy's engine, which is DeepSpeed's."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 
-from alignkit.config import Config, changed
-from alignkit.config.sections import OURS
+from alignkit.config import Config
 from alignkit.errors import ConfigError
 from alignkit.models import VideoModel, working_dtype
 from alignkit.models.attention import set_attention
 from alignkit.models.blocks import compile_blocks
 from alignkit.models.checkpointing import check_selective, set_checkpointing
-from alignkit.training.context import data_ranks, split_for_training, token_key
+from alignkit.training.context import split_for_training, token_key
 from alignkit.training.distributed import Process
 from alignkit.training.lora import add_lora
 from alignkit.training.optimizers import make_optimizer
+from alignkit.training.settings import NOT_TAKEN, deepspeed_config, refused
 from alignkit.training.weights import Start, empty_network, load_partitioned, load_whole, set_masters
-
-# the fastest first
-PRESETS: dict[str, dict[str, Any]] = {
-    "zero2": {"stage": 2},
-    "zero3": {"stage": 3},
-    "zero3-offload": {
-        "stage": 3,
-        "offload_param": {"device": "cpu", "pin_memory": True},
-        "offload_optimizer": {"device": "cpu", "pin_memory": True},
-    },
-}
 
 
 @contextmanager
@@ -44,142 +31,6 @@ def process_put_back() -> Iterator[None]:
     finally:
         torch.nn.functional.linear = linear
         torch.set_num_threads(threads)
-
-
-NOT_TAKEN = ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError
-"""What DeepSpeed raises for a setting that it cannot work with, as likely as not without its name."""
-
-
-def accumulation_steps(config: Config, world_size: int) -> int:
-    """Forwards per step and process. Raises ConfigError when batch sizes or processes do not divide."""
-    train = config.train
-    ranks = data_ranks(config, world_size)
-    together = train.micro_batch_size * ranks
-    if train.global_batch_size % together:
-        groups = "processes" if ranks == world_size else f"groups of {train.context_parallel} processes"
-        raise ConfigError(
-            f"train.global_batch_size: {train.global_batch_size} is not a multiple of micro_batch_size "
-            f"({train.micro_batch_size}) times {ranks} {groups}"
-        )
-    return train.global_batch_size // together
-
-
-def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
-    """DeepSpeed's own JSON: the preset, what the other sections imply, then the user's keys on top."""
-    train = config.train
-    if config.deepspeed.preset not in PRESETS:
-        raise ConfigError(
-            "deepspeed.preset: 'auto' is resolved by alignkit.planning.preset.resolved(config, process), as the "
-            "command does; call it before train()"
-        )
-    base = {
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(config, process.world_size),
-        # of as many pairs as processes think they have: DeepSpeed knows of no context groups
-        "train_batch_size": train.global_batch_size * train.context_parallel,
-        "gradient_clipping": train.max_grad_norm,
-        "zero_optimization": copy.deepcopy(PRESETS[config.deepspeed.preset]),
-        "zero_force_ds_cpu_optimizer": False,  # else offload refuses any optimizer but DeepSpeed's own
-        "zero_allow_untested_optimizer": train.optimizer != "adamw",
-        # whose default differs between DeepSpeed's versions; without it a gradient that is not finite is applied
-        "bf16": {"enabled": working_dtype(config.model, process.device) == torch.bfloat16, "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},  # 16 micro-batches added up in bf16 are off by half a percent
-        "steps_per_print": None,
-    }
-    settings = _merged(base, config.deepspeed.config)
-    zero = settings["zero_optimization"]
-    if settings["bf16"].get("bf16_master_weights_and_grads"):
-        raise ConfigError(
-            "deepspeed.config: bf16.bf16_master_weights_and_grads keeps no fp32 weights, and small updates are rounded "
-            "away; for less memory use train.optimizer: adamw_bf16 or adamw_8bit"
-        )
-    if train.optimizer == "adamw_8bit" and zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        raise ConfigError(
-            "train.optimizer: 'adamw_8bit' is not for moments in main memory; leave out offload_optimizer"
-        )
-    if zero["stage"] == 0 and settings["bf16"]["enabled"]:
-        raise ConfigError(
-            "deepspeed.config: zero_optimization.stage 0 keeps no fp32 weights beside bf16 ones; use 1, 2 or 3"
-        )
-    return settings
-
-
-def check_deepspeed(config: Config, process: Process) -> None:
-    """Raises ConfigError, before any weight is read, for keys of `deepspeed.config` that DeepSpeed does not take."""
-    if not config.deepspeed.config:
-        return
-    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
-    from pydantic import ValidationError
-
-    if config.deepspeed.preset not in PRESETS:  # auto: not resolved yet
-        config = changed(config, {"deepspeed": {"preset": "zero3"}}, "deepspeed.preset")
-    settings = deepspeed_config(config, process)
-    del settings["train_batch_size"]  # of more processes than there may be yet
-    read = _Noting(copy.deepcopy(settings))
-    try:
-        DeepSpeedConfig(read)
-        DtypeEnum(settings["data_types"]["grad_accum_dtype"])  # which it reads when all is loaded
-    except ValidationError as error:
-        found = error.errors()[0]
-        names = [str(name) for name in found["loc"]]
-        key = ".".join([*_section_of(settings, names, found["input"]), *names])
-        said = found["msg"][:1].lower() + found["msg"][1:]
-        raise ConfigError(f"deepspeed.config: {key}: {said}, got {found['input']!r}") from None
-    except NOT_TAKEN as error:
-        raise ConfigError(_refused(error)) from error
-    for key in config.deepspeed.config:
-        if key not in read.asked_for:
-            alike = get_close_matches(key, sorted(read.asked_for), 1)
-            meant = f"; is {OURS.get(alike[0], alike[0])} meant?" if alike else "; leave it out"
-            raise ConfigError(f"deepspeed.config: {key}: DeepSpeed knows no such key{meant}")
-    for part in ("offload_param", "offload_optimizer"):
-        given = settings["zero_optimization"].get(part) or {}
-        if given.get("device") == "nvme" and not given.get("nvme_path"):
-            raise ConfigError(
-                f"deepspeed.config: zero_optimization.{part}.nvme_path: missing; name a folder of a local disk"
-            )
-
-
-class _Noting(dict[str, Any]):
-    """Settings that note which of their keys are asked for: DeepSpeed passes over those that it does not know."""
-
-    def __init__(self, settings: dict[str, Any]):
-        super().__init__(settings)
-        self.asked_for: set[str] = set()
-
-    def __contains__(self, key: Any) -> bool:
-        self.asked_for.add(key)
-        return super().__contains__(key)
-
-    def __getitem__(self, key: str) -> Any:
-        self.asked_for.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.asked_for.add(key)
-        return super().get(key, default)
-
-    def keys(self) -> Any:
-        return self  # in which it looks by `key in settings.keys()`
-
-
-def _section_of(settings: dict[str, Any], names: list[str], given: Any) -> list[str]:
-    """The names of the sections in which `names`, one in the other, lead to what was given."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found: Any = value
-            for name in names:
-                found = found.get(name) if isinstance(found, dict) else None
-            if found == given:
-                return [key]
-            if deeper := _section_of(value, names, given):
-                return [key, *deeper]
-    return []
-
-
-def _refused(error: Exception) -> str:
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"deepspeed.config: DeepSpeed does not take it: {said}"
 
 
 def check_checkpointing(config: Config, process: Process, model: VideoModel) -> None:
@@ -247,7 +98,7 @@ def start_policy(config: Config, process: Process, transformer: Any, start: Star
     except NOT_TAKEN as error:
         if not config.deepspeed.config:
             raise
-        raise ConfigError(_refused(error)) from error
+        raise ConfigError(refused(error)) from error
     if working_dtype(config.model, process.device) != torch.float32:
         set_masters(engine, start.base.share if adapters is None else lambda name, _, device: adapters[name].to(device))
     return engine
@@ -282,11 +133,3 @@ def full_precision_weights(engine: Any) -> dict[str, torch.Tensor]:
         if torch.distributed.get_rank() == 0:
             weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
     return weights
-
-
-def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in extra.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _merged(result[key], value) if both else value
-    return result

@@ -23,14 +23,7 @@ from alignkit.stores.pairs import PairStore
 from alignkit.training import checkpoints
 from alignkit.training.context import check_context
 from alignkit.training.distributed import Process, any_process, check_shared, group_lock, on_main
-from alignkit.training.engine import (
-    accumulation_steps,
-    check_checkpointing,
-    check_deepspeed,
-    full_precision_weights,
-    load_network,
-    process_put_back,
-)
+from alignkit.training.engine import check_checkpointing, full_precision_weights, load_network, process_put_back
 from alignkit.training.export import averaged, export, export_folder, export_lora, export_record
 from alignkit.training.health import in_short, timings
 from alignkit.training.heartbeat import Pulse, heartbeat
@@ -40,6 +33,7 @@ from alignkit.training.optimizers import check_optimizer
 from alignkit.training.references import check_reference, reads_cache
 from alignkit.training.references.cached import cache_digest, cache_info, check_cache
 from alignkit.training.run import Abandoned, Run, Step, start_run
+from alignkit.training.settings import accumulation_steps, check_deepspeed
 from alignkit.training.supply import Supply, Waiting
 from alignkit.training.terms import difference, run_terms
 from alignkit.training.validation import STOPPED, check_validation, start_validation

@@ -1,7 +1,7 @@
 """`train.optimizer`: AdamW with its two moments in fp32, in bf16 or in 8 bits; the masters are fp32 beside each.
 
 DeepSpeed's own bf16 moments (`bf16.bf16_optimizer_states`, 0.19.8) come with bf16 masters only, in which steps of these
-learning rates are rounded away, so they are refused (`alignkit.training.engine`) and these are ours.
+learning rates are rounded away, so they are refused (`alignkit.training.settings`) and these are ours.
 """
 
 import importlib.util

@@ -22,13 +22,14 @@ from alignkit.training.average import Average
 from alignkit.training.branches import Sides, backward_apart, predict_sides
 from alignkit.training.context import own_group
 from alignkit.training.distributed import Process, any_process, gather
-from alignkit.training.engine import accumulation_steps, release, start_policy
+from alignkit.training.engine import release, start_policy
 from alignkit.training.health import Clock
 from alignkit.training.heartbeat import Pulse
 from alignkit.training.order import global_batch, rank_share
 from alignkit.training.references import Reference, start_reference
 from alignkit.training.references.cached import Visited
 from alignkit.training.references.copy import release_network
+from alignkit.training.settings import accumulation_steps
 from alignkit.training.teacher import Teacher
 from alignkit.training.weights import Start
 

@@ -14,11 +14,12 @@ from alignkit.files import write_json
 from alignkit.localdpo.build import build_pairs
 from alignkit.models import family_module, load_model
 from alignkit.training.distributed import start_process
-from alignkit.training.engine import deepspeed_config, load_network, start_policy
+from alignkit.training.engine import load_network, start_policy
 from alignkit.training.export import export_folder, export_lora
 from alignkit.training.loop import train, train_folder
 from alignkit.training.lora import add_lora
 from alignkit.training.metrics import read_metrics
+from alignkit.training.settings import deepspeed_config
 from alignkit.training.weights import open_start
 
 PRESETS = ("zero2", "zero3", "zero3-offload")

@@ -12,10 +12,10 @@ from alignkit.planning.constants import gpu_named
 from alignkit.planning.plan import plan
 from alignkit.training import loop, optimizers
 from alignkit.training.distributed import Process, start_process
-from alignkit.training.engine import deepspeed_config
 from alignkit.training.loop import train, train_folder
 from alignkit.training.optimizers import AdamWBf16, make_optimizer
 from alignkit.training.reshaping import universal_form
+from alignkit.training.settings import deepspeed_config
 
 KEYS = ("train.global_batch_size=2", "train.checkpointing=none", "train.learning_rate=1e-4")
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}

@@ -10,7 +10,8 @@ from alignkit.models import VideoModel
 from alignkit.objectives.states import States, predictions
 from alignkit.stores.pairs import PairBatch
 from alignkit.training.distributed import Process
-from alignkit.training.engine import deepspeed_config, load_network, put_adapters, release
+from alignkit.training.engine import load_network, put_adapters, release
+from alignkit.training.settings import deepspeed_config
 from alignkit.training.weights import Start, open_start
 
 
