@@ -175,6 +175,7 @@ def finished(command, config_file, made_pairs, overrides, tmp_path_factory):
         ("train", "train.steps=3"),
         ("train", "train.global_batch_size=5"),
         ("train", "objective.beta=7"),
+        ("train", "data.num_frames=5"),
         ("train", "noise.source=path"),
         ("train", "model.family=cogvideox"),
         ("train", "train.accept=[model]"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alignkit.config import Config
+from alignkit.errors import ConfigError
 from alignkit.models import VideoModel, family_module, load_model
 from alignkit.objectives.laws import Law, start_law
 from alignkit.rankers.measures import small_world_score
@@ -39,7 +40,8 @@ def train_group_relative(config: Config, store: Path) -> None:
         policy.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
     )
     size, beta = len(groups[0]), config.objective.beta
-    assert not isinstance(beta, str)
+    if isinstance(beta, str):
+        raise ConfigError("objective.beta: 'auto' is for preferences; give the group-relative arm a number")
     for step in range(train.steps):
         visits = global_batch(len(groups), train.seed, step, 2 * train.global_batch_size // size)
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from alignkit.errors import DataError
+from alignkit.media.rows import read_table
 from alignkit.media.videos import read_video
 from alignkit.models import shipped_model
 from alignkit.tiny import classifier, detector
@@ -183,16 +186,17 @@ def rates(role: classifier.Role, count: int = 400) -> dict[str, float]:
 
 
 def labelled_rates(folder: Path, role: classifier.Role) -> dict[str, float]:
-    """The same of samples that a person has labelled: FOLDER/labels.jsonl with video, prompt, fault and followed."""
-    rows = [json.loads(line) for line in (folder / "labels.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The same of samples that a person has labelled: FOLDER/labels.jsonl with video, prompt, fault and followed.
+
+    Raises DataError for a file or a row of another kind.
+    """
+    file = folder / "labels.jsonl"
+    rows = [_labelled(file, line, row) for line, row in read_table(file, "labels", (".jsonl",)).rows]
     frames = np.stack([read_video(folder / row["video"]).numpy() for row in rows])
     fault, followed = (np.array([row[name] for row in rows]) for name in ("fault", "followed"))
-    wanted, named = [classifier.attributes_in(row["prompt"]) for row in rows], classifier.classify(frames, role)
+    named = classifier.classify(frames, role)
     right = np.array(
-        [
-            all(named[key][i] == value for key, value in names.items())  # type: ignore[union-attr]
-            for i, names in enumerate(wanted)
-        ]
+        [all(named[key][i] == row["wanted"][key] for key in classifier.NAMED) for i, row in enumerate(rows)]
     )
     seen = detector.fault_scores(frames, role) > detector.FAULTY
     return {
@@ -205,6 +209,19 @@ def labelled_rates(folder: Path, role: classifier.Role) -> dict[str, float]:
         "labelled_followed_seen": float(right.mean()),
         "labelled_followed_agree": float((right == followed).mean()),
     }
+
+
+def _labelled(file: Path, line: int, row: dict[str, Any] | str) -> dict[str, Any]:
+    """A row, with what its prompt names."""
+    if isinstance(row, str):
+        raise DataError(f"{file}: line {line}: {row}")
+    for name, kind in (("video", str), ("prompt", str), ("fault", bool), ("followed", bool)):
+        if not isinstance(row.get(name), kind):
+            raise DataError(f"{file}: line {line}: {name} should be {'a text' if kind is str else 'true or false'}")
+    wanted = classifier.attributes_in(row["prompt"])
+    if wanted is None:
+        raise DataError(f"{file}: line {line}: no drawn clip has the prompt {row['prompt']!r}")
+    return row | {"wanted": wanted}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -220,7 +237,12 @@ def main(arguments: list[str] | None = None) -> int:
     if given.work:
         train(given.role, given.work, given.out)
     else:
-        found = rates(given.role) | (labelled_rates(given.labels, given.role) if given.labels else {})
+        try:
+            labelled = labelled_rates(given.labels, given.role) if given.labels else {}
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        found = rates(given.role) | labelled
         print(json.dumps({name: round(value, 3) for name, value in found.items()}, indent=2))
     return 0
 

@@ -96,7 +96,8 @@ def _default(key: str, now: dict[str, Any]) -> Any:
 
 
 def _check_store(store: PairStore, model: "VideoModel", config: Config) -> None:
-    """Pairs must come from this family's VAE, and from this network where a network made them."""
+    """Pairs must come from this family's VAE, be of the size that the plan, validation and samples go by, and come from
+    this network where a network made them."""
     for name in ("family", "model", "vae"):
         theirs = getattr(store.info, name)
         ours = model.family if name == "family" else model.fingerprint("transformer" if name == "model" else name)
@@ -105,6 +106,14 @@ def _check_store(store: PairStore, model: "VideoModel", config: Config) -> None:
                 f"{store.folder}: its pairs were made with {name} {theirs!r}, but model.path "
                 f"{config.model.path!r} is {ours!r}; build the pairs again with this model"
             )
+    data, stored = config.data, list(store[0].winner.shape)
+    wanted = list(model.latent_shape(data.num_frames, data.height, data.width))
+    if stored != wanted:
+        raise DataError(
+            f"{store.folder}: its pairs have latents of {stored}, but data.num_frames, data.height and data.width "
+            f"({data.num_frames}, {data.height}, {data.width}) are {wanted}; set them to what the pairs were made "
+            "with, or build the pairs again"
+        )
     length, theirs = config.model.max_sequence_length, store.info.made.get("max_sequence_length")
     if theirs is not None and length < theirs and store.longest_text > length:
         raise DataError(

@@ -1,5 +1,6 @@
 """The judge and the ranker: what they get right on clips that they have not seen, and that they are two."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from alignkit.errors import ModelError
-from alignkit.tiny import classifier, detector
+from alignkit.tiny import classifier, critics, detector
 from alignkit.tiny.classifier import NAMED, classify
 from alignkit.tiny.clips import render_clip
 from alignkit.tiny.critics import (
@@ -77,6 +78,21 @@ def test_the_judge_agrees_with_a_persons_labels_in_most_samples():
     assert abs(found["labelled_faulty_seen"] - found["labelled_faulty"]) <= 0.1
     assert found["labelled_hit"] >= 0.7 and found["labelled_false_alarms"] <= 0.3
     assert found["labelled_followed_agree"] >= 0.8
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ('{"video": "a.mp4", "prompt": "a cat", "fault": true, "followed": true}', "no drawn clip has the prompt"),
+        ('{"video": "a.mp4", "prompt": "a cat", "fault": "no", "followed": true}', "fault should be true or false"),
+        ('{"video": "a.mp4"}', "prompt should be a text"),
+        ("{", "is not JSON"),
+    ],
+)  # fmt: skip
+def test_labels_that_cannot_be_read_are_named_by_their_line(tmp_path, capsys, row, line):
+    (tmp_path / "labels.jsonl").write_text(row + "\n")
+    assert critics.main(["--role", "judge", "--labels", str(tmp_path)]) == 2
+    assert re.fullmatch(rf"error: \S+labels\.jsonl: line 1: {re.escape(line)}.*\n", capsys.readouterr().err)
 
 
 def test_a_detector_learns_where_the_faults_of_its_clips_are(tmp_path, monkeypatch):
