@@ -165,6 +165,10 @@ class MaskSection(Section):
         return self
 
 
+HANDLING = {"folder", "previews", "context_parallel"}
+"""Of `pairs` and `rollout`, what says where and by whom they are made, and not which they are."""
+
+
 class PairsSection(Section):
     """How losers are made from winners."""
 

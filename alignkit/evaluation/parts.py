@@ -18,6 +18,7 @@ from torch import Tensor
 from alignkit import __version__
 from alignkit.apo.inversions import versions
 from alignkit.config import Config
+from alignkit.config.sections import HANDLING
 from alignkit.evaluation.measures import edge_energy, motion_amount, temporal_flicker
 from alignkit.evaluation.pairs import PairScores, joined, score_point
 from alignkit.evaluation.readiness import CLIPS, explained_share
@@ -37,7 +38,6 @@ from alignkit.training.heldout import Point, points
 MEASURES = {"motion": motion_amount, "flicker": temporal_flicker, "edge_energy": edge_energy}
 SCORED = {"before": "base", "after": "aligned"}
 ENCODERS = "encoders"
-UNREAD_OF_PAIRS: Any = {"folder", "previews", "block_size", "context_parallel"}
 Tensors = dict[str, Tensor]
 
 
@@ -64,7 +64,7 @@ class Parts:
         terms = {
             **{f"{name} model": model_terms(section, steps) for name, section in self.sections.items()},
             "pairs": self.store.fingerprint,
-            "regions": config.pairs.model_dump(mode="json", exclude=UNREAD_OF_PAIRS),
+            "regions": config.pairs.model_dump(mode="json", exclude=HANDLING | {"block_size"}),
             "evaluation": config.evaluation.model_dump(mode="json"),
             "beta": config.objective.largest_beta,
             "videos": config.data.model_dump(mode="json", include={"height", "width", "num_frames", "fps"}),

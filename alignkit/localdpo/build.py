@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignkit.apo.inversions import add_inversions, inversion_terms
 from alignkit.config import Config
+from alignkit.config.sections import HANDLING
 from alignkit.errors import ConfigError, DataError
 from alignkit.localdpo.corruption import Predict, regenerate
 from alignkit.localdpo.masks import region_mask
@@ -116,7 +117,7 @@ def build_pairs(
 
 def _store_info(config: Config, model: VideoModel) -> StoreInfo:
     pairs = config.pairs
-    unlike: Any = {key: True for key in ("folder", "block_size", "dtype", "previews", "context_parallel")}
+    unlike: Any = dict.fromkeys(HANDLING | {"block_size", "dtype"}, True)
     terms = pairs.model_dump(mode="json", exclude=unlike | {"mask": {"files"}})
     return StoreInfo(
         kind="local_dpo",

@@ -16,6 +16,7 @@ from torch import nn
 from alignkit.apo.pairs import Ranking, build_ranked
 from alignkit.apo.rollouts import roll_out
 from alignkit.config import Config
+from alignkit.config.sections import HANDLING
 from alignkit.errors import DataError
 from alignkit.files import write_json, write_lines
 from alignkit.models import load_model
@@ -40,8 +41,8 @@ FREE = {
     "sample": True,
     "evaluation": True,
     "data": {"videos", "pairs", "prompts", "rollouts", "heldout_pairs", "captions"},
-    "pairs": {"folder", "previews", "context_parallel"},
-    "rollout": {"folder", "previews", "context_parallel"},
+    "pairs": HANDLING,
+    "rollout": HANDLING,
     "ranker": {"endpoint": REACHED},
     "train": terms.FREE,
 }
