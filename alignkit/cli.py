@@ -24,7 +24,17 @@ from alignkit.config import (
     shipped_configs,
 )
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.launch import SHARING, first_of_several, group_size, groups_of, launched, run_processes, slurm_group
+from alignkit.launch import (
+    ENDED,
+    SHARING,
+    first_of_several,
+    group_size,
+    groups_of,
+    launched,
+    lost_peer,
+    run_processes,
+    slurm_group,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -439,7 +449,8 @@ def _run(name: str, config: Config) -> None:
 
 
 def run() -> None:
-    """Entry point. Exit codes: 0 done, 2 something the user can mend (one line on standard error)."""
+    """Entry point. Exit codes: 0 done, 2 something the user can mend (one line on standard error), 1 anything else (a
+    line too where another process has ended)."""
     # the deepspeed launcher puts it first; the same number is in LOCAL_RANK, which is what we read
     sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     try:
@@ -456,6 +467,13 @@ def run() -> None:
 
         say(f"alignkit: {message}")
         sys.exit(2)
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        from alignkit.progress import say
+
+        say(f"alignkit: another process of this command has ended{ENDED} ({str(error).splitlines()[0]})")
+        sys.exit(1)
 
 
 def _quiet_libraries() -> None:

@@ -98,10 +98,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+PEER_GONE = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe",  # gloo's
+    "remote process exited",  # NCCL's
+    "Connection was likely closed",  # of the store that the first process keeps
+)  # fmt: skip
+ENDED = "; what was saved is kept, the same command continues"
+
+
 def run_processes(arguments: list[str], count: int, *, together: bool = True) -> int:
     """Run `python -m alignkit ARGUMENTS` as `count` processes on this machine; returns the first bad exit code.
 
-    together: they know of each other, and can form a process group; else each believes to be alone.
+    together: they know of each other, and can form a process group; else each believes to be alone. One that a signal
+    ended, which could not say so itself, is named.
 
     SIGTERM is passed on and a terminal's interrupt reaches all of them by itself, so that they save a checkpoint
     together; when one fails the others are killed, since they would wait for it for ever.
@@ -130,7 +139,9 @@ def run_processes(arguments: list[str], count: int, *, together: bool = True) ->
     signal.signal(signal.SIGINT, lambda number, _frame: None)
     running, code = set(children), 0
     while running:
-        for child in list(running):
+        for number, child in enumerate(children):
+            if child not in running:
+                continue
             try:
                 result = child.wait(timeout=0.2)
             except subprocess.TimeoutExpired:
@@ -140,7 +151,19 @@ def run_processes(arguments: list[str], count: int, *, together: bool = True) ->
                 code = result if result > 0 else 128 - result
                 for other in running:
                     other.kill()
+                if result < 0:
+                    print(f"alignkit: process {number} was ended by {_signal(-result)}{ENDED}", file=sys.stderr)
     return code
+
+
+def _signal(number: int) -> str:
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"{name} (of a machine without memory left, say: its log tells)" if number == signal.SIGKILL else name
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether an error of torch's says that another process of the group is not there any more."""
+    return any(words in str(error) for words in PEER_GONE)
 
 
 def die_with_launcher() -> None:

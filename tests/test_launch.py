@@ -1,8 +1,11 @@
 """What a launcher says in the environment, and what starts without anything heavy."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +49,8 @@ def test_what_is_no_task_of_several_has_no_group():
 
 REFUSED = """
 import sys
+import time
+from pathlib import Path
 sys.argv = ["alignkit", *sys.argv[1:]]
 from alignkit.__main__ import main
 try:
@@ -101,3 +106,21 @@ def test_nproc_beside_srun_is_refused(command, config_file, monkeypatch):
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     result = command("train", config_file, "--nproc", "2")
     assert result.returncode == 2 and "leave --nproc out" in result.stderr
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_a_signal_ended_is_named_by_who_started_it(run_with_pairs, start_command, config_file, number):
+    """As the system does to one when memory runs out, which leaves no word of it."""
+    config, settings = run_with_pairs("run", "train.steps=100000")
+    started = start_command("train", config_file, *settings, "--nproc", 2)
+    metrics = config.output.dir / "train" / "metrics.jsonl"
+    while not metrics.exists():
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.05)
+    children = [int(pid) for pid in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()]
+    assert len(children) == 2
+    os.kill(children[number], signal.SIGKILL)
+    said = started.communicate(timeout=60)[1]
+    assert started.returncode == 128 + signal.SIGKILL
+    assert f"alignkit: process {number} was ended by SIGKILL (of a machine without memory left, say" in said
+    assert "Traceback" not in said

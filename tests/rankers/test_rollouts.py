@@ -106,6 +106,8 @@ def test_stopped_in_the_middle_it_asks_for_the_rest_alone(settings, ranked_by):
 def test_videos_of_other_rollouts_are_refused(settings, ranked_by):
     ranked_by(brighter)
     rank_rollouts(settings(), CPU, show=False)
+    with pytest.raises(DataError, match="holds videos of other rollouts than there are now"):
+        rank_rollouts(settings("model.vae_tiling=true"), CPU, show=False)  # other pictures of the same latents
     file = rankings_folder(settings()) / "rollouts.json"
     file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
     with pytest.raises(DataError, match="holds videos of other rollouts than there are now"):

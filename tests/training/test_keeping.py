@@ -272,6 +272,28 @@ def test_a_process_that_is_stopped_is_named_and_the_run_ends(run_with_pairs, con
             rank.wait()
 
 
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_is_one_line_of_the_other(run_with_pairs, config_file, start_command, killed):
+    from alignkit.launch import free_port
+
+    config, settings = run_with_pairs("run", "train.steps=100000")
+    port = free_port()
+    ranks = [start_command("train", config_file, *settings, env=environment(rank, port)) for rank in range(2)]
+    try:
+        file = train_folder(config) / "metrics.jsonl"
+        while all(rank.poll() is None for rank in ranks) and (not file.exists() or file.read_bytes().count(b"\n") < 3):
+            time.sleep(0.05)
+        os.kill(ranks[killed].pid, signal.SIGKILL)
+        said = ranks[1 - killed].communicate(timeout=60)[1]
+        assert ranks[1 - killed].returncode == 1
+        assert "Traceback" not in said and said.count("alignkit: ") == 1, said
+        assert re.search(r"^alignkit: .*process.* has ended; what was saved is kept", said, re.MULTILINE)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
 SILENT = """
 import ctypes, os, signal, sys, time
 import torch
