@@ -63,12 +63,12 @@ def heartbeat(process: Process, stuck_seconds: float) -> Iterator[Pulse]:
     host = os.environ["MASTER_ADDR"]
     open_store: Any = torch.distributed.TCPStore  # type: ignore[attr-defined]
     kept = open_store(host, 0, None, True, wait, False) if process.main else None
-    port = on_main(process, lambda: kept.port if kept else 0)
+    port, beat = on_main(process, lambda: (kept.port if kept else 0, _beat_of(pulse)))
     store = kept or open_store(host, port, None, False, wait, False)
     store.set_timeout(wait)
     store.set(_key(process.rank), _beat_of(pulse))
     torch.distributed.barrier()  # all have a first beat
-    first, left = _First(store.get(_key(0))), threading.Event()
+    first, left = _First(beat), threading.Event()
     args = (store, pulse, process, stuck_seconds, period, stop, first)
     thread = threading.Thread(target=_beat, args=args, daemon=True, name="heartbeat")
     thread.start()
@@ -90,11 +90,11 @@ def heartbeat(process: Process, stuck_seconds: float) -> Iterator[Pulse]:
 class _First:
     """What another process last heard of the first one, which keeps the store."""
 
-    def __init__(self, beat: bytes):
-        self._beat = b""
+    def __init__(self, beat: str):
+        self._beat = ""
         self.says(beat)
 
-    def says(self, beat: bytes) -> None:
+    def says(self, beat: str) -> None:
         """The store answers for a process whose threads do not run, too: what is heard is a beat that is new."""
         if beat != self._beat:
             told = json.loads(beat)
@@ -134,7 +134,7 @@ def _beat(
             elif store.check([ENDED]):
                 _end(None)
             else:
-                first.says(store.get(_key(0)))
+                first.says(store.get(_key(0)).decode())
         except RuntimeError as error:  # torch's errors of a store that does not answer
             if stop.wait(GRACE_S):  # an error that all have raised: the first one was quicker to leave
                 return
