@@ -139,20 +139,21 @@ def run_processes(arguments: list[str], count: int, *, together: bool = True) ->
     signal.signal(signal.SIGINT, lambda number, _frame: None)
     running, code = set(children), 0
     while running:
-        for number, child in enumerate(children):
-            if child not in running:
-                continue
+        for child in list(running):
             try:
                 result = child.wait(timeout=0.2)
             except subprocess.TimeoutExpired:
                 continue
             running.discard(child)
             if result and not code:
-                code = result if result > 0 else 128 - result
+                ended = {number: other.poll() for number, other in enumerate(children)}
+                # by a signal: they may be noticed after those that miss them
+                killed = {number: -found for number, found in ended.items() if found is not None and found < 0}
+                code = next((128 + by for by in killed.values()), result)
                 for other in running:
                     other.kill()
-                if result < 0:
-                    print(f"alignkit: process {number} was ended by {_signal(-result)}{ENDED}", file=sys.stderr)
+                for number, by in killed.items():
+                    print(f"alignkit: process {number} was ended by {_signal(by)}{ENDED}", file=sys.stderr)
     return code
 
 
@@ -162,8 +163,9 @@ def _signal(number: int) -> str:
 
 
 def lost_peer(error: RuntimeError) -> bool:
-    """Whether an error of torch's says that another process of the group is not there any more."""
-    return any(words in str(error) for words in PEER_GONE)
+    """Whether an error of torch's process groups says that another process is not there any more."""
+    theirs = "gloo/transport" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError")
+    return theirs and any(words in str(error) for words in PEER_GONE)
 
 
 def die_with_launcher() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import DataError
+from alignkit.launch import first_of_several
 from alignkit.sharing import one_at_a_time
 
 
@@ -52,7 +53,8 @@ def memory(kind: str, of: Any, code: Iterable[Path] = ()) -> Iterator[Memory]:
     with ExitStack() as held:
         try:
             file = cache_folder() / kind / f"{asked.hexdigest()[:32]}.jsonl"
-            held.enter_context(one_at_a_time(file.with_suffix(".lock")))
+            waiting = f"waiting for another process, which looks at the same {kind}" if first_of_several() else ""
+            held.enter_context(one_at_a_time(file.with_suffix(".lock"), waiting))
             known = Memory(file)
         except (OSError, RuntimeError, DataError):  # RuntimeError is pathlib's, of a user without a home
             known = Memory(None)

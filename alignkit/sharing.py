@@ -143,10 +143,15 @@ def _empty(folder: Path, why: str) -> None:
 
 
 @contextmanager
-def one_at_a_time(file: Path) -> Iterator[None]:
-    """Processes enter one after the other, on this machine or any other that sees `file`."""
+def one_at_a_time(file: Path, waiting: str = "") -> Iterator[None]:
+    """Processes enter one after the other, on this machine or any other that sees `file`. waiting: what is said where
+    another one is in."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(file, fcntl.LOCK_EX):
+    with ExitStack() as held:
+        if held.enter_context(_locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB)) is None:
+            if waiting:
+                say(waiting)
+            held.enter_context(_locked(file, fcntl.LOCK_EX))
         yield
 
 

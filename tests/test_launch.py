@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import ConfigError
-from alignkit.launch import first_host, slurm_group
+from alignkit.launch import first_host, lost_peer, slurm_group
 
 TASK = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "SLURM_NTASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
 NODES = {"SLURM_STEP_NODELIST": "gpu[03-04],cpu1", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
@@ -124,3 +124,21 @@ def test_a_process_that_a_signal_ended_is_named_by_who_started_it(run_with_pairs
     assert started.returncode == 128 + signal.SIGKILL
     assert f"alignkit: process {number} was ended by SIGKILL (of a machine without memory left, say" in said
     assert "Traceback" not in said
+
+
+class DistBackendError(RuntimeError):
+    """As torch names NCCL's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:14750."), True),
+        (DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (DistBackendError("NCCL error: Duplicate GPU detected"), False),
+        (RuntimeError("CAS service error: Request failed: Connection reset by peer (os error 104)"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+    ],
+)
+def test_an_error_that_is_not_of_another_processs_end_is_not_taken_for_it(error, lost):
+    assert lost_peer(error) is lost

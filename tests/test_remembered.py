@@ -1,6 +1,7 @@
 """What was found out once is found again by whom it concerns, and what stands in its way stops nobody."""
 
 import os
+import time
 
 import pytest
 
@@ -77,3 +78,22 @@ def test_a_file_of_the_same_size_and_time_has_another_name(tmp_path):
     file.write_bytes(b"2")
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert name_of(file) != before
+
+
+def test_who_waits_for_another_one_says_so(start_command, cache, capfd):
+    code = """
+import sys, time
+from alignkit.remembered import memory
+with memory("videos", "a"):
+    print("in", flush=True, file=sys.stderr)
+    time.sleep(1)
+"""
+    other = start_command(code=code, env={"XDG_CACHE_HOME": str(cache)})
+    while not list(cache.rglob("*.lock")):
+        assert other.poll() is None
+        time.sleep(0.01)
+    with memory("videos", "a"):
+        assert other.communicate()[1].strip() == "in"
+    assert capfd.readouterr().err == "waiting for another process, which looks at the same videos\n"
+    with memory("videos", "a"):
+        assert not capfd.readouterr().err

@@ -1,6 +1,5 @@
 """Which of the found videos can be used: each is decoded once, on all cores, and the result remembered."""
 
-import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -14,9 +13,6 @@ from alignkit.media.finding import Clip
 from alignkit.media.videos import VideoSpec, decode_clip, picture_digest
 from alignkit.progress import progress
 from alignkit.remembered import memory, name_of
-
-PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
-"""What a machine or a network disk may say today and not tomorrow."""
 
 
 def usable_clips(
@@ -70,6 +66,6 @@ def _look_at(clip: Clip, spec: VideoSpec) -> tuple[tuple[str | None, str | None]
 
 
 def of_the_moment(error: DataError) -> bool:
-    """Whether a file could not be read for a reason that is not the file's own."""
-    cause = error.__cause__
-    return isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in PASSING)
+    """Whether a file could not be read for a reason that is not the file's own, and may be gone another time: memory,
+    handles, a network's disk, rights that folders and groups give."""
+    return isinstance(error.__cause__, (MemoryError, OSError))

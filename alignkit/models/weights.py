@@ -52,7 +52,7 @@ def fingerprint_of(folder: Path, variant: str | None = None) -> str:
     files = weight_files(folder, variant) or weight_files(folder)  # a variant's other parts may have the usual names
     read = [*files, folder / "config.json"] if files else sorted(folder.glob("*"))
     read = [file for file in read if file.is_file()]
-    with memory("fingerprints", [[str(file.resolve()), *stamp(file)] for file in read]) as known:
+    with memory("weights", [[str(file.resolve()), *stamp(file)] for file in read]) as known:
         if FINGERPRINT not in known:
             known.note(FINGERPRINT, _compute(files, read))
         return str(known[FINGERPRINT])

@@ -2,7 +2,6 @@
 loads."""
 
 import copy
-from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -89,32 +88,31 @@ def check_deepspeed(config: Config, process: Process) -> None:
     """Raises ConfigError, before any weight is read, for keys of `deepspeed.config` that DeepSpeed does not take."""
     if not config.deepspeed.config:
         return
-    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
     from pydantic import ValidationError
 
     if config.deepspeed.preset not in PRESETS:  # auto: not resolved yet
         config = changed(config, {"deepspeed": {"preset": "zero3"}}, "deepspeed.preset")
-    settings = deepspeed_config(config, process)
-    del settings["train_batch_size"]  # of more processes than there may be yet
+    settings = _settings(config, process)
     read = _Noting(copy.deepcopy(settings))
     try:
-        DeepSpeedConfig(read)
-        DtypeEnum(settings["data_types"]["grad_accum_dtype"])  # which it reads when all is loaded
+        _read(read)
     except ValidationError as error:
         found = error.errors()[0]
         names = [str(name) for name in found["loc"]]
         key = ".".join([*_section_of(settings, names, found["input"]), *names])
         said = found["msg"][:1].lower() + found["msg"][1:]
         raise ConfigError(f"deepspeed.config: {key}: {said}, got {found['input']!r}") from None
-    except NOT_TAKEN as error:
-        raise ConfigError(refused(error)) from error
-    for *sections, key in _passed_over(config.deepspeed.config, read):
-        section = _within(read, sections)
-        if sections and _looked_over(settings, sections):
-            continue
-        alike = get_close_matches(key, sorted(section.asked_for), 1)
-        meant = f"; is {OURS.get(alike[0], alike[0])} meant?" if alike else "; leave it out"
-        raise ConfigError(f"deepspeed.config: {'.'.join([*sections, key])}: DeepSpeed knows no such key{meant}")
+    except Exception as error:  # of its own kinds, or of code that met another type than it expects
+        guilty = [key for key in config.deepspeed.config if _is_taken(_settings(_without(config, key), process))]
+        raise ConfigError(refused(error, *guilty[:1])) from error
+    for key, value in config.deepspeed.config.items():
+        if key not in read.asked_for:
+            raise ConfigError(_unknown(str(key), read.asked_for))
+        section = dict.__getitem__(read, key)
+        if isinstance(value, dict) and section.asked_for:  # else it is looked over as a whole, or later
+            names = [name for name in value if name not in section.asked_for]
+            if names and _is_taken(settings | {key: settings[key] | {"a key that nobody knows": None}}):
+                raise ConfigError(_unknown(f"{key}.{names[0]}", {f"{key}.{known}" for known in section.asked_for}))
     for part in ("offload_param", "offload_optimizer"):
         given = settings["zero_optimization"].get(part) or {}
         if given.get("device") == "nvme" and not given.get("nvme_path"):
@@ -147,34 +145,36 @@ class _Noting(dict[str, Any]):
         return self  # in which it looks by `key in settings.keys()`
 
 
-def _passed_over(given: dict[str, Any], read: _Noting) -> Iterator[list[str]]:
-    """The keys of `given` that were not asked for, each after the names of its sections."""
-    for key, value in given.items():
-        if key not in read.asked_for:
-            yield [key]
-        elif isinstance(value, dict):
-            for names in _passed_over(value, dict.__getitem__(read, key)):
-                yield [key, *names]
+def _unknown(key: str, known: set[str]) -> str:
+    alike = get_close_matches(key, sorted(known), 1)
+    meant = f"; is {OURS.get(alike[0], alike[0])} meant?" if alike else "; leave it out"
+    return f"deepspeed.config: {key}: DeepSpeed knows no such key{meant}"
 
 
-def _within(settings: dict[str, Any], sections: list[str]) -> Any:
-    for name in sections:
-        settings = dict.__getitem__(settings, name)
+def _settings(config: Config, process: Process) -> dict[str, Any]:
+    settings = deepspeed_config(config, process)
+    del settings["train_batch_size"]  # of more processes than there may be yet
     return settings
 
 
-def _looked_over(settings: dict[str, Any], sections: list[str]) -> bool:
-    """Whether DeepSpeed takes such a section as a whole, and refuses what it does not know of it."""
-    from deepspeed.runtime.config import DeepSpeedConfig
-    from pydantic import ValidationError
+def _without(config: Config, key: str) -> Config:
+    rest = {name: value for name, value in config.deepspeed.config.items() if name != key}
+    return config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"config": rest})})
 
-    settings = copy.deepcopy(settings)
-    _within(settings, sections)["a key that nobody knows"] = None
+
+def _read(settings: dict[str, Any]) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+
+    DeepSpeedConfig(settings)
+    DtypeEnum(settings["data_types"]["grad_accum_dtype"])  # which it reads when all is loaded
+
+
+def _is_taken(settings: dict[str, Any]) -> bool:
     try:
-        DeepSpeedConfig(settings)
-    except (ValidationError, *NOT_TAKEN):
-        return True
-    return False
+        _read(copy.deepcopy(settings))
+    except Exception:
+        return False
+    return True
 
 
 def _section_of(settings: dict[str, Any], names: list[str], given: Any) -> list[str]:
@@ -191,9 +191,9 @@ def _section_of(settings: dict[str, Any], names: list[str], given: Any) -> list[
     return []
 
 
-def refused(error: Exception) -> str:
+def refused(error: Exception, *keys: str) -> str:
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"deepspeed.config: DeepSpeed does not take it: {said}"
+    return f"deepspeed.config: {''.join(f'{key}: ' for key in keys)}DeepSpeed does not take it: {said}"
 
 
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

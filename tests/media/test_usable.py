@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignkit.errors import DataError
-from alignkit.media import usable
+from alignkit.media import usable, videos
 from alignkit.media.finding import Clip
 from alignkit.media.usable import usable_clips
 from alignkit.media.videos import VideoSpec, write_video
@@ -60,11 +60,27 @@ def test_what_was_found_is_remembered_until_the_file_changes(folder, monkeypatch
     assert "e.mp4" in {problem.video for problem in problems}
 
 
-def test_what_the_machine_could_not_do_for_a_moment_is_not_remembered(folder, monkeypatch):
+@pytest.mark.parametrize("cause", [OSError(errno.EMFILE, "Too many open files"), PermissionError(), MemoryError()])
+def test_what_the_machine_could_not_do_for_a_moment_is_not_remembered(folder, monkeypatch, cause):
     def exhausted(path, spec):
-        raise DataError(f"{path}: cannot be read as a video") from OSError(errno.EMFILE, "Too many open files")
+        raise DataError(f"{path}: cannot be read as a video") from cause
 
     monkeypatch.setattr(usable, "decode_clip", exhausted)
     assert look(folder)[0] == []
     monkeypatch.undo()
+    assert [clip.name for clip, _ in look(folder)[0]] == ["a.mp4", "e.mp4"]
+
+
+def test_rights_that_a_folder_gives_are_looked_at_anew(folder, monkeypatch):
+    """They come and go without a trace on the file."""
+    opened, av_open = [], videos.av.open
+
+    def guarded(path, *given, **more):
+        if not opened and str(path).endswith("e.mp4"):
+            raise videos.av.error.PermissionError(errno.EACCES, "Permission denied", path)
+        return av_open(path, *given, **more)
+
+    monkeypatch.setattr(videos.av, "open", guarded)
+    assert "Permission denied" in {problem.video: problem.reason for problem in look(folder)[1]}["e.mp4"]
+    opened.append(True)
     assert [clip.name for clip, _ in look(folder)[0]] == ["a.mp4", "e.mp4"]

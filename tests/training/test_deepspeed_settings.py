@@ -22,7 +22,7 @@ REFUSED = [
     ("{optimiser: {type: Adam}}", "optimiser: DeepSpeed knows no such key; is train.optimizer meant?"),
     (
         "{data_types: {grad_acum_dtype: fp32}}",
-        "data_types.grad_acum_dtype: DeepSpeed knows no such key; is grad_accum_",
+        "data_types.grad_acum_dtype: DeepSpeed knows no such key; is data_types.grad_",
     ),
     (
         "{activation_checkpointing: {cpu_check: true}}",
@@ -30,17 +30,24 @@ REFUSED = [
     ),
     (
         "{checkpoint: {load_universall: true}}",
-        "checkpoint.load_universall: DeepSpeed knows no such key; is load_univers",
+        "checkpoint.load_universall: DeepSpeed knows no such key; is checkpoint.load",
     ),
     (
         "{torch_autocast: {enabled: false, dtpye: bfloat16}}",
-        "torch_autocast.dtpye: DeepSpeed knows no such key; is dtype",
+        "torch_autocast.dtpye: DeepSpeed knows no such key; is torch_",
     ),
-    ("{aio: {qeue_depth: 8}}", "aio.qeue_depth: DeepSpeed knows no such key; is queue_depth meant?"),
+    ("{aio: {qeue_depth: 8}}", "aio.qeue_depth: DeepSpeed knows no such key; is aio.queue_depth meant?"),
     (
-        "{data_efficiency: {data_sampling: {num_wrkers: 0}}}",
-        "data_efficiency.data_sampling.num_wrkers: DeepSpeed knows",
+        "{data_efficiency: {sead: 3}}",
+        "data_efficiency.sead: DeepSpeed knows no such key; is data_efficiency.seed",
     ),
+    ("{aio: {1: 2}}", "deepspeed.config: aio.1: DeepSpeed knows no such key; leave it out"),
+    ("{7: 2}", "deepspeed.config.7.[key]: input should be a valid string"),
+    ("{pipeline: null}", "deepspeed.config: pipeline: DeepSpeed does not take it"),
+    ("{timers: {}, checkpoint: null}", "deepspeed.config: checkpoint: DeepSpeed does not take it"),
+    ("{timers: {}, data_types: {grad_accum_dtype: fp9}}", "deepspeed.config: data_types: DeepSpeed does not take it"),
+    ("{amp: {enabled: false}}", "deepspeed.config: amp: DeepSpeed does not take it: NVIDIA Apex AMP"),
+    ("{sparse_attention: {mode: dense}}", "deepspeed.config: sparse_attention: DeepSpeed does not take it"),
     ("{qqq: 1}", "deepspeed.config: qqq: DeepSpeed knows no such key; leave it out"),
     ("{zero_optimization: 3}", "zero_optimization: should be a section of keys, got 3"),
     ("{bf16: {enabled: maybe}}", "bf16.enabled: input should be a valid boolean"),
@@ -78,6 +85,8 @@ def within(given, settings):
         "{bf16: {immediate_grad_update: true}, checkpoint: {parallel_write: {pipeline_stage: false}}}",
         "{data_types: {grad_accum_dtype: fp32}, torch_autocast: {enabled: false, dtype: bfloat16}}",
         "{data_efficiency: {enabled: false, data_sampling: {enabled: false, num_workers: 0}}, timers: {}}",
+        "{pipeline: {stages: auto, activation_checkpoint_interval: 1}, autotuning: {arg_mappings: {a: --a}}}",
+        "{data_efficiency: {data_sampling: {curriculum_learning: {enabled: false, data_cluster_path: here}}}}",
         "{comms_logger: {enabled: true}, flops_profiler: {enabled: true}, tensorboard: {enabled: false}}",
     ],
 )
