@@ -215,9 +215,9 @@ def run_everything(config: ConfigFile, overrides: Overrides = None, nproc: Proce
     if _to_be_started("run", nproc):
         _start_several("run", config, overrides, nproc)
     _quiet_libraries()
-    from alignkit.demo import run, with_drawn_clips
+    from alignkit.demo import run
 
-    run(with_drawn_clips(settings))
+    run(settings)
 
 
 @app.command("cache-reference")

@@ -34,9 +34,8 @@ from alignkit.stores.rollouts import RolloutStore
 from alignkit.training.cache import build_cache, with_cache
 from alignkit.training.context import PAIRS_KEY, ROLLOUT_KEY, make_by_first, token_worker
 from alignkit.training.distributed import Process, group_lock, lone_worker, set_threads, start_process
-from alignkit.training.optimizers import check_optimizer
+from alignkit.training.loop import check_training
 from alignkit.training.references import check_reference
-from alignkit.training.settings import accumulation_steps, check_deepspeed
 from alignkit.training.supply import Waiting
 
 PAIRS_IN_REPORT = 6
@@ -112,16 +111,24 @@ def check_train(config: Config, processes: int) -> None:
     """What can be wrong with a training run before any process is started."""
     from alignkit.stages.chain import check_chain
 
-    stages = stage_configs(config) if config.stages else [("", config)]
-    one = Process(0, processes, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    for _, stage in stages:
-        accumulation_steps(stage, processes)
-        check_optimizer(stage)
-        check_deepspeed(stage, one)
+    process = Process(0, processes, 0, _device())
     if config.stages:
-        check_chain(stages, one)
+        check_chain(stage_configs(config), process)
     else:
+        check_training(config, process)
         check_states(config, PairStore(pairs_folder(config, "train")))
+        check_reference(config)
+
+
+def check_run(config: Config, processes: int) -> None:
+    """The same of a run whose pairs are still to be made."""
+    from alignkit.stages.chain import check_stages
+
+    process = Process(0, processes, 0, _device())
+    if config.stages:
+        check_stages(stage_configs(config), process)
+    else:
+        check_training(config, process)
         check_reference(config)
 
 

@@ -1,14 +1,19 @@
 """`alignkit demo` and `alignkit run`: every command in a row, from videos to a report."""
 
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from alignkit.commands import run_command
+from alignkit.commands import check_run, run_command
 from alignkit.config import Config, Family, ModelSection, load_config, shipped_config
+from alignkit.errors import AlignkitError, DataError
+from alignkit.files import write_atomically
+from alignkit.launch import group_size
 from alignkit.progress import progress, say
 from alignkit.sharing import one_at_a_time, run_lock
-from alignkit.stages import stage_configs
+from alignkit.stores.folders import SKIPPED, SPLITS, pairs_folder
+from alignkit.stores.pairs import PairStore
 from alignkit.tiny.clips import write_clips
 from alignkit.training.distributed import lone_worker
 
@@ -30,7 +35,7 @@ def run_demo(family: Family, videos: Path | None, out: Path | None, overrides: l
     folder = videos or out / "clips"
     settings = [f"data.videos={json.dumps(str(folder))}", f"output.dir={json.dumps(str(out))}", *overrides]
     config = load_config(shipped_config(f"{family}-tiny-localdpo.yaml"), settings)
-    stage_configs(config)  # refused before anything is drawn
+    check_run(config, group_size(os.environ))  # refused before anything is drawn
     if videos is None:
         draw_clips(folder)
     run(config)
@@ -41,18 +46,46 @@ def run(config: Config) -> None:
 
     A chain of stages without videos or pairs of its own, whose stages bring what they train on, is only trained.
     """
-    stage_configs(config)  # refused before anything slow starts
+    check_run(config, group_size(os.environ))  # refused before anything slow starts
+    config = with_drawn_clips(config)
     judged = config.data.videos or config.data.pairs
     names = STAGES if judged or not config.stages else ("train",)
     main = lone_worker().main
     with run_lock(config.output.dir, "run") if main else nullcontext():  # from the first command to the last
+        before = _told(config.output.dir) if main and _has_pairs(config) else None
         for number, name in enumerate(names, 1):
             if main or name != "report":
                 if main:
                     say(f"\n[{number}/{len(names)}] {name}")
-                run_command(name, config)
+                try:
+                    run_command(name, config)
+                except AlignkitError:
+                    if before and name == "train":
+                        _put_back(before)
+                    raise
     if main and "eval" in names:
         _conclude(config)
+
+
+def _has_pairs(config: Config) -> bool:
+    try:
+        return all(PairStore(pairs_folder(config, split)) for split in SPLITS)
+    except DataError:
+        return False
+
+
+def _told(folder: Path) -> dict[Path, bytes | None]:
+    """What `pairs` writes anew where it has nothing to make."""
+    files = [folder / name for name in ("config.yaml", "stages.json", SKIPPED)]
+    return {file: file.read_bytes() if file.exists() else None for file in files}
+
+
+def _put_back(files: dict[Path, bytes | None]) -> None:
+    for file, content in files.items():
+        if content is None:
+            file.unlink(missing_ok=True)
+        else:
+            write_atomically(file, content)
 
 
 def with_drawn_clips(config: Config) -> Config:

@@ -117,7 +117,7 @@ def shared_folder(folder: Path, terms: dict[str, Any], command: str) -> Iterator
     terms = json.loads(json.dumps(terms))
     with ExitStack() as held:
         with one_at_a_time(folder / TERMS_LOCK):  # none is between looking and beginning
-            before = _terms_of(folder)
+            before = stored_terms(folder)
             changed = [name for name in {**before, **terms} if before.get(name) != terms.get(name)]
             if changed:
                 with run_lock(folder, command):
@@ -127,7 +127,8 @@ def shared_folder(folder: Path, terms: dict[str, Any], command: str) -> Iterator
         yield
 
 
-def _terms_of(folder: Path) -> dict[str, Any]:
+def stored_terms(folder: Path) -> dict[str, Any]:
+    """Under which the files of a `shared_folder` were made; empty where that is not told."""
     try:
         return dict(json.loads((folder / TERMS).read_text()))
     except (OSError, ValueError, TypeError):

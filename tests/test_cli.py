@@ -155,7 +155,7 @@ def finished(command, config_file, made_pairs, overrides, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
     shutil.copytree(made_pairs, out)
     settings = overrides(out)
-    for stage in ("train", "sample", "eval", "report"):
+    for stage in ("pairs", "train", "sample", "eval", "report"):
         result = command(stage, config_file, *settings)
         assert result.returncode == 0, result.stderr
     return out, settings
@@ -183,6 +183,10 @@ def finished(command, config_file, made_pairs, overrides, tmp_path_factory):
         ("cache-reference", "objective={name: sft}"),
         ("sample", "model.path=/nowhere"),
         ("eval", "evaluation.positions=[2]"),
+        ("eval", "data.num_frames=5"),
+        ("run", "train.learning_rate=1"),
+        ("run", "train.global_batch_size=5"),
+        ("run", "data.num_frames=5"),
         ("rollout", "data.videos=null"),
         ("rank", "run", "ranker.by=motion"),
         ("report", "output.dri=x"),
@@ -199,3 +203,26 @@ def test_a_command_that_is_refused_changes_nothing(finished, command, config_fil
     after = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     assert after.keys() == before.keys(), sorted(map(str, after.keys() ^ before.keys()))
     assert [str(file) for file, content in after.items() if content != before[file]] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train.global_batch_size=5", "train.global_batch_size: 5 is not a multiple"),
+        ("deepspeed.config={amp: {}}", "deepspeed.config: amp"),
+        ("train.lora={targets: [to_q, to_qq]}", "no layer that can have adapters is called 'to_qq'"),
+        ("train.context_parallel=3", "train.context_parallel: 3 does not divide"),
+        (
+            "train={context_parallel: 2, global_batch_size: 4}",
+            "train.context_parallel: 2 does not divide the 1 process",
+        ),
+        ("reference.strategy=cached", "no reference here"),
+        ("stages=[sft, {name: localdpo, train: {global_batch_size: 5}}]", "5 is not a multiple"),
+    ],
+)
+def test_a_run_whose_training_cannot_be_is_refused_before_its_pairs_are_made(
+    command, config_file, overrides, tmp_path, words, said
+):
+    result = command("run", config_file, *overrides(tmp_path / "out"), words)
+    assert said in one_line(result)
+    assert not (tmp_path / "out").exists()

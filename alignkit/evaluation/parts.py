@@ -30,7 +30,7 @@ from alignkit.localdpo.build import Guided, guided_text
 from alignkit.media.videos import decode_clip
 from alignkit.models import VideoModel, load_model, working_dtype
 from alignkit.sharing import shared_folder
-from alignkit.stores.folders import pairs_folder, source_folder, video_spec
+from alignkit.stores.folders import check_size, pairs_folder, source_folder, video_spec
 from alignkit.stores.pairs import Pair, PairStore
 from alignkit.training.export import aligned_section
 from alignkit.training.heldout import Point, points
@@ -52,6 +52,7 @@ class Parts:
         self.shown = [] if config.few_step_sampler else shown_pairs(self.store)  # regions are redone in many steps
         self.sampled = self.store.info.kind == "rollouts"  # both sides: there are no files of real videos
         self._outline = load_model(config.model, with_transformer=False, with_encoders=False)
+        check_size(config, self._outline, self.store)
         self._points = points(config, self._outline, self.store)
         files = self.store.rows["source"]  # a video may have several pairs
         self._clips = list(range(len(self.store))) if self.sampled else list(dict.fromkeys(files))

@@ -15,7 +15,7 @@ from alignkit.evaluation.shared import model_terms, share_out_shown
 from alignkit.files import write_lines
 from alignkit.media.videos import PLAYBACK_FPS, VideoSpec, decode_clip, write_video
 from alignkit.models import VideoModel, load_model, working_dtype
-from alignkit.sharing import shared_folder
+from alignkit.sharing import shared_folder, stored_terms
 from alignkit.stores.blocks import one_thread
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
@@ -149,7 +149,7 @@ def sample_latents(
 
 
 def listed_samples(config: Config) -> list[dict[str, Any]]:
-    """The rows that `sample` wrote. Raises DataError where it has not, or not of `sample.weights`."""
+    """The rows that `sample` wrote. Raises DataError where it has not, or not of `sample.weights` or `data`'s size."""
     folder = samples_folder(config)
     try:
         rows = [json.loads(line) for line in (folder / LISTED).read_text().splitlines()]
@@ -160,6 +160,13 @@ def listed_samples(config: Config) -> list[dict[str, Any]]:
         raise DataError(
             f"{folder}: samples of {' and '.join(sorted(of))}, not of sample.weights; run 'alignkit sample'"
         )
+    for name in MODELS:
+        size = stored_terms(folder / name).get("size", list(_size(config)))
+        if size != list(_size(config)):
+            raise DataError(
+                f"{folder / name}: holds videos of {size} (frames, height, width), the configuration's are "
+                f"{list(_size(config))}; set data to what they were sampled with, or run 'alignkit sample' again"
+            )
     missing = [row[name] for row in rows for name in MODELS if not (folder / row[name]).exists()]
     if missing:
         raise DataError(f"{folder / missing[0]}: no such file; run 'alignkit sample' with this configuration again")

@@ -23,7 +23,7 @@ from alignkit.stores.pairs import PairStore
 from alignkit.training.context import PAIRS_KEY, check_tokens, make_by_first, token_worker
 from alignkit.training.distributed import Process, on_main
 from alignkit.training.export import export_folder
-from alignkit.training.loop import AtPeak, Link, train, train_folder
+from alignkit.training.loop import AtPeak, Link, check_training, train, train_folder
 from alignkit.training.masters import handed_on
 from alignkit.training.supply import Supply
 
@@ -65,14 +65,20 @@ def run_chain(config: Config, process: Process, at_peak: AtPeak = lambda *_: Non
 def check_chain(stages: list[tuple[str, Config]], process: Process) -> None:
     """What can be wrong with stages whose pairs are there already or are made while they train, and with processes that
     are to make pairs together. Raises ConfigError or DataError."""
+    check_stages(stages, process)
+    for name, stage in stages:
+        if name not in SUPPLIED and not makes_pairs(stage):
+            check_states(stage, PairStore(pairs_folder(stage, "train")))
+
+
+def check_stages(stages: list[tuple[str, Config]], process: Process) -> None:
+    """The same, whatever the pairs are."""
+    for _, stage in stages:
+        check_training(stage, process)
     check_supplies(stages)
     for name, stage in stages:
-        if name in SUPPLIED:
-            continue
-        if makes_pairs(stage):
+        if name not in SUPPLIED and makes_pairs(stage):
             check_tokens(stage, f"stage {name}: {PAIRS_KEY}", stage.pairs.context_parallel, process)
-        else:
-            check_states(stage, PairStore(pairs_folder(stage, "train")))
 
 
 def check_supplies(stages: list[tuple[str, Config]]) -> None:

@@ -62,6 +62,21 @@ def latent_grid(config: Config) -> tuple[int, int, int]:
     return model.latent_grid(spec.num_frames, spec.height, spec.width)
 
 
+def check_size(config: Config, model: VideoModel, store: PairStore) -> None:
+    """Raises DataError for pairs of another size than `data` has, by which memory and time are planned, videos sampled
+    and clips decoded."""
+    if not len(store):
+        return
+    data, stored = config.data, list(store[0].winner.shape)
+    wanted = list(model.latent_shape(data.num_frames, data.height, data.width))
+    if stored != wanted:
+        raise DataError(
+            f"{store.folder}: its pairs have latents of {stored}, but data.num_frames, data.height and data.width "
+            f"({data.num_frames}, {data.height}, {data.width}) are {wanted}; set them to what the pairs were made "
+            "with, or build the pairs again"
+        )
+
+
 def check_membership(folder: Path, rows: list[list[Any]], what: str) -> None:
     """Blocks made from other `what` than today's would carry the wrong ids: DataError."""
     if settled(folder, rows):

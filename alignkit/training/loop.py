@@ -27,6 +27,7 @@ from alignkit.training.engine import check_checkpointing, full_precision_weights
 from alignkit.training.export import averaged, export, export_folder, export_lora, export_record
 from alignkit.training.health import in_short, timings
 from alignkit.training.heartbeat import Pulse, heartbeat
+from alignkit.training.lora import check_targets
 from alignkit.training.masters import MASTERS, hand_on, handed_on
 from alignkit.training.metrics import MetricsLog
 from alignkit.training.optimizers import check_optimizer
@@ -37,7 +38,7 @@ from alignkit.training.settings import accumulation_steps, check_deepspeed
 from alignkit.training.supply import Supply, Waiting
 from alignkit.training.terms import difference, run_terms
 from alignkit.training.validation import STOPPED, check_validation, start_validation
-from alignkit.training.weights import open_start
+from alignkit.training.weights import empty_network, open_start
 
 PAIRS_NAMED = 4
 
@@ -92,6 +93,20 @@ def train(
     check_shared(process, config.output.dir)
     with group_lock(process, config.output.dir, "train"), heartbeat(process, config.train.stuck_seconds) as pulse:
         return _train(config, process, link, supply, pulse, at_peak)
+
+
+def check_training(config: Config, process: Process) -> None:
+    """What can be wrong with a run whatever its pairs are, a switch that cannot work with another, say. Raises
+    ConfigError; no weight is read, no other process asked."""
+    accumulation_steps(config, process.world_size)
+    check_optimizer(config)
+    check_deepspeed(config, process)
+    model = load_model(config.model, with_transformer=False, with_encoders=False)
+    check_context(config, process, model, None)
+    check_checkpointing(config, process, model)
+    check_noise(config, model)
+    if config.train.lora:
+        check_targets(empty_network(model), config.train.lora)
 
 
 def _train(

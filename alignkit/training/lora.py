@@ -15,6 +15,19 @@ from alignkit.errors import ConfigError
 ADAPTER = "default"
 
 
+def check_targets(transformer: nn.Module, section: LoraSection) -> None:
+    """Raises ConfigError for one of `section.targets` that no layer is called: peft asks that any of them matches."""
+    kinds = nn.Linear | nn.Embedding | nn.Conv3d
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, kinds)]
+    for target in section.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            known = sorted({re.sub(r".*?(\w+(\.\d+)?)$", r"\1", name) for name in layers if ".attn" in name})
+            raise ConfigError(
+                f"train.lora.targets: no layer that can have adapters is called {target!r}; of attention there are "
+                f"{', '.join(known)}"
+            )
+
+
 def add_lora(transformer: Any, section: LoraSection, seed: int) -> dict[str, Tensor]:
     """Freeze `transformer` and put adapters on the linear layers that `section.targets` name.
 
@@ -23,15 +36,7 @@ def add_lora(transformer: Any, section: LoraSection, seed: int) -> dict[str, Ten
     on CPU: in the network they are rounded to its dtype. Raises ConfigError for a target that no
     layer is called.
     """
-    kinds = nn.Linear | nn.Embedding | nn.Conv3d
-    layers = [name for name, module in transformer.named_modules() if isinstance(module, kinds)]
-    for target in section.targets:  # peft asks that any of them matches
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            known = sorted({re.sub(r".*?(\w+(\.\d+)?)$", r"\1", name) for name in layers if ".attn" in name})
-            raise ConfigError(
-                f"train.lora.targets: no layer that can have adapters is called {target!r}; of attention there are "
-                f"{', '.join(known)}"
-            )
+    check_targets(transformer, section)
     transformer.requires_grad_(False)
     settings = LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=list(section.targets))
     try:

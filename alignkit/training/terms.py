@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.config import OBJECTIVES, Config, ObjectiveSection, Section, TrainSection
 from alignkit.errors import DataError
+from alignkit.stores.folders import check_size
 from alignkit.stores.pairs import PairStore
 
 if TYPE_CHECKING:
@@ -106,14 +107,7 @@ def _check_store(store: PairStore, model: "VideoModel", config: Config) -> None:
                 f"{store.folder}: its pairs were made with {name} {theirs!r}, but model.path "
                 f"{config.model.path!r} is {ours!r}; build the pairs again with this model"
             )
-    data, stored = config.data, list(store[0].winner.shape)
-    wanted = list(model.latent_shape(data.num_frames, data.height, data.width))
-    if stored != wanted:
-        raise DataError(
-            f"{store.folder}: its pairs have latents of {stored}, but data.num_frames, data.height and data.width "
-            f"({data.num_frames}, {data.height}, {data.width}) are {wanted}; set them to what the pairs were made "
-            "with, or build the pairs again"
-        )
+    check_size(config, model, store)
     length, theirs = config.model.max_sequence_length, store.info.made.get("max_sequence_length")
     if theirs is not None and length < theirs and store.longest_text > length:
         raise DataError(
