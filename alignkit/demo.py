@@ -2,15 +2,18 @@
 
 import json
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from alignkit.commands import check_run, run_command
 from alignkit.config import Config, Family, ModelSection, load_config, shipped_config
+from alignkit.config.finding import RUN_FILE
 from alignkit.errors import AlignkitError, DataError
 from alignkit.files import write_atomically
 from alignkit.launch import group_size
 from alignkit.progress import progress, say
+from alignkit.remembered import stamp
 from alignkit.sharing import one_at_a_time, run_lock
 from alignkit.stores.folders import SKIPPED, SPLITS, pairs_folder
 from alignkit.stores.pairs import PairStore
@@ -52,40 +55,43 @@ def run(config: Config) -> None:
     names = STAGES if judged or not config.stages else ("train",)
     main = lone_worker().main
     with run_lock(config.output.dir, "run") if main else nullcontext():  # from the first command to the last
-        before = _told(config.output.dir) if main and _has_pairs(config) else None
+        before = _told(config) if main else None
         for number, name in enumerate(names, 1):
             if main or name != "report":
                 if main:
                     say(f"\n[{number}/{len(names)}] {name}")
-                try:
+                with _put_back_if_refused(before) if before and name == "train" else nullcontext():
                     run_command(name, config)
-                except AlignkitError:
-                    if before and name == "train":
-                        _put_back(before)
-                    raise
     if main and "eval" in names:
         _conclude(config)
 
 
-def _has_pairs(config: Config) -> bool:
+def _told(config: Config) -> dict[Path, bytes | None] | None:
+    """What `pairs` writes anew where it has nothing to make; None where it has."""
     try:
-        return all(PairStore(pairs_folder(config, split)) for split in SPLITS)
+        for split in SPLITS:
+            PairStore(pairs_folder(config, split))
     except DataError:
-        return False
-
-
-def _told(folder: Path) -> dict[Path, bytes | None]:
-    """What `pairs` writes anew where it has nothing to make."""
-    files = [folder / name for name in ("config.yaml", "stages.json", SKIPPED)]
+        return None
+    files = [config.output.dir / name for name in (RUN_FILE, "stages.json", SKIPPED)]
     return {file: file.read_bytes() if file.exists() else None for file in files}
 
 
-def _put_back(files: dict[Path, bytes | None]) -> None:
-    for file, content in files.items():
-        if content is None:
-            file.unlink(missing_ok=True)
-        else:
-            write_atomically(file, content)
+@contextmanager
+def _put_back_if_refused(files: dict[Path, bytes | None]) -> Iterator[None]:
+    """Training keeps the settings that it accepts: where it ends before it has, they are those of a refused command."""
+    settings = next(iter(files))
+    begun = stamp(settings)
+    try:
+        yield
+    except AlignkitError:
+        if stamp(settings) == begun:
+            for file, content in files.items():
+                if content is None:
+                    file.unlink(missing_ok=True)
+                else:
+                    write_atomically(file, content)
+        raise
 
 
 def with_drawn_clips(config: Config) -> Config:

@@ -10,6 +10,7 @@ import torch
 from starting import one_line
 
 from alignkit import cli, demo
+from alignkit.config import load_config
 from alignkit.media.videos import VideoSpec, decode_clip, write_video
 from alignkit.stores.pairs import PairStore
 
@@ -226,3 +227,22 @@ def test_a_run_whose_training_cannot_be_is_refused_before_its_pairs_are_made(
     result = command("run", config_file, *overrides(tmp_path / "out"), words)
     assert said in one_line(result)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_after_it_was_accepted_keeps_the_settings_that_it_was_given(
+    command, config_file, made_pairs, overrides, tmp_path
+):
+    shutil.copytree(made_pairs, tmp_path / "run")
+    settings = overrides(tmp_path / "run")
+    assert command("run", config_file, *settings, "train.steps=2").returncode == 0
+    # so long a rate that its loss is not a number
+    result = command(
+        "run",
+        config_file,
+        *settings,
+        "train.accept=[train.learning_rate]",
+        "train.learning_rate=1e30",
+        "train.steps=20",
+    )
+    assert result.returncode == 2 and "not finite" in result.stderr
+    assert load_config(tmp_path / "run" / "config.yaml", []).train.learning_rate == 1e30
