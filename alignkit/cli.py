@@ -472,7 +472,8 @@ def run() -> None:
             raise
         from alignkit.progress import say
 
-        say(f"alignkit: another process of this command has ended{ENDED} ({str(error).splitlines()[0]})")
+        why = str(error).splitlines()[0]
+        say(f"alignkit: another process of this command has ended, or cannot be reached{ENDED} ({why})")
         sys.exit(1)
 
 

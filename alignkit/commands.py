@@ -299,17 +299,17 @@ def _report(config: Config) -> None:
 
     file = summary_file(config)
     if file.exists():
+        store = PairStore(pairs_folder(config, "heldout"))  # refused before anything is written
         write_json(file, json.loads(file.read_text()) | _costs(config))
-        _decode_pairs(config)
+        _decode_pairs(config, store)
     say(f"report: {write_report(config.output.dir)}")
 
 
-def _decode_pairs(config: Config) -> None:
+def _decode_pairs(config: Config, store: PairStore) -> None:
     """Some held-out pairs as pictures: winner, loser and mask in report_pairs/NNN.npz."""
     folder = config.output.dir / "report_pairs"
     folder.mkdir(exist_ok=True)
     model = load_model(config.model, with_transformer=False, device=_device())
-    store = PairStore(pairs_folder(config, "heldout"))
     count = min(PAIRS_IN_REPORT, len(store))
     with progress("decoding held-out pairs", count) as bar:
         for i in range(count):

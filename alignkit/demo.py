@@ -84,7 +84,7 @@ def _put_back_if_refused(files: dict[Path, bytes | None]) -> Iterator[None]:
     begun = stamp(settings)
     try:
         yield
-    except AlignkitError:
+    except (AlignkitError, OSError):
         if stamp(settings) == begun:
             for file, content in files.items():
                 if content is None:

@@ -53,8 +53,9 @@ def memory(kind: str, of: Any, code: Iterable[Path] = ()) -> Iterator[Memory]:
     with ExitStack() as held:
         try:
             file = cache_folder() / kind / f"{asked.hexdigest()[:32]}.jsonl"
-            waiting = f"waiting for another process, which looks at the same {kind}" if first_of_several() else ""
-            held.enter_context(one_at_a_time(file.with_suffix(".lock"), waiting))
+            lock = file.with_suffix(".lock")
+            waiting = f"waiting for another process, which looks at the same {kind} and holds {lock}"
+            held.enter_context(one_at_a_time(lock, waiting if first_of_several() else ""))
             known = Memory(file)
         except (OSError, RuntimeError, DataError):  # RuntimeError is pathlib's, of a user without a home
             known = Memory(None)
@@ -68,8 +69,9 @@ def cache_folder() -> Path:
 def stamp(file: Path) -> list[int]:
     """Changes with what is in `file`, which is not read. Raises OSError."""
     status = file.stat()
-    # a copy may keep its original's time of change, but not that of its own making
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    # a copy may keep its original's time of change, but not that of its own making; numbers of inodes differ from
+    # mount to mount of some network file systems
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def name_of(file: Path) -> str:

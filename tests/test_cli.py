@@ -183,6 +183,7 @@ def finished(command, config_file, made_pairs, overrides, tmp_path_factory):
         ("train", "stages=[sft, {name: localdpo, reference: {strategy: cached}}]"),
         ("cache-reference", "objective={name: sft}"),
         ("sample", "model.path=/nowhere"),
+        ("sample", "data.num_frames=18"),
         ("eval", "evaluation.positions=[2]"),
         ("eval", "data.num_frames=5"),
         ("run", "train.learning_rate=1"),
@@ -196,14 +197,30 @@ def finished(command, config_file, made_pairs, overrides, tmp_path_factory):
 )  # fmt: skip
 def test_a_command_that_is_refused_changes_nothing(finished, command, config_file, words):
     out, settings = finished
-    name = words[:-1]
-    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    result = command(*name, config_file, *settings, words[-1])
-    assert result.returncode == 2, (result.returncode, result.stderr)
-    one_line(result)
-    after = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    assert after.keys() == before.keys(), sorted(map(str, after.keys() ^ before.keys()))
-    assert [str(file) for file, content in after.items() if content != before[file]] == []
+    before = contents(out)
+    one_line(command(*words[:-1], config_file, *settings, words[-1]))
+    assert contents(out) == before
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_what_an_evaluation_or_a_page_needs_is_looked_for_before_anything_is_written(
+    finished, command, config_file, tmp_path
+):
+    out, settings = finished
+    shutil.copytree(out, tmp_path / "run")
+    mine = [*settings, f"output.dir={tmp_path / 'run'}"]
+    before = contents(tmp_path / "run")
+    line = one_line(command("eval", config_file, *mine, f"data.videos={tmp_path}", "evaluation.positions=[0.3]"))
+    assert "no such file; samples are compared with the held-out videos" in line
+    assert contents(tmp_path / "run") == before
+    shutil.rmtree(tmp_path / "run" / "pairs" / "heldout")
+    shutil.rmtree(tmp_path / "run" / "report_pairs")
+    before = contents(tmp_path / "run")
+    assert "no pairs here" in one_line(command("report", config_file, *mine))
+    assert contents(tmp_path / "run") == before and not (tmp_path / "run" / "report_pairs").exists()
 
 
 @pytest.mark.parametrize(

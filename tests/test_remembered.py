@@ -80,20 +80,25 @@ def test_a_file_of_the_same_size_and_time_has_another_name(tmp_path):
     assert name_of(file) != before
 
 
-def test_who_waits_for_another_one_says_so(start_command, cache, capfd):
+def test_who_waits_for_another_one_says_so(start_command, cache, tmp_path, monkeypatch):
     code = """
 import sys, time
+from pathlib import Path
 from alignkit.remembered import memory
+entered, heard = map(Path, sys.argv[1:])
 with memory("videos", "a"):
-    print("in", flush=True, file=sys.stderr)
-    time.sleep(1)
+    entered.touch()
+    while not heard.exists():
+        time.sleep(0.01)
 """
-    other = start_command(code=code, env={"XDG_CACHE_HOME": str(cache)})
-    while not list(cache.rglob("*.lock")):
+    entered, heard, said = tmp_path / "entered", tmp_path / "heard", []
+    other = start_command(entered, heard, code=code, env={"XDG_CACHE_HOME": str(cache)})
+    while not entered.exists():
         assert other.poll() is None
         time.sleep(0.01)
+    monkeypatch.setattr("alignkit.sharing.say", lambda text: said.append(text) or heard.touch())
     with memory("videos", "a"):
-        assert other.communicate()[1].strip() == "in"
-    assert capfd.readouterr().err == "waiting for another process, which looks at the same videos\n"
+        (line,) = said
+    assert line.startswith(f"waiting for another process, which looks at the same videos and holds {cache}")
     with memory("videos", "a"):
-        assert not capfd.readouterr().err
+        assert said == [line]

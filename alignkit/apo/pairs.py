@@ -26,7 +26,7 @@ from alignkit.models.context import TokenGroup
 from alignkit.objectives.laws import Law
 from alignkit.objectives.states.checks import check_noise, sampler_terms
 from alignkit.progress import say
-from alignkit.stores.blocks import Made, build_store
+from alignkit.stores.blocks import Made, build_store, check_store
 from alignkit.stores.folders import (
     SPLITS,
     add_skipped_pairs,
@@ -128,12 +128,15 @@ def build_ranked(
             **(inversion_terms(config, model) if inverted else {}),
         },
     )
+    planned = {}
     for split, rows in splits.items():
-        folder, info = pairs_folder(config, split), replace(shared, pairs=len(rows))
+        info = replace(shared, pairs=len(rows))
         members = [[row.pair_id, row.prompt, *map(_member, (row.chosen, row.rejected))] for row in rows]
-        make = partial(_make_rows, config, model, law, rollouts, rows, inverted)
+        check_store(pairs_folder(config, split), info, members)
+        planned[split] = info, members, partial(_make_rows, config, model, law, rollouts, rows, inverted)
+    for split, (info, members, make) in planned.items():
         build_store(
-            folder, model, info, members, make, f"making {split} pairs",
+            pairs_folder(config, split), model, info, members, make, f"making {split} pairs",
             negative_prompt=config.sampler.negative_prompt, preview=preview,
             accepted=accepted if split == SPLITS[0] else lambda: None, show=show,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from alignkit import __version__
 from alignkit.apo.inversions import versions
 from alignkit.config import Config
 from alignkit.config.sections import HANDLING
+from alignkit.errors import DataError
 from alignkit.evaluation.measures import edge_energy, motion_amount, temporal_flicker
 from alignkit.evaluation.pairs import PairScores, joined, score_point
 from alignkit.evaluation.readiness import CLIPS, explained_share
@@ -57,6 +58,9 @@ class Parts:
         files = self.store.rows["source"]  # a video may have several pairs
         self._clips = list(range(len(self.store))) if self.sampled else list(dict.fromkeys(files))
         self._loaded: dict[str, VideoModel] = {}
+        for file in () if self.sampled else [source_folder(config) / str(name) for name in self._clips]:
+            if not file.exists():
+                raise DataError(f"{file}: no such file; samples are compared with the held-out videos, put it back")
 
     def held(self) -> AbstractContextManager[None]:
         """The right to make the parts, and to read them; those of other models, pairs or settings are deleted."""

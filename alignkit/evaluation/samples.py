@@ -72,10 +72,12 @@ def sample(config: Config, device: torch.device, show: bool = True) -> Path:
             if not file.exists():
                 write_video(file, video, config.data.fps or PLAYBACK_FPS)
 
+    terms = {name: _terms(config, section, sampler, prompts) for name, (section, sampler) in sampled_by.items()}
+    for section, _ in sampled_by.values():  # refused before what was sampled under other terms is deleted
+        load_model(section, with_transformer=False, with_encoders=False).latent_shape(*_size(config))
     with ExitStack() as held, one_thread(device):
-        for name, (section, sampler) in sampled_by.items():
-            terms = _terms(config, section, sampler, prompts)
-            held.enter_context(shared_folder(folder / name, terms, "sample"))
+        for name in MODELS:
+            held.enter_context(shared_folder(folder / name, terms[name], "sample"))
         for files in videos:
             if files[-1].exists() and not all(file.exists() for file in files):  # somebody has deleted one
                 files[-1].unlink()  # which is written last and says that a batch is there

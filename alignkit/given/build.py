@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import av
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from alignkit.given.preferences import Preference, read_preferences
 from alignkit.given.validation import NothingLeftError, split_preferences, validate_preferences
 from alignkit.media.captions import Problem
 from alignkit.media.masks import mask_digest, mask_on_grid, read_mask
+from alignkit.media.usable import decoders
 from alignkit.media.videos import VideoFacts, VideoSpec, decode_clip, decode_with_facts
 from alignkit.models import VideoModel, load_model, working_dtype
 from alignkit.models.context import TokenGroup
@@ -24,7 +24,7 @@ from alignkit.objectives.laws import Law
 from alignkit.objectives.states.checks import check_noise
 from alignkit.progress import progress, say
 from alignkit.remembered import memory
-from alignkit.stores.blocks import Made, build_store
+from alignkit.stores.blocks import Made, build_store, check_store
 from alignkit.stores.folders import (
     SPLITS,
     add_skipped_pairs,
@@ -91,11 +91,15 @@ def build_given_pairs(
         }
         | (inversion_terms(config, model) if inverted else {}),
     )
+    planned = {}
     for split, rows in splits.items():
-        folder, info = pairs_folder(config, split), replace(shared, pairs=len(rows))
+        info = replace(shared, pairs=len(rows))
         members = [[given.pair_id, given.row.prompt, *given.digests, given.mask] for given in rows]
+        check_store(pairs_folder(config, split), info, members)
         make = partial(_make_rows, config, model, law, LATENT_DTYPES[info.dtype], rows)
-        title = f"encoding {split} pairs"
+        planned[split] = info, members, make
+    for split, (info, members, make) in planned.items():
+        folder, title = pairs_folder(config, split), f"encoding {split} pairs"
         accepted = partial(write_skipped, config, problems if show and split == SPLITS[0] else None)
         build_store(folder, model, info, members, make, title, preview=preview, accepted=accepted, show=show)
     if show:
@@ -139,10 +143,10 @@ def _validated(
     """The rows of each split that can be used, and what is wrong with the others. What was found of a video before is
     remembered in the user's cache; processes take turns, so that each is decoded once."""
     spec = video_spec(config)
-    asked = [[str(file.absolute()) for file in files], asdict(spec), av.__version__]
+    asked = [[str(file.absolute()) for file in files], asdict(spec), decoders()]
     code = [file for folder in ("given", "media") for file in (Path(alignkit.__path__[0]) / folder).glob("*.py")]
     with (
-        memory("rows", asked, code) as known,
+        memory("pairs", asked, code) as known,
         progress("checking pairs", len(train) + len(heldout or []), show=show) as bar,
     ):
         findings = validate_preferences(train, spec, grid=grid, heldout=heldout, watch=bar.advance, known=known)

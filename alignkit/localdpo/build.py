@@ -25,7 +25,7 @@ from alignkit.models.context import TokenGroup, context_terms
 from alignkit.objectives.laws import Law
 from alignkit.objectives.states.checks import check_noise, expert_terms
 from alignkit.progress import say
-from alignkit.stores.blocks import Made, build_store
+from alignkit.stores.blocks import Made, build_store, check_store
 from alignkit.stores.folders import (
     SPLITS,
     add_skipped_pairs,
@@ -95,24 +95,26 @@ def build_pairs(
     model = load_model(config.model, device=device, dtype=working_dtype(config.model, device), group=group)
     law = check_noise(config, model)
     per_clip, shared = config.pairs.per_clip, _store_info(config, model)
-    counts, parts = {}, split_clips(len(sources), config.data.heldout, config.pairs.seed)
-    if foresee:
-        foresee(model, sources, len(parts[1]))
+    parts = split_clips(len(sources), config.data.heldout, config.pairs.seed)
+    planned = {}
     for split, numbers in zip(SPLITS, parts, strict=True):
         tasks = [(sources[n], n * per_clip + j) for n in numbers for j in range(per_clip)]
         used = [sources[n] for n in numbers]
         members = [[s.clip.name, s.digest, s.clip.caption, mask_digest(s.mask)] for s in used]
-        folder, info = pairs_folder(config, split), replace(shared, pairs=len(tasks))
-        make, title = partial(_make_rows, config, model, law, tasks), f"making {split} pairs"
+        info = replace(shared, pairs=len(tasks))
+        check_store(pairs_folder(config, split), info, members)
+        planned[split] = info, members, partial(_make_rows, config, model, law, tasks)
+    if foresee:
+        foresee(model, sources, len(parts[1]))
+    for split, (info, members, make) in planned.items():
         build_store(
-            folder, model, info, members, make, title,
+            pairs_folder(config, split), model, info, members, make, f"making {split} pairs",
             negative_prompt=config.pairs.negative_prompt, preview=preview,
             accepted=partial(write_skipped, config, problems if show and split == SPLITS[0] else None), show=show,
         )  # fmt: skip
-        counts[split] = len(tasks)
     if show:
         add_skipped_pairs(config)
-    return counts
+    return {split: info.pairs for split, (info, _, _) in planned.items()}
 
 
 def _store_info(config: Config, model: VideoModel) -> StoreInfo:

@@ -4,8 +4,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import av
+import PIL
 
 from alignkit.errors import DataError
 from alignkit.media.captions import Problem
@@ -26,7 +28,7 @@ def usable_clips(
     check goes on where it was and another build need not decode everything again.
     """
     keys = [name_of(clip.path) for clip in clips]
-    asked = [str(folder.absolute()), asdict(spec), av.__version__]
+    asked = [str(folder.absolute()), asdict(spec), decoders()]
     with memory("videos", asked, Path(__file__).parent.glob("*.py")) as known:
         unknown = [(clip, key) for clip, key in zip(clips, keys, strict=True) if key not in known]
         found = {key: known[key] for key in keys if key in known}
@@ -54,6 +56,11 @@ def usable_clips(
             seen[digest] = clip.name
             good.append((clip, digest))
     return good, problems
+
+
+def decoders() -> list[Any]:
+    """The versions of what pictures, and what is wrong with a file, depend on."""
+    return [av.library_versions, PIL.__version__]
 
 
 def _look_at(clip: Clip, spec: VideoSpec) -> tuple[tuple[str | None, str | None], bool]:

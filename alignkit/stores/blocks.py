@@ -56,9 +56,7 @@ def build_store(
     Raises DataError for a folder that holds pairs made under other terms or of other members, and where another build
     goes on from members that changed meanwhile.
     """
-    if terms_file(folder, info.holds).exists() and has_blocks(folder):
-        check_terms(folder, replace(info, pairs=read_info(folder).pairs))
-        check_order(folder, members)  # names them, where the terms know of another number alone
+    check_store(folder, info, members)
     open_for_building(folder, info)
     follow_members(folder, info, members)
     accepted()
@@ -74,6 +72,13 @@ def build_store(
         write_texts(folder, *model.encode_text(["", negative_prompt]))
         build_blocks(folder, info, make_of_these, title, first=partial(look, (0,)), show=show)
     look()
+
+
+def check_store(folder: Path, info: StoreInfo, members: list[list[Any]]) -> None:
+    """What `build_store` raises of a folder as it is, before anything is made; of every split, before the first one."""
+    if terms_file(folder, info.holds).exists() and has_blocks(folder):
+        check_terms(folder, replace(info, pairs=read_info(folder).pairs))
+        check_order(folder, members)  # names them, where the terms know of another number alone
 
 
 @contextmanager

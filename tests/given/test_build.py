@@ -195,3 +195,18 @@ def test_validate_prints_every_problem_and_ends_with_2(command, config_file, con
 def test_local_pairs_want_videos(config):
     with pytest.raises(DataError, match=r"data\.videos: not set"):
         build_pairs(config(), CPU)
+
+
+def test_held_out_pairs_that_are_refused_leave_those_to_train_on_as_they_were(config, table, tmp_path):
+    rows = table.read_text().splitlines(keepends=True)
+    heldout = tmp_path / "heldout.jsonl"
+    table.write_text("".join(rows[:2]))
+    heldout.write_text(rows[2])
+    settings = config(f"data.heldout_pairs={heldout}")
+    build_given_pairs(settings, CPU)
+    before = {file: file.read_bytes() for file in settings.output.dir.rglob("*") if file.is_file()}
+    table.write_text("".join(row.replace('"0: ', '"0, mended: ') for row in rows[:2]))
+    heldout.write_text("".join(rows[2:4]))
+    with pytest.raises(DataError, match="heldout: was built from other videos, captions or masks"):
+        build_given_pairs(settings, CPU)
+    assert {file: file.read_bytes() for file in settings.output.dir.rglob("*") if file.is_file()} == before

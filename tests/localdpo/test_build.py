@@ -333,3 +333,13 @@ def test_the_split_holds_at_least_one_clip_on_each_side():
     for count, share in ((2, 0.01), (2, 0.99), (100, 0.001)):
         train, heldout = split_clips(count, share, seed=0)
         assert train and heldout and sorted(train + heldout) == list(range(count))
+
+
+def test_held_out_pairs_of_other_terms_are_refused_before_those_to_train_on_are_made(
+    made_pairs, small_config, tmp_path
+):
+    shutil.copytree(made_pairs, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "pairs" / "train")
+    with pytest.raises(DataError, match="heldout: holds pairs made with guidance_scale"):
+        build_pairs(small_config(f"output.dir={tmp_path / 'run'}", "pairs.guidance_scale=3"), torch.device("cpu"))
+    assert not list((tmp_path / "run" / "pairs" / "train").glob("block-*"))

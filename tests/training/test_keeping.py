@@ -287,7 +287,9 @@ def test_a_process_that_is_killed_is_one_line_of_the_other(run_with_pairs, confi
         said = ranks[1 - killed].communicate(timeout=60)[1]
         assert ranks[1 - killed].returncode == 1
         assert "Traceback" not in said and said.count("alignkit: ") == 1, said
-        assert re.search(r"^alignkit: .*process.* has ended; what was saved is kept", said, re.MULTILINE)
+        assert re.search(
+            r"^alignkit: .*process.* has ended, or cannot be reached; what was saved is kept", said, re.MULTILINE
+        )
     finally:
         for rank in ranks:
             rank.kill()

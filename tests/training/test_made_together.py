@@ -243,7 +243,9 @@ def test_one_of_a_group_that_is_killed_ends_the_other_and_nothing_is_lost(
     os.kill(ranks[killed].pid, signal.SIGKILL)
     said = ranks[1 - killed].communicate(timeout=60)[1]
     assert ranks[1 - killed].returncode == 1
-    assert re.search("^alignkit: another process of this command has ended; what was saved", said, re.MULTILINE), said
+    assert re.search(
+        "^alignkit: another process of this command has ended, or cannot be reached; what was saved", said, re.MULTILINE
+    ), said
     assert "Traceback" not in said
     assert blocks_of(tmp_path).items() >= kept.items()
     result = command("pairs", config_file, *settings, "--nproc", 2)
