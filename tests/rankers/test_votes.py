@@ -166,7 +166,8 @@ def test_a_process_killed_while_it_votes_loses_no_vote_that_it_confirmed(tmp_pat
     process.stdin.flush()
     confirmed = [int(process.stdout.readline()) for _ in range(25)]
     os.kill(process.pid, signal.SIGKILL)
-    confirmed += [int(line) for line in process.communicate()[0].splitlines()]
+    confirmed += [int(line) for line in process.stdout.read().splitlines()]  # communicate() leaves out what is buffered
+    process.wait()
     kept = {int(vote.comparison) for vote in read_votes(tmp_path)}
     assert set(confirmed) <= kept and len(kept) <= len(confirmed) + 1
     with sqlite3.connect(tmp_path / "votes.sqlite") as connection:
