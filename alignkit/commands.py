@@ -107,29 +107,18 @@ def validate(config: Config) -> None:
     say("everything can be used")
 
 
-def check_train(config: Config, processes: int) -> None:
-    """What can be wrong with a training run before any process is started."""
-    from alignkit.stages.chain import check_chain
+def check_train(config: Config, processes: int, *, made: bool = True) -> None:
+    """What can be wrong with a training run before any process is started. made: whether its pairs are there by now."""
+    from alignkit.stages.chain import check_chain, check_stages
 
     process = Process(0, processes, 0, _device())
     if config.stages:
-        check_chain(stage_configs(config), process)
-    else:
-        check_training(config, process)
+        (check_chain if made else check_stages)(stage_configs(config), process)
+        return
+    check_training(config, process)
+    if made:
         check_states(config, PairStore(pairs_folder(config, "train")))
-        check_reference(config)
-
-
-def check_run(config: Config, processes: int) -> None:
-    """The same of a run whose pairs are still to be made."""
-    from alignkit.stages.chain import check_stages
-
-    process = Process(0, processes, 0, _device())
-    if config.stages:
-        check_stages(stage_configs(config), process)
-    else:
-        check_training(config, process)
-        check_reference(config)
+    check_reference(config)
 
 
 def check_cache_reference(config: Config) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from alignkit.commands import check_run, run_command
+from alignkit.commands import check_train, run_command
 from alignkit.config import Config, Family, ModelSection, load_config, shipped_config
 from alignkit.config.finding import RUN_FILE
 from alignkit.errors import AlignkitError, DataError
@@ -38,7 +38,7 @@ def run_demo(family: Family, videos: Path | None, out: Path | None, overrides: l
     folder = videos or out / "clips"
     settings = [f"data.videos={json.dumps(str(folder))}", f"output.dir={json.dumps(str(out))}", *overrides]
     config = load_config(shipped_config(f"{family}-tiny-localdpo.yaml"), settings)
-    check_run(config, group_size(os.environ))  # refused before anything is drawn
+    check_train(config, group_size(os.environ), made=False)  # refused before anything is drawn
     if videos is None:
         draw_clips(folder)
     run(config)
@@ -49,7 +49,7 @@ def run(config: Config) -> None:
 
     A chain of stages without videos or pairs of its own, whose stages bring what they train on, is only trained.
     """
-    check_run(config, group_size(os.environ))  # refused before anything slow starts
+    check_train(config, group_size(os.environ), made=False)  # refused before anything slow starts
     config = with_drawn_clips(config)
     judged = config.data.videos or config.data.pairs
     names = STAGES if judged or not config.stages else ("train",)

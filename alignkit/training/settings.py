@@ -172,7 +172,7 @@ def _read(settings: dict[str, Any]) -> None:
 def _is_taken(settings: dict[str, Any]) -> bool:
     try:
         _read(copy.deepcopy(settings))
-    except Exception:
+    except Exception:  # whatever it is: only whether it is taken is asked
         return False
     return True
 
