@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 
 from alignkit.errors import DataError
+from alignkit.json_text import TwiceError, read_json
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,6 @@ def read_table(file: Path, what: str, suffixes: tuple[str, ...], columns: tuple[
     return _csv(file, what, text) if suffix == ".csv" else _json_lines(text)
 
 
-class _Twice(Exception):
-    """A key that stands twice in one JSON object."""
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _Twice(key)
-        found[key] = value
-    return found
-
-
 def _json_lines(text: str) -> Table:
     rows: list[tuple[int, dict[str, Any] | str]] = []
     columns: dict[str, None] = {}
@@ -63,9 +50,9 @@ def _json_lines(text: str) -> Table:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_each_once)
-        except _Twice as error:
-            row = f"holds the key {str(error)!r} twice; keep one"
+            row = read_json(line)
+        except TwiceError as error:
+            row = str(error)
         except (ValueError, RecursionError) as error:
             row = f"is not JSON ({error})"
         else:

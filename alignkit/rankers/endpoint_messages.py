@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from alignkit.errors import DataError
+from alignkit.json_text import DECODER
 from alignkit.media.videos import upright_frames
 
 VERDICTS = ("first", "second", "tie")
@@ -89,12 +90,11 @@ def verdict_in(text: str) -> str | None:
     """The verdict of the JSON in a text: alone, fenced or in prose. None where there is none, or two that differ."""
     if text.count("{") > MOST_BRACES:
         return None
-    decoder = json.JSONDecoder(object_pairs_hook=_without_twice)
     found = set()
     place = text.find("{")
     while place >= 0:
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, place = DECODER.raw_decode(text, place)
         except (ValueError, RecursionError):
             place += 1
         else:
@@ -102,12 +102,6 @@ def verdict_in(text: str) -> str | None:
                 found.add(str(value["better"]).strip().lower())
         place = text.find("{", place)
     return found.pop() if len(found) == 1 and found <= set(VERDICTS) else None
-
-
-def _without_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return dict(pairs)
 
 
 def shown(text: str) -> str:

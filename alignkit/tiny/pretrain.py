@@ -26,6 +26,7 @@ from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from alignkit.config.yaml_text import read_yaml
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.tiny.classifier_training import train_classifier
 from alignkit.tiny.clips import SHAPES, read_clips, render_clip, write_clips
@@ -154,8 +155,10 @@ def load_config(path: Path) -> PretrainConfig:
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        given = read_yaml(path.read_text(encoding="utf-8"))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     values = _checked(given, PretrainConfig, path, "")
     if values["family"] not in FAMILIES:

@@ -39,6 +39,7 @@ def test_comparisons_come_back_as_they_were_written(folder):
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         ("[]", "is no comparison"),
+        (json.dumps(GOOD | {"id": "1"})[:-1] + ', "prompt": "another"}', "holds the key 'prompt' twice; keep one"),
         (json.dumps({k: v for k, v in GOOD.items() if k != "b"}), "lacks 'b'"),
         (json.dumps(GOOD), "the id '000' is there twice"),
         (json.dumps(GOOD | {"id": "1", "kindA": "sft"}), "does not know the key 'kindA'"),

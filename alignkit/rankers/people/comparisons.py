@@ -4,7 +4,6 @@ One line each: {"id": "000", "prompt": "…", "a": "videos/3.mp4", "b": "videos/
 optionally "kind_a" and "kind_b", the method that made each, for win rates alone: people are not told.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from alignkit.errors import DataError
 from alignkit.files import write_lines
+from alignkit.json_text import TwiceError, read_json
 from alignkit.media.rows import is_unicode
 from alignkit.rankers.protocol import Comparison
 
@@ -53,7 +53,9 @@ def read_comparisons(folder: Path) -> list[Pair]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                rows.append((number, json.loads(line)))
+                rows.append((number, read_json(line)))
+            except TwiceError as error:
+                raise DataError(f"{file}:{number}: {error}") from None
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{file}:{number}: is not JSON ({error}); mend or delete the line") from None
     return _checked(folder, file, rows)
