@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Timer
@@ -115,7 +116,7 @@ def configs() -> None:
 def init(name: Annotated[str, typer.Argument(help="wan2.1-14b, wan2.1-14b-apo, …: see alignkit configs")]) -> None:
     """Print a configuration that comes with alignkit, to begin with: alignkit init wan2.1-14b > run.yaml"""
     full = full_name(name)
-    print(shipped_config(f"{full}.yaml").read_text(), end="")
+    typer.echo(shipped_config(f"{full}.yaml").read_bytes(), nl=False)  # in UTF-8, whatever the locale has
     if full != name:
         print(f"init: {full}", file=sys.stderr)
 
@@ -453,6 +454,8 @@ def run() -> None:
     line too where another process has ended)."""
     # the deepspeed launcher puts it first; the same number is in LOCAL_RANK, which is what we read
     sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: not every locale has a ×
     try:
         app()
     except (AlignkitError, OSError) as error:

@@ -1,6 +1,9 @@
 """Configuration: one clear line for every mistake, before anything slow starts."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -16,6 +19,22 @@ def write(tmp_path, text):
 
 
 GOOD = "output: {dir: out}\n"
+
+
+def test_a_locale_of_few_characters_changes_no_word_of_a_configuration(tmp_path):
+    """Files were read in the locale's encoding, and what it lacks ended a command that prints in a traceback."""
+    words = "模糊, café"
+    (tmp_path / "run.yaml").write_text(f"{GOOD}pairs: {{negative_prompt: {words!r}}}", encoding="utf-8")
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+    def out(*command):
+        asked = [sys.executable, *command]
+        return subprocess.run(asked, cwd=tmp_path, env=os.environ | locale, capture_output=True, check=True).stdout
+
+    read = "from alignkit.config import load_config; print(ascii(load_config('run.yaml').pairs.negative_prompt))"
+    assert out("-c", read).decode().strip() == ascii(words)
+    assert out("-m", "alignkit", "init", "wan2.1-14b") == shipped_config("wan2.1-14b-localdpo.yaml").read_bytes()
+    assert out("-m", "alignkit", "configs").isascii()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ RUN_FILE = "config.yaml"
 def shipped_configs() -> dict[str, str]:
     """Every configuration of a run that comes with alignkit, by name, with its first line of comment."""
     files = {file.stem: file for method in METHODS for file in FOLDER.glob(f"*-{method}.yaml")}
-    return {name: files[name].read_text().partition("\n")[0].lstrip("# ") for name in sorted(files)}
+    return {name: files[name].read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for name in sorted(files)}
 
 
 def full_name(name: str) -> str:

@@ -35,7 +35,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     given = Path(path)
     path = find_config(given)
     try:
-        tree = read_yaml(path.read_text())
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except OSError as error:

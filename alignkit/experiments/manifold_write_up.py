@@ -47,7 +47,7 @@ def write_up(plan: Plan, arms: tuple[Arm, ...], out: Path) -> Path:
         *(f"![{name}]({name})" for name in pictures),
     ]
     page = folder / "page.md"
-    page.write_text("\n".join(lines).rstrip() + "\n")
+    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     say(f"experiment: {page}")
     return page
 

@@ -266,7 +266,7 @@ def run(out: Path) -> Path:
     )
     errors += "the network a step, in brackets 1."
     text = [title, "", *lines, "", note, *pictures, "", f"{chords}: all of it can be learnt.", "", *back, "", errors]
-    page.write_text("\n".join(text) + "\n")
+    page.write_text("\n".join(text) + "\n", encoding="utf-8")
     say(f"experiment: {page}")
     return page
 

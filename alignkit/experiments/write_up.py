@@ -82,7 +82,7 @@ def write_up(plan: Plan, out: Path, chosen: dict[str, str]) -> Path:
         *(f"![{name}]({name})" for name in pictures),
     ]
     page = folder / "page.md"
-    page.write_text("\n".join(lines) + "\n")
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     say(f"experiment: {page}")
     return page
 
