@@ -1,12 +1,15 @@
 """Runs a chain of stages, or what is left of it."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from alignkit.apo.pairs import build_rollout_pairs
 from alignkit.config import Config, dump_config
+from alignkit.errors import AlignkitError
 from alignkit.files import write_atomically
 from alignkit.given.build import build_given_pairs
 from alignkit.localdpo.build import build_pairs
@@ -66,15 +69,17 @@ def check_chain(stages: list[tuple[str, Config]], process: Process) -> None:
     """What can be wrong with stages whose pairs are there already or are made while they train, and with processes that
     are to make pairs together. Raises ConfigError or DataError."""
     check_stages(stages, process)
-    for name, stage in stages:
+    for number, (name, stage) in enumerate(stages, 1):
         if name not in SUPPLIED and not makes_pairs(stage):
-            check_states(stage, PairStore(pairs_folder(stage, "train")))
+            with _named(number, name):
+                check_states(stage, PairStore(pairs_folder(stage, "train")))
 
 
 def check_stages(stages: list[tuple[str, Config]], process: Process) -> None:
     """The same, whatever the pairs are."""
-    for _, stage in stages:
-        check_training(stage, process)
+    for number, (name, stage) in enumerate(stages, 1):
+        with _named(number, name):
+            check_training(stage, process)
     check_supplies(stages)
     for name, stage in stages:
         if name not in SUPPLIED and makes_pairs(stage):
@@ -84,14 +89,26 @@ def check_stages(stages: list[tuple[str, Config]], process: Process) -> None:
 def check_supplies(stages: list[tuple[str, Config]]) -> None:
     """The same of those stages alone that make their pairs while they train."""
     taught = None
-    for name, stage in stages:
+    for number, (name, stage) in enumerate(stages, 1):
         if name not in SUPPLIED:
             continue
-        check_noise(stage, load_model(stage.model, with_transformer=False, with_encoders=False))
-        _supply_of(name, stage, "", taught)
-        if name not in STUDENTS and stage.ranker.by != PEOPLE:
-            open_ranker(stage.ranker, stage.output.dir)
+        with _named(number, name):
+            check_noise(stage, load_model(stage.model, with_transformer=False, with_encoders=False))
+            _supply_of(name, stage, "", taught)
+            if name not in STUDENTS and stage.ranker.by != PEOPLE:
+                open_ranker(stage.ranker, stage.output.dir)
         taught = Taught(stage, None) if name == "distill" else taught
+
+
+@contextmanager
+def _named(number: int, name: str) -> Iterator[None]:
+    """Begins an AlignkitError with the stage, unless it names it already: a chain's stages have the same keys."""
+    try:
+        yield
+    except AlignkitError as error:
+        if not str(error).startswith("stage") and f"{number:02d}-{name}" not in str(error):
+            error.args = (f"stages: entry {number} ({name}): {error}",)
+        raise
 
 
 def makes_pairs(stage: Config) -> bool:
