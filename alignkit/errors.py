@@ -13,6 +13,10 @@ class DataError(AlignkitError):
     """Videos, captions or stored pairs that cannot be used."""
 
 
+class MomentError(AlignkitError):
+    """What the machine could not do for a moment. Nothing is left out for it, as for a DataError: the command ends."""
+
+
 class ModelError(AlignkitError):
     """Model files that are missing, damaged, or of another family."""
 

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from alignkit.errors import ConfigError, DataError
 from alignkit.files import made, write_json
+from alignkit.moment import end_if_of_the_moment
 from alignkit.progress import say
 
 POLL_SECONDS = 1.0  # between looks at files that other processes are making
@@ -131,7 +132,8 @@ def stored_terms(folder: Path) -> dict[str, Any]:
     """Under which the files of a `shared_folder` were made; empty where that is not told."""
     try:
         return dict(json.loads((folder / TERMS).read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError) as error:
+        end_if_of_the_moment(folder / TERMS, error)
         return {}
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "alignkit"
 # A layer may import the ones below it, never those above.
 LAYERS = [
-    {"errors", "config", "files", "launch", "progress", "remembered", "sharing"},
+    {"errors", "config", "files", "json_text", "launch", "moment", "progress", "remembered", "sharing"},
     {"schedules", "models", "media", "tiny"},
     {"stores"},
     {"apo", "given", "localdpo", "objectives"},

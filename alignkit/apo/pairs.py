@@ -23,6 +23,7 @@ from alignkit.media.rows import read_table
 from alignkit.media.videos import decode_clip
 from alignkit.models import VideoModel, load_model, working_dtype
 from alignkit.models.context import TokenGroup
+from alignkit.moment import end_if_of_the_moment
 from alignkit.objectives.laws import Law
 from alignkit.objectives.states.checks import check_noise, sampler_terms
 from alignkit.progress import say
@@ -277,7 +278,8 @@ def _member(side: int | Path) -> int | str:
     try:
         with side.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError:
+    except OSError as error:
+        end_if_of_the_moment(side, error)
         return str(side)
 
 

@@ -107,7 +107,7 @@ class Training:
         return (self.folder / "masters.json").is_file() and (self.folder / "masters.safetensors").is_file()
 
     def _checkpoint(self, path: Path) -> Checkpoint:
-        wrong = manifests.described(lambda: manifests.damage(path, hashed=self.hashed))
+        wrong = manifests.described(path, lambda: manifests.damage(path, hashed=self.hashed))
         processes = record(path / manifests.MANIFEST).get("world_size", 0)
         return Checkpoint(path.name, manifests.step_of(path), wrong, processes)
 

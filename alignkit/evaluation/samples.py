@@ -15,6 +15,7 @@ from alignkit.evaluation.shared import model_terms, share_out_shown
 from alignkit.files import write_lines
 from alignkit.media.videos import PLAYBACK_FPS, VideoSpec, decode_clip, write_video
 from alignkit.models import VideoModel, load_model, working_dtype
+from alignkit.moment import end_if_of_the_moment, listed
 from alignkit.sharing import shared_folder, stored_terms
 from alignkit.stores.blocks import one_thread
 from alignkit.stores.folders import pairs_folder
@@ -67,7 +68,7 @@ def sample(config: Config, device: torch.device, show: bool = True) -> Path:
         chosen, shape = [prompts[i % len(prompts)] for i in ids], loaded[name].latent_shape(*_size(config))
         frames = loaded[name].decode_video(sample_latents(config, loaded[name], chosen, ids, seed, shape, sampler))
         for file, video in zip(videos[number], frames, strict=False):
-            for left in file.parent.glob(f".{file.stem}.*"):  # by a process that was killed
+            for left in listed(file.parent, f".{file.stem}.*"):  # by a process that was killed
                 left.unlink()
             if not file.exists():
                 write_video(file, video, config.data.fps or PLAYBACK_FPS)
@@ -155,7 +156,8 @@ def listed_samples(config: Config) -> list[dict[str, Any]]:
     folder = samples_folder(config)
     try:
         rows = [json.loads(line) for line in (folder / LISTED).read_text().splitlines()]
-    except OSError:
+    except OSError as error:
+        end_if_of_the_moment(folder / LISTED, error)
         raise DataError(f"{folder}: no samples; run 'alignkit sample' with this configuration first") from None
     of = {row.get("of", "trained") for row in rows}
     if of != {config.sample.weights}:

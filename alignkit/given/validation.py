@@ -19,8 +19,8 @@ from alignkit.errors import DataError
 from alignkit.given.preferences import Preference
 from alignkit.media.captions import Problem
 from alignkit.media.masks import mask_digest, mask_on_grid, read_mask
-from alignkit.media.usable import of_the_moment
 from alignkit.media.videos import TooShortError, VideoFacts, VideoSpec, decode_with_facts, picture_digest
+from alignkit.moment import end_if_of_the_moment, may_pass
 from alignkit.remembered import Memory, name_of
 
 Kind = Literal[
@@ -212,7 +212,7 @@ def _look_at(path: Path, spec: VideoSpec, known: Memory) -> _Video | _Fault:
     except DataError as error:
         bad: Kind = "damaged" if name else "missing"
         fault = _Fault("too_short" if isinstance(error, TooShortError) else bad, str(error))
-        if name and not of_the_moment(error):
+        if name and not may_pass(error):
             known.note(name, [fault.kind, fault.reason, {}])
         return fault
     video = _Video(facts, picture_digest(frames))
@@ -272,6 +272,8 @@ def _fault_of_mask(
             known.note(name, None)
         return None
     except (DataError, OSError) as error:
+        if isinstance(error, OSError):
+            end_if_of_the_moment(file, error)
         reason = str(error)
         return reason if reason.startswith(str(file)) else f"{file}: {reason}"
 

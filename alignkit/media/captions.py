@@ -7,6 +7,7 @@ from typing import Any
 from alignkit.errors import DataError
 from alignkit.media.names import located
 from alignkit.media.rows import is_unicode, read_table
+from alignkit.moment import end_if_of_the_moment
 
 CAPTION_FILES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
 VIDEO_KEYS = ("video", "file_name", "filename", "video_path", "path", "file")
@@ -83,6 +84,7 @@ def caption_beside(video: Path) -> Caption | None:
     try:
         return Caption(" ".join(file.read_text(encoding="utf-8-sig").split()), file.name)
     except (OSError, UnicodeDecodeError) as error:
+        end_if_of_the_moment(file, error)
         raise DataError(f"its caption file {file.name} cannot be read as UTF-8 text ({error})") from error
 
 

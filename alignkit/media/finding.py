@@ -28,20 +28,23 @@ def find_clips(folder: str | Path, captions: str | Path | None = None) -> tuple[
     Captions come from the file `captions`, else from the first of captions.jsonl, captions.csv,
     metadata.jsonl, metadata.csv in the folder; a video that has none there may have a .txt file beside it.
     Names in the captions file are paths inside the folder; a bare file name will do where it is unambiguous.
-    Hidden files are passed over. Left out, with a Problem each: videos without a caption or with an empty
-    one, captions without a video, lines that cannot be read, and all but the first of files with equal bytes.
+    Hidden files are passed over. Left out, with a Problem each: folders that may not be looked into, videos without a
+    caption or with an empty one, captions without a video, lines that cannot be read, and all but the first of files
+    with equal bytes.
 
     Raises DataError if the folder or the captions file is missing, or nothing usable is left.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"video folder {folder} does not exist or is not a folder")
-    videos = _video_files(folder)
+    videos, problems = _video_files(folder)
     if not videos:
-        raise DataError(f"no videos in {folder} (looked for {', '.join(s[1:] for s in VIDEO_SUFFIXES)})")
+        why = f" ({problems[0].video}: {problems[0].reason})" if problems else ""
+        raise DataError(f"no videos in {folder} (looked for {', '.join(s[1:] for s in VIDEO_SUFFIXES)}){why}")
 
     file = _captions_file(folder, captions)
-    listed, problems = read_captions(file) if file else ({}, [])
+    listed, unread = read_captions(file) if file else ({}, [])
+    problems += unread
     by_video, missing = _match(listed, videos)
     problems += missing
 
@@ -79,10 +82,17 @@ def find_clips(folder: str | Path, captions: str | Path | None = None) -> tuple[
     return clips, sorted(problems, key=lambda problem: problem.video)
 
 
-def _video_files(folder: Path) -> dict[str, Path]:
+def _video_files(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
     found: dict[str, Path] = {}
+    closed: list[Problem] = []
+
+    def note(error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            raise error
+        closed.append(Problem(Path(error.filename).relative_to(folder).as_posix(), "you may not look into this folder"))
+
     visited: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=note, followlinks=True):
         real = os.path.realpath(root)
         if real in visited:  # a link that leads back up
             folders.clear()
@@ -93,7 +103,7 @@ def _video_files(folder: Path) -> dict[str, Path]:
             path = Path(root, name)
             if not name.startswith(".") and path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
                 found[path.relative_to(folder).as_posix()] = path
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())), closed
 
 
 def _captions_file(folder: Path, captions: str | Path | None) -> Path | None:

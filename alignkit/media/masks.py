@@ -12,7 +12,6 @@ Boxes are in pixels of the upright video: x to the right and y down from its top
 """
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -25,8 +24,10 @@ from PIL import Image
 from torch import Tensor
 
 from alignkit.errors import DataError
+from alignkit.json_text import read_json
 from alignkit.media.names import located
 from alignkit.media.videos import VideoFacts, VideoSpec, cover_and_crop, decode_with_facts, upright_frames
+from alignkit.moment import end_if_unreadable
 
 VIDEO_MASKS = (".mp4", ".mov", ".webm", ".mkv")
 MASK_SUFFIXES = (*VIDEO_MASKS, ".png", ".npy", ".json")
@@ -201,6 +202,7 @@ def _png(file: Path) -> np.ndarray:
                 return np.where(np.asarray(image.convert("RGB")).any(axis=-1), np.uint8(255), np.uint8(0))
             values = np.asarray(image if image.mode in ("1", "L", "I;16", "I") else image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        end_if_unreadable(file, error)
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file}: cannot be read as a picture ({error})") from error
@@ -215,6 +217,7 @@ def _npy(path: Path) -> Iterator[np.ndarray]:
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
+        end_if_unreadable(path, error)
         raise DataError(f"{path}: cannot be read as a NumPy array ({error})") from error
     if not isinstance(values, np.ndarray) or values.ndim not in (2, 3) or 0 in values.shape:
         raise DataError(f"{path}: expected an array [F, H, W] or [H, W], got {getattr(values, 'shape', 'an archive')}")
@@ -244,8 +247,9 @@ def _half(values: np.ndarray, path: Path) -> float:
 
 def _boxes(path: Path, height: int, width: int) -> Iterator[np.ndarray]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = read_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
+        end_if_unreadable(path, error)
         raise DataError(f"{path}: cannot be read as JSON ({error})") from error
     keys = set(content) if isinstance(content, dict) else set()
     if keys not in ({"boxes"}, {"static"}):

@@ -13,6 +13,7 @@ from alignkit.errors import DataError
 from alignkit.media.captions import Problem
 from alignkit.media.finding import Clip
 from alignkit.media.videos import VideoSpec, decode_clip, picture_digest
+from alignkit.moment import may_pass
 from alignkit.progress import progress
 from alignkit.remembered import memory, name_of
 
@@ -64,15 +65,9 @@ def decoders() -> list[Any]:
 
 
 def _look_at(clip: Clip, spec: VideoSpec) -> tuple[tuple[str | None, str | None], bool]:
-    """(digest of the pictures, None) or (None, what is wrong), and whether that is the file's and not the moment's."""
+    """(digest of the pictures, None) or (None, what is wrong), and whether that lasts while the file stays as it is."""
     try:
         frames = decode_clip(clip.path, spec)
     except DataError as error:
-        return (None, str(error).removeprefix(f"{clip.path}: ")), not of_the_moment(error)
+        return (None, str(error).removeprefix(f"{clip.path}: ")), not may_pass(error)
     return (picture_digest(frames), None), True
-
-
-def of_the_moment(error: DataError) -> bool:
-    """Whether a file could not be read for a reason that is not the file's own, and may be gone another time: memory,
-    handles, a network's disk, rights that folders and groups give."""
-    return isinstance(error.__cause__, (MemoryError, OSError))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from alignkit.errors import DataError
 from alignkit.files import put_in_place
+from alignkit.moment import end_if_unreadable
 
 # A file is decoded beyond the frames that are used, because a damaged one often shows its damage late; a
 # minute at 30 frames a second bounds what that costs on very long videos.
@@ -125,7 +126,8 @@ def upright_frames(path: Path) -> Iterator[np.ndarray]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[VideoStream]:
-    """The file's main video stream. What goes wrong in here becomes a DataError that names the file."""
+    """The file's main video stream. What goes wrong in here becomes a DataError that names the file, or a MomentError
+    where the machine cannot read it just now."""
     try:
         if path.is_dir():
             raise DataError(f"{path}: is a folder, not a video")
@@ -141,12 +143,12 @@ def _opened(path: Path) -> Iterator[VideoStream]:
             if stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) == "1":
                 raise DataError(f"{path}: {TRANSPARENT}")
             yield stream
-    except av.FFmpegError as error:
-        raise DataError(f"{path}: cannot be read as a video ({_reason(error)})") from error
-    except (OSError, ValueError, MemoryError, OverflowError) as error:
+    except (av.FFmpegError, OSError, ValueError, MemoryError, OverflowError) as error:
+        end_if_unreadable(path, error)
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: cannot be read as a video ({error})") from error
+        reason = _reason(error) if isinstance(error, av.FFmpegError) else error
+        raise DataError(f"{path}: cannot be read as a video ({reason})") from error
 
 
 def _refuse_hdr(transfer: int, path: Path) -> None:

@@ -75,7 +75,7 @@ async def _ask_all(
             try:
                 answer = await ranker.compare(comparison.prompt, comparison.video_a, comparison.video_b)
                 keep(comparison, checked_answer(answer, ranker.who, comparison))
-            except DataError as error:  # what is under way is waited for: it may have been paid for
+            except AlignkitError as error:  # what is under way is waited for: it may have been paid for
                 failed.append(error)
 
     await asyncio.gather(*(work() for _ in range(min(ranker.at_once, len(left)))))

@@ -20,6 +20,7 @@ from alignkit.config.sections import HANDLING
 from alignkit.errors import DataError
 from alignkit.files import write_json, write_lines
 from alignkit.models import load_model
+from alignkit.moment import end_if_of_the_moment
 from alignkit.objectives.states.checks import check_origins
 from alignkit.progress import say
 from alignkit.rankers.rollouts import ranking_file
@@ -161,6 +162,7 @@ class Rounds:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
+            end_if_of_the_moment(folder / RECORD, error)
             raise DataError(f"{folder / RECORD}: cannot be read ({error}); delete that folder") from None
         self._check_terms(folder.parent, record["terms"])
         return record

@@ -9,6 +9,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from alignkit.errors import DataError
 from alignkit.files import put_in_place, write_atomically
+from alignkit.moment import listed
 from alignkit.stores.pairs import EMPTY_TEXT, NEGATIVE_TEXT, PairStore
 from alignkit.stores.store import block_file, open_for_building, read_info, terms_file
 
@@ -38,7 +39,7 @@ def pull_from_hub(repo_id: str, split: str, folder: Path, *, revision: str | Non
     Raises DataError if `folder` holds other pairs already.
     """
     folder = Path(folder)
-    if list(folder.glob("block-*")):
+    if listed(folder, "block-*"):
         raise DataError(f"{folder}: holds pairs already; choose another folder or delete it")
     parts = {}
     for name in FILES:

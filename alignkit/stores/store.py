@@ -18,6 +18,7 @@ import datasets
 from alignkit.errors import DataError
 from alignkit.files import put_in_place, write_atomically, write_lines
 from alignkit.media.captions import Problem
+from alignkit.moment import end_if_of_the_moment, end_if_unreadable, listed
 
 FORMAT = 3
 DIGEST = "digest"
@@ -91,7 +92,8 @@ def read_info(folder: Path, holds: str = "pairs") -> StoreInfo:
     file = terms_file(folder, holds)
     try:
         info = json.loads(file.read_text())
-    except OSError:
+    except OSError as error:
+        end_if_of_the_moment(file, error)
         others = [other for other in COMMANDS if terms_file(folder, other).exists()]
         found = f"holds {others[0]}, not {holds}" if others else f"no {holds} here"
         raise DataError(f"{folder}: {found}; run '{COMMANDS[holds]}' with this configuration first") from None
@@ -109,7 +111,7 @@ def read_info(folder: Path, holds: str = "pairs") -> StoreInfo:
 def has_blocks(folder: Path) -> bool:
     """Whether a block that holds anything is there, or one is being made. Blocks that came out empty, all of them, are
     deleted: they protect nothing, and what they were made from may have been mended."""
-    found = sorted(folder.glob("block-*"))
+    found = listed(folder, "block-*")
     whole = [file for file in found if file.suffix == ".arrow"]
     if any(file.suffix == ".lock" or ".partial-" in file.name for file in found):
         return True
@@ -150,14 +152,14 @@ def write_rows(
     processes that were killed left of this block is deleted: only the holder of its lock may call this.
     """
     target = block_file(folder, block)
-    for left in folder.glob(f"{target.stem}.partial-*"):
+    for left in listed(folder, f"{target.stem}.partial-*"):
         left.unlink()
     partial = target.with_suffix(f".partial-{uuid.uuid4().hex}")
-    listed = target.with_suffix(".skipped.jsonl")
+    left_out = target.with_suffix(".skipped.jsonl")
     if skipped:
-        write_lines(listed, [asdict(problem) for problem in skipped])
+        write_lines(left_out, [asdict(problem) for problem in skipped])
     else:
-        listed.unlink(missing_ok=True)
+        left_out.unlink(missing_ok=True)
     with datasets.arrow_writer.ArrowWriter(path=str(partial), features=features) as writer:
         for row in rows:
             writer.write(row)
@@ -185,7 +187,7 @@ def check_row(folder: Path, info: StoreInfo, row: dict[str, Any]) -> None:
     written = row.get(DIGEST)
     if written is None or written == _digest(row):
         return
-    files = sorted(folder.glob("block-*.arrow"))
+    files = listed(folder, "block-*.arrow")
     holding = (file for file in files if written in datasets.Dataset.from_file(str(file))[DIGEST])
     raise DataError(
         f"{next(holding, folder)}: damaged (number {row['id']} of its {info.holds} is not as it was written); delete "
@@ -195,7 +197,7 @@ def check_row(folder: Path, info: StoreInfo, row: dict[str, Any]) -> None:
 
 def skipped_rows(folder: Path) -> list[Problem]:
     """What finished blocks left out and why."""
-    files = sorted(Path(folder).glob("block-*.skipped.jsonl"))
+    files = listed(Path(folder), "block-*.skipped.jsonl")
     return [Problem(**json.loads(line)) for file in files for line in file.read_text().splitlines()]
 
 
@@ -230,5 +232,6 @@ def _open_block(file: Path, features: datasets.Features, command: str) -> datase
         block.data.table.validate(full=True)  # offsets beyond the file would end the process when they are followed
         return block
     except Exception as error:  # of its own description, datasets raises whatever the damage happens to lead to
+        end_if_unreadable(file, error)
         problem = " ".join(str(error).split())
         raise DataError(f"{file}: damaged ({problem}); delete it and run '{command}' again") from None

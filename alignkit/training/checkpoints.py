@@ -5,6 +5,7 @@ SHA-256 hashes, and files that do not match it are never opened; the checkpoint 
 not match is set aside under another name, never deleted, and does not count as one when old ones are.
 """
 
+import functools
 import json
 import os
 import re
@@ -19,9 +20,10 @@ from safetensors import SafetensorError
 from alignkit.config import TrainSection
 from alignkit.errors import CheckpointError
 from alignkit.files import flush, write_json
+from alignkit.moment import listed
 from alignkit.progress import say
 from alignkit.training import manifest as manifests
-from alignkit.training.distributed import gather, on_main_rank
+from alignkit.training.distributed import gather, on_each, on_main_rank
 from alignkit.training.manifest import BEFORE, DAMAGED, DIGEST, FORMAT, MANIFEST, PARTIAL, candidates, step_of
 from alignkit.training.reshaping import load_universal, universal_form
 from alignkit.training.state import load_state, save_local_state, save_state, state_damage
@@ -119,12 +121,12 @@ def load_latest(
     whether it was written by another number of processes and converted (`train.reshape`), which is to be saved.
     Those that are damaged are said and set aside. Raises CheckpointError, and changes nothing, when the newest whole
     one was written under other terms, by another number of processes or after more than `train.steps`, and when there
-    are checkpoints of which none is whole, unless `train.restart`.
+    are checkpoints of which none is whole, unless `train.restart`; MomentError where one cannot be read just now.
     """
     passed: list[tuple[Path, str]] = []
     tag: str | None = None
     for name in on_main_rank(lambda: [path.name for path in candidates(folder)]):
-        damage = next(filter(None, gather(_damage_seen_here(folder / name))), None)
+        damage = next(filter(None, on_each(functools.partial(_damage_seen_here, folder / name))), None)
         if damage is None:
             tag = name
             break
@@ -154,7 +156,7 @@ def _judge(
     if tag is not None:
         record, ranks = _checked(folder / tag, terms, train)
     else:
-        lost = [*(path for path, _ in passed), *sorted(folder.glob(f"{DAMAGED}*"), reverse=True)]
+        lost = [*(path for path, _ in passed), *reversed(listed(folder, f"{DAMAGED}*"))]
         if lost and not train.restart:
             why = f" ({passed[0][1]})" if passed else ""
             raise CheckpointError(
@@ -225,4 +227,4 @@ def _damage_seen_here(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
         return state_damage(path, manifest["step"], manifest["files"]) if manifest.get("format") == FORMAT else None
 
-    return manifests.described(look, SafetensorError)
+    return manifests.described(path, look, SafetensorError)

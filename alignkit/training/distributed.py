@@ -121,6 +121,20 @@ def gather(part: Result) -> list[Result]:
     return parts
 
 
+def on_each(make: Callable[[], Result]) -> list[Result]:
+    """What make() returns on every process, in their order; an AlignkitError that it raises on any is raised on all."""
+    answer: list[Any]
+    try:
+        answer = [make(), None]
+    except AlignkitError as error:
+        answer = [None, error]
+    answers = gather(answer)
+    for _, refused in answers:
+        if refused is not None:
+            raise refused
+    return [result for result, _ in answers]
+
+
 def any_process(process: Process, *flags: bool) -> list[bool]:
     """Of each flag, whether any process has set it; every process must call this."""
     if process.world_size == 1:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from alignkit.moment import end_if_of_the_moment, listed
+
 MANIFEST, DIGEST = "manifest.json", "digest"
 FORMAT = 2
 DAMAGED, BEFORE, PARTIAL = "damaged-", "before-reshape-", ".partial-"
@@ -21,7 +23,7 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 def candidates(folder: Path) -> list[Path]:
     """Every checkpoint in `folder` that has its final name, the newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), reverse=True)
+    return [path for path in reversed(listed(folder, "step-*")) if path.name[5:].isdigit()]
 
 
 def step_of(path: Path) -> int:
@@ -56,11 +58,13 @@ def damage(path: Path, share: slice = slice(None), *, hashed: bool = True) -> st
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
-def described(look: Callable[[], str | None], *more: type[Exception]) -> str | None:
-    """What look() finds wrong, where what it reads may be damaged in any way."""
+def described(path: Path, look: Callable[[], str | None], *more: type[Exception]) -> str | None:
+    """What look() finds wrong with the checkpoint `path`, which may be damaged in any way. Raises MomentError where the
+    machine cannot read it."""
     try:
         return look()
     except UNREADABLE + more as error:
+        end_if_of_the_moment(path, error)
         return f"its manifest cannot be read ({type(error).__name__})"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alignkit.errors import CheckpointError
 from alignkit.files import put_in_place, write_json
+from alignkit.moment import end_if_of_the_moment
 
 MASTERS, RECORD = "masters.safetensors", "masters.json"
 
@@ -37,6 +38,7 @@ def handed_on(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
+        end_if_of_the_moment(folder / RECORD, error)
         raise CheckpointError(f"{folder / RECORD}: {error}; delete it, and the stage is finished again") from None
     if not whole:
         raise CheckpointError(f"{folder / MASTERS}: damaged; delete {RECORD}, and the stage is finished again")

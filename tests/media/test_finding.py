@@ -1,6 +1,8 @@
 """Finding the clips of a folder and their captions: what is used, what is left out, and why."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,27 @@ def test_missing_folder_missing_captions_file_and_wrong_columns_are_named(tmp_pa
         find_clips(tmp_path, "mine.jsonl")
     (tmp_path / "captions.csv").write_text("clip,words\na.mp4,a cat\n")
     with pytest.raises(DataError, match="clip, words; one of video, file_name"):
+        find_clips(tmp_path)
+
+
+def test_folders_that_may_not_be_looked_into_are_said(tmp_path, monkeypatch):
+    touch(tmp_path, "a.mp4", "closed/b.mp4", "sub/shut/c.mp4")
+    captions(tmp_path, {"a.mp4": "one"})
+    scandir = os.scandir
+
+    def guarded(folder):
+        if Path(folder).name in ("closed", "shut"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr("os.scandir", guarded)
+    clips, problems = find_clips(tmp_path)
+    assert [clip.name for clip in clips] == ["a.mp4"]
+    assert [(problem.video, problem.reason) for problem in problems] == [
+        (name, "you may not look into this folder") for name in ("closed", "sub/shut")
+    ]
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(DataError, match=r"no videos in .* \(closed: you may not look into this folder\)"):
         find_clips(tmp_path)
 
 

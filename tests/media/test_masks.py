@@ -224,6 +224,7 @@ def test_boxes_end_at_the_border_of_the_video(tmp_path, video):
         ("m.json", b'{"static": [[1, 2, NaN, 4]]}', r"got \[1, 2, nan, 4\]"),
         ("m.json", b'{"static": [[200, 200, 300, 300]]}', "is empty"),
         ("m.json", b'{"static": 7}', "frame 0: expected .* got 7"),
+        ("m.json", b'{"static": [[0, 0, 9, 9]], "static": [[30, 0, 48, 9]]}', "holds the key 'static' twice; keep one"),
     ],
 )
 def test_mask_that_cannot_be_used_is_refused_in_one_line(tmp_path, video, name, content, message):

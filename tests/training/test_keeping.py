@@ -10,7 +10,7 @@ import time
 import pytest
 
 from alignkit.config import load_config
-from alignkit.errors import CheckpointError, ConfigError
+from alignkit.errors import CheckpointError, ConfigError, MomentError
 from alignkit.training import loop
 from alignkit.training.distributed import start_process
 from alignkit.training.loop import train, train_folder
@@ -92,6 +92,21 @@ def test_damaged_checkpoints_are_set_aside_and_new_ones_live_beside_them(copied,
     damaged = [f"damaged-step-{number:08d}" for number in (4, 6, 98, 99)]
     assert names(config) == [*damaged, "step-00000006"]
     assert metrics(config) == metrics(six_steps)
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_set_aside(copied, process, six_steps):
+    config = copied()
+    newest = train_folder(config) / "checkpoints" / "step-00000006"
+    file = max(newest.rglob("*.pt"), key=lambda path: path.stat().st_size)
+    file.rename(newest / "kept")
+    file.symlink_to("/proc/self/mem")  # gives EIO
+    before = names(config)
+    with pytest.raises(MomentError, match=r"step-00000006: the machine cannot read it just now"):
+        train(config, process)
+    assert names(config) == before
+    (newest / "kept").replace(file)
+    train(config, process)
+    assert names(config) == before and metrics(config) == metrics(six_steps)
 
 
 def test_no_start_over_in_silence_where_no_checkpoint_is_whole(copied, process, capfd, six_steps):

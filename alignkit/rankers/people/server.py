@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import DataError
+from alignkit.errors import AlignkitError, DataError
 from alignkit.progress import say
 from alignkit.rankers.asking import digests_of
 from alignkit.rankers.people.comparisons import Pair, is_inside, read_comparisons
@@ -198,7 +198,7 @@ def application(folder: Path) -> "Starlette":
             Route("/again", taking(again), methods=["POST"]),
         ],
         middleware=[Middleware(_guard)],
-        exception_handlers={Refused: refuse, DataError: refuse, HTTPException: refuse},
+        exception_handlers={Refused: refuse, AlignkitError: refuse, HTTPException: refuse},
     )
 
 

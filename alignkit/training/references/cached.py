@@ -25,6 +25,7 @@ from alignkit.config import Config
 from alignkit.errors import DataError
 from alignkit.models import VideoModel, working_dtype
 from alignkit.models.attention import set_attention
+from alignkit.moment import end_if_of_the_moment
 from alignkit.objectives.scored import NUM_REGIONS, ReferenceErrors
 from alignkit.objectives.states import States
 from alignkit.stores.folders import pairs_folder
@@ -170,7 +171,8 @@ def _read_block(file: Path, visits: list[tuple[int, int]]) -> Tensor:
         table.validate(full=True)
         stored = table.to_pylist()
         whole = stored == [visit_row(*visit, row["errors"]) for visit, row in zip(visits, stored, strict=True)]
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, struct.error):
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        end_if_of_the_moment(file, error)
         whole = False
     if not whole:
         raise DataError(f"{file}: damaged; delete it and run '{COMMAND}' again")
