@@ -137,6 +137,14 @@ def fused_attention() -> Iterator[Attended]:
 
 def forward_of(outline: Outline, config: Config, dtype: torch.dtype) -> Forward:
     """FLOPs of the network for one video."""
+    key = "flops", dtype, config.data, config.model.max_sequence_length
+    if key not in outline.counted:
+        outline.counted[key] = _forward_of(outline, config, dtype)
+    found: Forward = outline.counted[key]
+    return found
+
+
+def _forward_of(outline: Outline, config: Config, dtype: torch.dtype) -> Forward:
     products, attention = [], []
     for layers in (1, 2):
         network = outline.network(layers, dtype).requires_grad_(False)
@@ -155,7 +163,7 @@ def activation_bytes(outline: Outline, config: Config, dtype: torch.dtype, mode:
     """
     if mode == "selective":
         base = activation_bytes(outline, config, dtype, "full", videos, stage)
-        return base + _kept_of_attention(outline, config, dtype, videos).of(outline.layers)
+        return base + _kept_of_attention(outline, config, dtype, videos)
     key = (dtype, mode, videos, stage, config.train.lora, config.data, config.model.max_sequence_length)
     if key not in outline.counted:
         # from two on: what the first block alone makes is there in both
@@ -205,13 +213,16 @@ def _coded(outline: Outline, num_frames: int, height: int, width: int) -> int:
     return max(encoding.peak, decoding.peak)
 
 
-def _kept_of_attention(outline: Outline, config: Config, dtype: torch.dtype, videos: int) -> Linear:
-    kept = []
-    for layers in (1, 2):
-        with fused_attention() as seen, torch.no_grad():
-            _predict(outline, config, outline.network(layers, dtype), dtype, videos)
-        kept.append(seen.kept)
-    return Linear(kept[0], kept[1] - kept[0])
+def _kept_of_attention(outline: Outline, config: Config, dtype: torch.dtype, videos: int) -> float:
+    key = "attention", dtype, videos, config.data, config.model.max_sequence_length
+    if key not in outline.counted:
+        kept = []
+        for layers in (1, 2):
+            with fused_attention() as seen, torch.no_grad():
+                _predict(outline, config, outline.network(layers, dtype), dtype, videos)
+            kept.append(seen.kept)
+        outline.counted[key] = Linear(kept[0], kept[1] - kept[0]).of(outline.layers)
+    return outline.counted[key]
 
 
 def _peak(

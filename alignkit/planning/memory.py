@@ -54,6 +54,14 @@ class Parameters:
 
 
 def parameters(outline: Outline, config: Config, dtype: torch.dtype) -> Parameters:
+    key = "parameters", dtype, config.train.lora
+    if key not in outline.counted:
+        outline.counted[key] = _parameters(outline, config, dtype)
+    found: Parameters = outline.counted[key]
+    return found
+
+
+def _parameters(outline: Outline, config: Config, dtype: torch.dtype) -> Parameters:
     one, two = (outline.network(layers, dtype, config.train.lora) for layers in (1, 2))
     sizes = [[(p.numel(), p.requires_grad) for p in network.parameters()] for network in (one, two)]
     whole, trained = (

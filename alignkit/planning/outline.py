@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Outline:
     the meta device. vae, text: their parameters. networks: 2 where it is one of two experts, which sample together.
     counted: what was counted already, by all that it depends on."""
 
-    section: ModelSection
+    family: str
     architecture: dict[str, Any]
     model: VideoModel
     autoencoder: Any
@@ -47,7 +48,7 @@ class Outline:
     text: int
     text_width: int
     networks: int = 1
-    counted: dict[tuple[Any, ...], float] = field(default_factory=dict)
+    counted: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -56,7 +57,7 @@ class Outline:
     def network(self, layers: int, dtype: torch.dtype, lora: LoraSection | None = None) -> nn.Module:
         """The transformer with so many blocks, on the meta device, as it is trained."""
         with torch.device("meta"):
-            network = family_module(self.section.family).build_transformer(self.architecture | {"num_layers": layers})
+            network = family_module(self.family).build_transformer(self.architecture | {"num_layers": layers})
             if lora:
                 add_lora(network, lora, seed=0)
             for name, parameter in list(network.named_parameters()):  # buffers stay as they are, as in a run
@@ -69,18 +70,24 @@ class Outline:
 def outline(config: Config) -> Outline:
     """Raises ModelError where a model's sizes are not on this machine."""
     section = config.model
-    index, transformer, vae, text = _configs(section)
+    index, *parts = _configs(section)
     experts = boundary_of(section.path, index, section.expert) is not None
-    family = family_module(section.family)
-    _check_class(section, transformer)
+    _check_class(section, parts[0])
+    return _outline(section.family, json.dumps(parts), section.max_sequence_length, 1 + experts)
+
+
+@lru_cache(8)
+def _outline(family: str, configs: str, max_sequence_length: int, networks: int) -> Outline:
+    """The same one for the same model, with all that was counted of it."""
+    transformer, vae, text = json.loads(configs)
     with torch.device("meta"):
         from transformers import AutoConfig, AutoModelForTextEncoding
 
         text = AutoConfig.for_model(text.pop("model_type"), **text)
         encoder = AutoModelForTextEncoding.from_config(text)
-        model, decoder = family.outline(vae, section.max_sequence_length)
+        model, decoder = family_module(family).outline(vae, max_sequence_length)
     autoencoder = decoder.eval().requires_grad_(False)
-    return Outline(section, transformer, model, autoencoder, _size(decoder), _size(encoder), text.d_model, 1 + experts)
+    return Outline(family, transformer, model, autoencoder, _size(decoder), _size(encoder), text.d_model, networks)
 
 
 def _configs(section: ModelSection) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What a GPU that builds pairs holds by the plan: weights, and the larger of a forward and a video in the VAE."""
 
 import re
+from copy import deepcopy
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def size(frames, height, width):
 def test_a_video_in_tiles_holds_what_diffusers_tiles_do(name, frames, height, width):
     """All tiles run, at sizes where there are few."""
     own = config(name, *size(frames, height, width), "model.vae_tiling=true")
-    counted, vae = video_bytes(found := outline(own), own), found.autoencoder
+    counted, vae = video_bytes(found := outline(own), own), deepcopy(found.autoencoder)
     vae.enable_tiling(*TILES[name])
     with torch.device("meta"):
         video = torch.empty(1, 3, frames, height, width)
