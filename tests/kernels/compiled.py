@@ -8,15 +8,17 @@ Needs triton and its own assembler, no GPU, and TRITON_INTERPRET unset.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.compiler import ASTSource
 
 from alignkit_kernels.errors.kernel import region_errors_backward_kernel, region_errors_kernel
@@ -36,6 +38,8 @@ POINTER_TYPES = {"coefficients_ptr": "*fp32", "labels_ptr": "*u8", "partial_ptr"
                  "grad_ptr": "*fp64", "keys_ptr": "*i64", "weights_ptr": "*fp32", "preference_ptr": "*i64"}  # fmt: skip
 
 
+# one by one: all of them are together, below; in a cache of its own, which holds nothing that could run
+NOT_ASSEMBLED = patch.object(CUDABackend, "make_cubin", lambda *_: b"")
 SHARED = ".extern .shared .align 16 .b8 global_smem[];\n"
 NEVER = "spills", "stack", "local_accesses", "short_offsets"
 SPARE_INSTRUCTIONS = 1.1
@@ -164,7 +168,8 @@ def measured(binary, report: str, code: list[str]) -> dict[str, int]:
 def measure_all(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[str, dict[str, dict[str, int]]]:
     found = {}
     for arch in architectures:
-        binaries = {name: compiled(*variant, arch) for name, variant in variants(arch).items()}
+        with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, TRITON_CACHE_DIR=folder), NOT_ASSEMBLED:
+            binaries = {name: compiled(*variant, arch) for name, variant in variants(arch).items()}
         reports, code = assembled(together([binary.asm["ptx"] for binary in binaries.values()]), arch)
         found[f"sm_{arch}"] = {
             name: measured(binary, reports[f"k{number}"], code[f"k{number}"])
