@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -252,15 +253,17 @@ class Server:
 
     def __init__(self, folder: Path, *arguments: str):
         self.folder, self.arguments, self.numbers, self._process = folder, arguments, itertools.count(), None
+        self._asking = threading.Lock()
 
     def ask(self, job: dict) -> str:
-        if self._process is None:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            command = [sys.executable, str(Path(__file__).with_name("starting.py")), *self.arguments]
-            self._process = subprocess.Popen(command, text=True, env=fresh_environment(), **pipes)
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return self._process.stdout.readline().strip()
+        with self._asking:
+            if self._process is None:
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+                command = [sys.executable, str(Path(__file__).with_name("starting.py")), *self.arguments]
+                self._process = subprocess.Popen(command, text=True, env=fresh_environment(), **pipes)
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+            return self._process.stdout.readline().strip()
 
     def stop(self) -> None:
         if self._process is not None:
@@ -273,6 +276,53 @@ def server(tmp_path_factory):
     found = Server(tmp_path_factory.mktemp("forked"))
     yield found
     found.stop()
+
+
+ASKS = """
+import json, os, sys, time, uuid
+asked = os.path.join(os.environ["ALIGNKIT_ASKED"], uuid.uuid4().hex)
+with open(asked, "w") as file:
+    json.dump({"argv": sys.argv[1:], "env": dict(os.environ)}, file)
+os.rename(asked, asked + ".job")
+while not os.path.exists(asked + ".done"):
+    time.sleep(0.01)
+with open(asked + ".done") as file:
+    code, out, err = json.load(file)
+sys.stdout.write(out), sys.stderr.write(err)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def stand_in(server, tmp_path):
+    """Variables under which launchers' own `python -m alignkit` is forked, too, from the process that has imported
+    everything, with the variables that the launcher gives it. Not where alignkit itself is found: beside `-m`, the
+    folder that one is in comes first."""
+    package, folder = tmp_path / "stand-in" / "alignkit", tmp_path / "asked"
+    package.mkdir(parents=True), folder.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(ASKS)
+    running: dict[Path, Command] = {}
+    over = threading.Event()
+
+    def answer() -> None:
+        while not over.wait(0.02):
+            for file in folder.glob("*.job"):
+                job = json.loads(file.read_text())
+                running[file] = Command(server, ["alignkit", *job["argv"]], None, job["env"])
+                file.rename(file.with_suffix(".taken"))
+            for file in [file for file, child in running.items() if child.poll() is not None]:
+                child = running.pop(file)
+                (folder / "partial").write_text(json.dumps([child.returncode, *child.communicate()]))
+                (folder / "partial").rename(file.with_suffix(".done"))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    yield {"PYTHONPATH": f"{package.parent}:{os.environ.get('PYTHONPATH', '')}", "ALIGNKIT_ASKED": str(folder)}
+    over.set()
+    thread.join()
+    for child in running.values():
+        child.kill()
 
 
 @pytest.fixture(scope="session")

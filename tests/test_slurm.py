@@ -21,7 +21,7 @@ for pid in "${pids[@]}"; do wait "$pid" || exit $?; done
 
 
 @pytest.fixture
-def sbatch(tmp_path):
+def sbatch(tmp_path, stand_in):
     """`sbatch("train", *words, SLURM_NTASKS=2)` starts a template as Slurm's first node would, with these variables."""
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -31,9 +31,10 @@ def sbatch(tmp_path):
 
     def start(name: str, *words, **variables) -> subprocess.Popen:
         environment = os.environ | {key: str(value) for key, value in variables.items()}
-        environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": str(os.getpid())}
+        environment |= stand_in | {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": str(os.getpid())}
         command = ["bash", str(FOLDER / f"{name}.sbatch"), *map(str, words)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, **pipes)
 
     return start
 

@@ -44,7 +44,7 @@ def test_two_runs_with_one_seed_write_the_same_metrics(run_with_pairs, process):
     assert rows[2]["region/logit"] != 0.0
 
 
-def test_two_processes_agree_with_one_whoever_starts_them(run_with_pairs, process, command):
+def test_two_processes_agree_with_one_whoever_starts_them(run_with_pairs, process, command, stand_in, monkeypatch):
     """And whatever the configuration is: the folder of a run, or a shipped name."""
     one, _ = run_with_pairs("one", "train.steps=3")
     train(one, process)
@@ -60,11 +60,14 @@ def test_two_processes_agree_with_one_whoever_starts_them(run_with_pairs, proces
         assert a["error_w"] == pytest.approx(b["error_w"], rel=1e3 * 2**-24)
         assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=2500 * 1e3 * 2**-24)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2500 * 1e3 * 2**-24)
+    for name, value in stand_in.items():
+        monkeypatch.setenv(name, value)
     torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "alignkit")
     deepspeed = ("deepspeed.launcher.runner", "--num_gpus", "2", "--module", "alignkit")
-    for launcher in (torchrun, deepspeed):
-        config, settings = run_with_pairs(launcher[0], "train.steps=3")
-        result = command("train", "wan-tiny-localdpo", *settings, python=("-m", *launcher))
+    for launcher, *options in (torchrun, deepspeed):
+        config, settings = run_with_pairs(launcher, "train.steps=3")
+        code = f"import os, runpy; os.chdir({str(config.output.dir)!r}); runpy.run_module({launcher!r}, run_name='__main__', alter_sys=True)"
+        result = command(*options, "train", "wan-tiny-localdpo", *settings, python=("-c", code))
         assert result.returncode == 0, result.stderr
         assert metrics_of(config) == metrics_of(two)
 
