@@ -3,10 +3,10 @@
 import os
 import random
 import signal
-import subprocess
 import time
 from functools import partial
 
+import psutil
 import pytest
 
 from alignkit.commands import run_command
@@ -116,13 +116,12 @@ def test_what_calls_a_training_that_is_stopped_stops_too_and_goes_on_later(run_w
 
 def test_no_process_outlives_a_killed_launcher(run_with_pairs, config_file, start_command):
     config, settings = run_with_pairs("orphans", "train.steps=100000")
-    child = start_command("train", config_file, *settings, "--nproc", "2", fresh=True)  # found by its command line
+    child = start_command("train", config_file, *settings, "--nproc", "2")
     file = train_folder(config) / "metrics.jsonl"
     while child.poll() is None and (not file.exists() or b"\n" not in file.read_bytes()):
         time.sleep(0.05)
+    workers = psutil.Process(child.pid).children()
+    assert len(workers) == 2
     child.kill()
     child.wait()
-    deadline = time.monotonic() + 20
-    while subprocess.run(["pgrep", "-f", str(config.output.dir)], capture_output=True).returncode == 0:
-        assert time.monotonic() < deadline, "a training process is still there"
-        time.sleep(0.2)
+    assert not psutil.wait_procs(workers, timeout=20)[1], "a training process is still there"

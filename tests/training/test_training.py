@@ -66,7 +66,8 @@ def test_two_processes_agree_with_one_whoever_starts_them(run_with_pairs, proces
     deepspeed = ("deepspeed.launcher.runner", "--num_gpus", "2", "--module", "alignkit")
     for launcher, *options in (torchrun, deepspeed):
         config, settings = run_with_pairs(launcher, "train.steps=3")
-        code = f"import os, runpy; os.chdir({str(config.output.dir)!r}); runpy.run_module({launcher!r}, run_name='__main__', alter_sys=True)"
+        code = f"import os, runpy; os.chdir({str(config.output.dir)!r})\n"
+        code += f"runpy.run_module({launcher!r}, run_name='__main__', alter_sys=True)"
         result = command(*options, "train", "wan-tiny-localdpo", *settings, python=("-c", code))
         assert result.returncode == 0, result.stderr
         assert metrics_of(config) == metrics_of(two)
