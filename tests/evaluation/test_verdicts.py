@@ -20,6 +20,7 @@ SIZES = (
     "train.checkpoint_every=1000",
     "sample.count=16",
     "sample.seeds=[0,1]",
+    "sample.num_inference_steps=8",
 )
 
 
@@ -51,7 +52,7 @@ def summary_of(config, drawn: Path) -> dict:
 
 
 def test_an_alignment_on_drawn_clips_is_reached(config_file, drawn_pairs):
-    config = settings(config_file, drawn_pairs, "aligned", "train.steps=24")
+    config = settings(config_file, drawn_pairs, "aligned", "train.steps=16")
     summary = summary_of(config, drawn_pairs / "base")
     failed = [check["text"] for check in summary["criteria"] if not check["reached"]]
     assert summary["verdict"] == "reached" and summary["reached"] is True, failed
@@ -62,7 +63,7 @@ def test_an_alignment_on_drawn_clips_is_reached(config_file, drawn_pairs):
 
 def test_a_collapse_is_not_reached(config_file, drawn_pairs):
     """A rate that ruins the network in a few steps: pairs may be told apart all the same."""
-    collapse = "objective={beta: 5000, strength_range: [0.75, 1.0]}", "train.learning_rate=1e-3", "train.steps=12"
+    collapse = "objective={beta: 5000, strength_range: [0.75, 1.0]}", "train.learning_rate=1e-3", "train.steps=8"
     summary = summary_of(settings(config_file, drawn_pairs, "collapsed", *collapse), drawn_pairs / "base")
     assert summary["verdict"] == "not reached" and summary["unjudged"] == []
     failed = {check["name"] for check in summary["criteria"] if not check["reached"]}

@@ -49,5 +49,5 @@ def test_a_fault_of_each_quick_kind_is_survived(campaign):
     ],
 )
 def test_without_what_keeps_data_safe_the_campaign_reports_a_loss(campaign, guard, shows_in):
-    code, said = campaign(*kinds(shows_in), "--each", "3", "--seed", "2", "--without", guard)
+    code, said = campaign(*kinds(shows_in), "--each", "1", "--seed", "2", "--without", guard)
     assert code == 1 and "LOST" in said, said
