@@ -6,11 +6,15 @@ not match is set aside under another name, never deleted, and does not count as 
 """
 
 import functools
+import glob
 import json
 import os
 import re
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ from alignkit.training import manifest as manifests
 from alignkit.training.distributed import gather, on_each, on_main_rank
 from alignkit.training.manifest import BEFORE, DAMAGED, DIGEST, FORMAT, MANIFEST, PARTIAL, candidates, step_of
 from alignkit.training.reshaping import load_universal, universal_form
-from alignkit.training.state import load_state, save_local_state, save_state, state_damage
+from alignkit.training.state import check_states, load_state, save_local_state, save_state, state_damage
 from alignkit.training.terms import accepted, difference
 
 SEEN_WITHIN_S = 30.0  # of a write on another node: a network file system may take some seconds to show it
@@ -131,23 +135,42 @@ def load_latest(
             tag = name
             break
         passed.append((folder / name, damage))
-    record, ranks = on_main_rank(lambda: _judge(folder, tag, passed, terms, train))
+    record, ranks = on_main_rank(lambda: _judge(folder, tag, passed, terms, train, parts))
     if tag is None:
         return 0, record, False
     reshaped = ranks != torch.distributed.get_world_size()
-    if reshaped:
-        universal = on_main_rank(lambda: universal_form(folder / tag, terms))
-        load_universal(engine, folder, universal.name)
-        torch.distributed.barrier()
-        on_main_rank(lambda: shutil.rmtree(universal, ignore_errors=True))
-    else:
-        engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+    with unpatterned(folder) as same:
+        if reshaped:
+            universal = on_main_rank(lambda: universal_form(same / tag, terms))
+            load_universal(engine, same, universal.name)
+            torch.distributed.barrier()
+            on_main_rank(lambda: shutil.rmtree(universal, ignore_errors=True))
+        else:
+            engine.load_checkpoint(str(same), tag=tag, load_module_strict=False)
     load_state(folder / tag, parts, ranks if reshaped else None)
     return step_of(folder / tag), record, reshaped
 
 
+@contextmanager
+def unpatterned(folder: Path) -> Iterator[Path]:
+    """`folder` by a path that is no pattern to `glob`, by which DeepSpeed looks for its files: in r[a] it found
+    those in ra."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as other:
+        link = Path(other) / "checkpoints"
+        link.symlink_to(folder.absolute())
+        yield link
+
+
 def _judge(
-    folder: Path, tag: str | None, passed: list[tuple[Path, str]], terms: dict[str, Any], train: TrainSection
+    folder: Path,
+    tag: str | None,
+    passed: list[tuple[Path, str]],
+    terms: dict[str, Any],
+    train: TrainSection,
+    parts: dict[str, object],
 ) -> tuple[list[dict[str, Any]], int]:
     """Whether the run may go on from checkpoint `tag`; what was changed on purpose until it does, and how many
     processes wrote it."""
@@ -155,6 +178,7 @@ def _judge(
     ranks = 0
     if tag is not None:
         record, ranks = _checked(folder / tag, terms, train)
+        check_states(folder / tag, parts)
     else:
         lost = [*(path for path, _ in passed), *reversed(listed(folder, f"{DAMAGED}*"))]
         if lost and not train.restart:

@@ -65,22 +65,31 @@ def save_local_state(folder: Path, step: int, parts: dict[str, object]) -> None:
         save_file(_stored(tensors), file, metadata={"step": str(step)})
 
 
+def _stateful(parts: dict[str, object]) -> dict[str, Stateful]:
+    return {name: part for name, part in parts.items() if isinstance(part, Stateful)}
+
+
+def check_states(folder: Path, parts: dict[str, object]) -> None:
+    """Raises CheckpointError where a checkpoint holds other states than those of `parts`."""
+    stored, wanted = (sorted(names) for names in (json.loads((folder / STATE).read_text())["parts"], _stateful(parts)))
+    if stored != wanted:
+        raise CheckpointError(
+            f"{folder}: holds the states of {stored or 'nothing'}, this run has {wanted or 'none'}; resume with what "
+            "it was written with, or start in another output.dir"
+        )
+
+
 def load_state(folder: Path, parts: dict[str, object], ranks: int | None = None) -> None:
     """Give every part of `parts` that has a state the one that was saved for it. Every process calls this.
 
     ranks: how many processes saved it, where that is another number than now.
     """
+    check_states(folder, parts)
     states = json.loads((folder / STATE).read_text())["parts"]
     for name, tensor in load_file(folder / TENSORS).items():
         owner, _, key = name.partition("/")
         states[owner][key] = tensor
-    stateful = {name: part for name, part in parts.items() if isinstance(part, Stateful)}
-    if stateful.keys() != states.keys():
-        raise CheckpointError(
-            f"{folder}: holds the states of {sorted(states) or 'nothing'}, this run has {sorted(stateful) or 'none'}; "
-            "resume with what it was written with, or start in another output.dir"
-        )
-    for name, part in stateful.items():
+    for name, part in _stateful(parts).items():
         part.load_state(states[name])
     shared_out = {name: part for name, part in parts.items() if isinstance(part, SharedOut)}
     if not shared_out:

@@ -109,6 +109,31 @@ def test_a_checkpoint_that_cannot_be_read_just_now_is_not_set_aside(copied, proc
     assert names(config) == before and metrics(config) == metrics(six_steps)
 
 
+def test_a_folder_whose_name_is_a_pattern_resumes_from_its_own_checkpoint(
+    six_steps, overrides, config_file, tmp_path, process
+):
+    """DeepSpeed loaded r[a]'s weights from ra."""
+    for name in ("ra", "r[a]", "plain"):
+        shutil.copytree(six_steps.output.dir, tmp_path / name)
+    for file in (tmp_path / "ra/train/checkpoints").rglob("*.pt"):
+        file.write_bytes(b"another run's")
+    runs = [load_config(config_file, overrides(tmp_path / name, "train.steps=7")) for name in ("r[a]", "plain")]
+    for config in runs:
+        train(config, process)
+    assert metrics(runs[0]) == metrics(runs[1]) and metrics(runs[0]).count(b"\n") == 7
+
+
+@pytest.mark.parametrize("accepted", ["train.ema", "reference.strategy"])
+def test_a_term_that_no_checkpoint_can_follow_changes_nothing_where_it_is_accepted(copied, process, accepted):
+    key = {"train.ema": "train.ema=0.9", "reference.strategy": "reference={strategy: ema, decay: 0.9}"}[accepted]
+    config = copied(key, f"train.accept=[{accepted}]")
+    hurt(train_folder(config) / "checkpoints" / "step-00000006")
+    before = tree(config.output.dir)
+    with pytest.raises((CheckpointError, ConfigError)):
+        train(config, process)
+    assert tree(config.output.dir) == before
+
+
 def test_no_start_over_in_silence_where_no_checkpoint_is_whole(copied, process, capfd, six_steps):
     config = copied()
     folder = train_folder(config) / "checkpoints"

@@ -43,7 +43,7 @@ def test_another_number_of_processes_goes_on_with_the_same_curve(
 ):
     curves = []
     for count, more in ((before, []), (after, ["train.reshape=true"])):
-        out = tmp_path / str(count)
+        out = tmp_path / f"by [{count}]"  # a pattern, to what DeepSpeed looks for files by
         shutil.copytree(stopped(kind, before), out)
         keys = [*LEARNT, *KINDS[kind], "train.micro_batch_size=1", "train.steps=6"]
         settings = overrides(out, *keys)
