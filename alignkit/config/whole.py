@@ -1,5 +1,6 @@
 """All sections together, and what must hold between them."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -130,6 +131,19 @@ class Config(Section):
                 "train.optimizer: 'adamw_8bit' is not for moments in main memory, deepspeed.preset 'zero3-offload'; "
                 "use adamw or adamw_bf16 with it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _base_that_stays(self) -> "Config":
+        written = [(self.output.dir / name).resolve() for name in ("export", "export-ema")]
+        for key, places in (
+            ("model.path", [self.model.path]),
+            ("model.lora", self.model.lora),
+            ("student.teacher", [self.student.teacher] if self.student.teacher else []),
+        ):
+            for place in places:
+                if any(Path(place).expanduser().resolve().is_relative_to(folder) for folder in written):
+                    raise ValueError(f"{key}: {place} is what this run replaces as it ends; choose another output.dir")
         return self
 
     @model_validator(mode="after")

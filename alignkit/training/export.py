@@ -54,10 +54,14 @@ def export(model: VideoModel, weights: dict[str, Tensor], target: Path, few_step
     it was trained to, with that `num_inference_steps` and guidance_scale=1.
     """
     with _appearing_whole(target) as partial:
+        base = model.local_folder()
+        others = [name for name in _folders(base) if name != model.part]
         shutil.copytree(
-            model.local_folder(),
+            base,
             partial,
-            ignore=lambda _, names: [n for n in names if n in (model.part, ".cache")],
+            # what else somebody keeps there, this run for example, is no part of the model
+            ignore=lambda at, names: [n for n in names if Path(at) == base and (base / n).is_dir() and n not in others],
+            ignore_dangling_symlinks=True,
         )
         with torch.device("meta"):
             fresh = type(model.network).from_config(model.network.config)
@@ -70,6 +74,12 @@ def export(model: VideoModel, weights: dict[str, Tensor], target: Path, few_step
             index = json.loads((partial / "model_index.json").read_text())
             index["scheduler"] = ["diffusers", type(scheduler).__name__]
             write_json(partial / "model_index.json", index)
+
+
+def _folders(base: Path) -> list[str]:
+    """Of a pipeline's parts."""
+    index = json.loads((base / "model_index.json").read_text())
+    return [name for name, value in index.items() if isinstance(value, list) and (base / name).is_dir()]
 
 
 def export_lora(model: VideoModel, weights: dict[str, Tensor], section: LoraSection, target: Path) -> None:

@@ -1,6 +1,9 @@
 """What a run and the one that resumes it must share, and what its pairs must fit."""
 
+import hashlib
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from alignkit.config import OBJECTIVES, Config, ObjectiveSection, Section, TrainSection
 from alignkit.errors import DataError
@@ -11,6 +14,7 @@ if TYPE_CHECKING:
     from alignkit.models import VideoModel
 
 VERSION = 2
+PATH = "scheduler"
 FREE = {
     "steps", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_bad_steps", "restart", "accept",
     "reshape", "stuck_seconds", "validate_every", "validate_samples", "max_winner_error",
@@ -39,6 +43,7 @@ def run_terms(config: Config, store: PairStore | None, model: "VideoModel") -> d
         **({"noise.guidance": config.sampler.guidance} if config.noise.guided else {}),
         **_changed_from_default("reference", config.reference.model_copy(update={"cache": None}), "strategy"),
         "schedule": _schedule_of(config, model),
+        PATH: _path_of(model),
         "model.max_sequence_length": config.model.max_sequence_length,
         "dtype": config.model.dtype,
         "deepspeed": config.deepspeed.model_dump(mode="json"),
@@ -49,6 +54,12 @@ def _schedule_of(config: Config, model: "VideoModel") -> str | None:
     """Of the sampler's steps, where the run trains at them."""
     on_it = config.noise.timesteps in ("schedule", "adaptive") or config.noise.source != "shared"
     return model.schedule(config.sampler.num_steps).fingerprint if on_it else None
+
+
+def _path_of(model: "VideoModel") -> str:
+    """Of the noise levels that the model's scheduler gives a run to train at, its flow_shift for example."""
+    coefficients, timesteps = model.training_path((torch.arange(16, dtype=torch.float64) + 0.5) / 16)
+    return hashlib.sha256(coefficients.numpy().tobytes() + timesteps.numpy().tobytes()).hexdigest()[:16]
 
 
 def _changed_from_default(name: str, section: Section, *always: str) -> dict[str, Any]:
@@ -88,6 +99,8 @@ def _changes(stored: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]
 
 
 def _default(key: str, now: dict[str, Any]) -> Any:
+    if key == PATH:
+        return now[PATH]
     section, _, name = key.partition(".")
     if section == "objective" and name in OBJECTIVES.get(now.get("objective.name", ""), {}):
         return OBJECTIVES[now["objective.name"]][name]

@@ -1,12 +1,13 @@
 """The exported folder is plain diffusers: it loads and samples in a process that has never heard of alignkit."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from alignkit.config import ModelSection
-from alignkit.models import load_model
+from alignkit.models import load_model, shipped_model
 from alignkit.training.export import export
 
 PLAIN = """
@@ -47,6 +48,23 @@ def test_plain_diffusers_loads_and_samples_what_was_exported(wan, moved, plain_d
     ours = model.sample(noise, text, empty, num_steps=3, guidance=5.0)
     assert theirs["shape"] == [1, 8, 5, 12, 12]
     assert theirs["sum"] == ours.double().sum().item()
+
+
+def test_what_else_lies_in_the_models_folder_is_not_exported(moved, tmp_path):
+    """A run in there was copied into itself, and a broken link ended in an exception when all was trained."""
+    base = shutil.copytree(shipped_model("wan"), tmp_path / "base")
+    (base / "LICENSE.txt").write_text("as you like")
+    (base / "vae" / "notes.md").symlink_to(tmp_path / "nowhere")
+    (base / "NOTICE").symlink_to(tmp_path / "nowhere")
+    (base / ".git").mkdir()
+    target = base / "runs" / "mine" / "export"
+    target.parent.mkdir(parents=True)
+    (base / "runs" / "transformer").mkdir()
+    export(load_model(ModelSection(path=str(base), max_sequence_length=64)), moved, target)
+    assert {path.name for path in target.iterdir()} == {
+        "LICENSE.txt", "README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"
+    }  # fmt: skip
+    assert load_model(ModelSection(path=str(target), max_sequence_length=64), with_encoders=True).transformer
 
 
 def test_an_export_that_fails_leaves_the_old_one(wan, moved, tmp_path):

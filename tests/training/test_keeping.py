@@ -173,6 +173,25 @@ def test_a_run_that_is_refused_for_its_checkpoint_changes_nothing(copied, proces
     assert tree(config.output.dir) == before
 
 
+def test_noise_levels_that_have_moved_are_noticed(copied, process, tmp_path):
+    """The weights are the same; where on the path they are trained is another place."""
+    config = copied("train.steps=7")
+    moved = shutil.copytree(config.model.path, tmp_path / "moved")
+    file = moved / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"flow_shift": 12.0}))
+    before = tree(config.output.dir)
+    elsewhere = config.model_copy(update={"model": config.model.model_copy(update={"path": str(moved)})})
+    with pytest.raises(CheckpointError, match=r"step-00000006: written with scheduler = '\w+', now it is '\w+'"):
+        train(elsewhere, process)
+    assert tree(config.output.dir) == before
+    manifest = train_folder(config) / "checkpoints" / "step-00000006" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["terms"]["scheduler"], content["digest"]  # as an older version wrote it
+    manifest.write_text(json.dumps(content))
+    train(config, process)
+    assert metrics(config).count(b"\n") == 7
+
+
 def test_a_setting_is_changed_on_purpose_and_it_is_on_record(copied, process, capfd):
     config = copied("train.steps=8", "train.learning_rate=1e-5", "train.weight_decay=0.5")
     config = changed(config, accept=("train.learning_rate", "train.weight_decay"))
