@@ -1,10 +1,10 @@
 """What each `alignkit` command does, timed: each reads what the one before left in `output.dir`."""
 
-import json
 import re
 import resource
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from alignkit.apo.rollouts import build_rollouts, rollouts_folder
 from alignkit.config import Config, dump_config
 from alignkit.errors import ConfigError, DataError
 from alignkit.evaluation.readiness import CLIPS, cannot_draw, explained_share, too_few
-from alignkit.files import no_room, write_atomically, write_json
+from alignkit.files import no_room, read_json_file, write_atomically, write_json
 from alignkit.given.build import build_given_pairs, find_given
 from alignkit.launch import SHARING, first_of_several
 from alignkit.localdpo.build import build_pairs, check_settings
@@ -60,20 +60,22 @@ def run_command(name: str, config: Config) -> None:
         else:
             COMMANDS[name](config)
     except Exception as error:
-        full = no_room(error, config.output.dir)
+        elsewhere = config.pairs.folder, config.rollout.folder, config.reference.cache
+        full = no_room(error, config.output.dir, *filter(None, elsewhere))
         if full is None:
             raise
         raise DataError(full) from error
 
 
 def _timed(name: str, config: Config) -> None:
+    file = config.output.dir / "stages.json"
+    _times(file)
     start = time.perf_counter()
     COMMANDS[name](config)
     seconds = time.perf_counter() - start
     if not lone_worker().main:
         return
-    file = config.output.dir / "stages.json"
-    stages = json.loads(file.read_text()) if file.exists() else {}
+    stages = _times(file)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     write_json(file, stages | {name: {"seconds": round(seconds, 2), "peak_memory_gb": round(peak, 3)}})
     say(f"{name} took {seconds:.0f} s")
@@ -289,7 +291,7 @@ def _report(config: Config) -> None:
     file = summary_file(config)
     if file.exists():
         store = PairStore(pairs_folder(config, "heldout"))  # refused before anything is written
-        write_json(file, json.loads(file.read_text()) | _costs(config))
+        write_json(file, read_json_file(file, "run 'alignkit eval' again") | _costs(config))
         _decode_pairs(config, store)
     say(f"report: {write_report(config.output.dir)}")
 
@@ -306,9 +308,13 @@ def _decode_pairs(config: Config, store: PairStore) -> None:
             bar.advance()
 
 
+def _times(file: Path) -> dict[str, Any]:
+    """By stage; none where there is no file yet. Raises DataError for a damaged one."""
+    return read_json_file(file, "delete it: how long each stage took is all that it tells") if file.exists() else {}
+
+
 def _costs(config: Config) -> dict[str, Any]:
-    file = config.output.dir / "stages.json"
-    stages = json.loads(file.read_text()) if file.exists() else {}
+    stages = _times(config.output.dir / "stages.json")
     return {
         "seconds": {name: stage["seconds"] for name, stage in stages.items()},
         "peak_memory_gb": max((stage["peak_memory_gb"] for stage in stages.values()), default=None),

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from alignkit.errors import DataError
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path`, flush to disk, then rename over it."""
@@ -60,19 +62,33 @@ def made(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def read_json_file(file: Path, advice: str) -> Any:
+    """Raises DataError, with what to do about it, for a file that is no JSON."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"{file}: damaged ({error}); {advice}") from None
+
+
+def _there(folder: Path) -> Path:
+    """It, or the nearest above it that exists."""
+    return folder if folder.exists() else _there(folder.parent)
+
+
 NO_ROOM = errno.ENOSPC, errno.EDQUOT
 # What libraries that write by themselves say: safetensors, pyarrow, SQLite; and torch, whose writer does not say why.
 NO_ROOM_SAID = ("No space left on device", "os error 28", "disk is full", "Disk quota exceeded")
 UNWRITTEN = ("unexpected pos", "PytorchStreamWriter")  # its reader, of a damaged file, says other things
 
 
-def no_room(error: BaseException | None, folder: Path) -> str | None:
-    """A line that says so where `error`, or what led to it, is a disk that is full; `folder`: where it was written."""
+def no_room(error: BaseException | None, *folders: Path) -> str | None:
+    """A line that says so where `error`, or what led to it, is a disk that is full: of `folders`, where was written to,
+    that of the one with least room."""
     while error is not None:
         text = str(error)
         full = isinstance(error, OSError) and error.errno in NO_ROOM
         if full or any(said in text for said in (*NO_ROOM_SAID, *UNWRITTEN)):
-            free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 1e6
+            free, folder = min((shutil.disk_usage(_there(folder)).free / 1e6, folder) for folder in folders)
             sure = "" if full or not any(said in text for said in UNWRITTEN) else ", it seems,"
             return (
                 f"{folder}: no space is left on its disk{sure} ({free:.3g} MB free): make room, and the same command "

@@ -101,8 +101,8 @@ def changed(config: Config, changes: dict[str, dict[str, Any]], where: str) -> C
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved configuration as YAML that `load_config` reads back to an equal object, but for ONCE."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude={"train": set(ONCE)}), sort_keys=False)
 
 
 def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

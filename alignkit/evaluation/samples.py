@@ -156,6 +156,8 @@ def listed_samples(config: Config) -> list[dict[str, Any]]:
     folder = samples_folder(config)
     try:
         rows = [json.loads(line) for line in (folder / LISTED).read_text().splitlines()]
+    except ValueError as error:
+        raise DataError(f"{folder / LISTED}: damaged ({error}); run 'alignkit sample' again") from None
     except OSError as error:
         end_if_of_the_moment(folder / LISTED, error)
         raise DataError(f"{folder}: no samples; run 'alignkit sample' with this configuration first") from None

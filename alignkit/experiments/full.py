@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.commands import run_command
-from alignkit.config import Config, load_config
+from alignkit.config import Config, dump_config, load_config
 from alignkit.errors import ConfigError, DataError
 from alignkit.evaluation.samples import read_samples, samples_folder
 from alignkit.evaluation.scorers import SCORERS, installed, score
-from alignkit.files import write_atomically, write_json
+from alignkit.files import read_json_file, write_atomically, write_json
 from alignkit.progress import say
 from alignkit.training.export import export_folder
 
@@ -53,9 +53,10 @@ def run(file: Path, out: Path, overrides: list[str]) -> Path:
 
 
 def _stages(config: Config) -> None:
-    """What of the arm is not there yet."""
-    done = config.output.dir / "stages.json"
-    stages = json.loads(done.read_text()) if done.exists() else {}
+    """What of the arm is not there yet; all of it under other settings, which each command then takes or refuses."""
+    done, kept = config.output.dir / "stages.json", config.output.dir / "config.yaml"
+    same = kept.exists() and kept.read_text() == dump_config(config)
+    stages = read_json_file(done, "delete it") if same and done.exists() else {}
     for name in ("pairs", "train", "sample", "eval"):
         if name not in stages or (name == "train" and not export_folder(config).is_dir()):
             run_command(name, config)

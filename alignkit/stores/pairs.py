@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -175,12 +176,12 @@ class PairStore:
     @cached_property
     def empty_text(self) -> Tensor:
         """Embedding of the empty prompt, fp32 [tokens, D]."""
-        return load_tensors((self.folder / EMPTY_TEXT).read_bytes())["text"]
+        return _text_in(self.folder / EMPTY_TEXT)
 
     @cached_property
     def negative_text(self) -> Tensor:
         """Embedding of the negative prompt that the videos were sampled with, fp32 [tokens, D]."""
-        return load_tensors((self.folder / NEGATIVE_TEXT).read_bytes())["text"]
+        return _text_in(self.folder / NEGATIVE_TEXT)
 
     @cached_property
     def origins(self) -> tuple[list[Origin], list[Origin]]:
@@ -300,6 +301,13 @@ class PairStore:
             path_w=path("w"),
             path_l=path("l"),
         )
+
+
+def _text_in(file: Path) -> Tensor:
+    try:
+        return load_tensors(file.read_bytes())["text"]
+    except (SafetensorError, KeyError) as error:
+        raise DataError(f"{file}: damaged ({error}); delete the folder and run 'alignkit pairs' again") from None
 
 
 def _side_by_side(rows: list[tuple[int, ...]]) -> Tensor | None:

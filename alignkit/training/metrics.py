@@ -126,9 +126,8 @@ def _lines_until(file: Path, step: int) -> bytes:
     kept = []
     for line in file.read_bytes().splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] > step:
-                break
-        except ValueError:  # the line that was being written when the run was killed
-            break
-        kept.append(line)
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):  # the one that was being written when the run was killed
+            continue
     return b"".join(kept)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from alignkit.errors import ConfigError
+from alignkit.errors import CheckpointError, ConfigError
 from alignkit.experiments import full
 from alignkit.models import shipped_model
 from alignkit.tiny.clips import write_clips
@@ -68,6 +68,9 @@ def test_every_arm_runs_on_a_folder_and_is_scored_and_a_second_run_makes_nothing
     assert (tmp_path / "out" / "pairs").is_dir() and not (tmp_path / "out" / "sft" / "pairs").exists()
     monkeypatch.setattr(full, "run_command", lambda *_: pytest.fail("made again"))
     full.run(file, tmp_path / "out", [f"data.videos={tmp_path / 'clips'}"])
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"train\.learning_rate = 1e-05, now it is 0\.01"):
+        full.run(file, tmp_path / "out", [f"data.videos={tmp_path / 'clips'}", "train.learning_rate=1e-2"])
 
 
 def test_a_configuration_of_something_else_is_refused_before_anything_runs(tmp_path):
