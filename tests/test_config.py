@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from alignkit.config import OBJECTIVES, ObjectiveSection, dump_config, load_config, shipped_config, shipped_configs
+from alignkit.config.yaml_text import read_yaml
 from alignkit.errors import ConfigError
 from alignkit.stages import stage_configs
 
@@ -19,6 +20,11 @@ def write(tmp_path, text):
 
 
 GOOD = "output: {dir: out}\n"
+
+
+def test_anchors_and_merge_keys_mean_what_they_mean_in_yaml():
+    text = GOOD + "x: &a {steps: 7, seed: 3}\ntrain: {<<: *a, seed: 4}\n"
+    assert read_yaml(text)["train"] == {"steps": 7, "seed": 4}
 
 
 def test_what_answers_a_refusal_is_not_kept_with_the_run(tmp_path):
@@ -78,6 +84,21 @@ def test_a_locale_of_few_characters_changes_no_word_of_a_configuration(tmp_path)
         (GOOD + "evaluation: {positions: []}", [], ["evaluation.positions", "at least 1"]),
         (GOOD + "sample: {seeds: []}", [], ["sample.seeds", "at least 1"]),
         ("train: {}", [], ["output", "missing"]),
+        (GOOD + "train: {compile: 1.0}", [], ["train.compile", "boolean", "1.0"]),
+        (GOOD + "pairs: {dynamic_guidance: t}", [], ["pairs.dynamic_guidance", "boolean", "'t'"]),
+        (GOOD + "rollout: {dynamic_guidance: 1}", [], ["rollout.dynamic_guidance", "boolean"]),
+        (GOOD + "objective: {beta: ５０}", [], ["objective.beta", "number"]),
+        (GOOD + "train: {learning_rate: '1_0e-6'}", [], ["train.learning_rate", "number", "'1_0e-6'"]),
+        (GOOD + "objective: {strength_range: [false, true]}", [], ["strength_range", "number"]),
+        (GOOD + "objective: {strength_range: [-1, 5]}", [], ["strength_range", "greater than or equal to 0"]),
+        (GOOD + "ranker: {endpoint: {url: 'http://x/v1', model: m, frames: '8'}}", [], ["frames", "integer"]),
+        (GOOD + "train: {lora: {targets: [to_q, to_q]}}", [], ["train.lora.targets", "to_q stands there twice"]),
+        (GOOD + "train: {lora: {targets: ['']}}", [], ["train.lora.targets", "at least 1"]),
+        ("output: {dir: ''}", [], ["output.dir", "is no path"]),
+        (GOOD + "data: {videos: ''}", [], ["data.videos", "is no path"]),
+        ('output: {dir: "a\\0b"}', [], ["output.dir", "is no path"]),
+        ("{" * 3000, [], ["not valid YAML"]),
+        (GOOD, ["train=" + "{" * 3000], ["override", "not valid YAML"]),
         (GOOD + "model: {path: out/export}", [], ["model.path", "out/export", "replaces", "another output.dir"]),
         (GOOD + "model: {lora: [out/export-ema]}", [], ["model.lora", "replaces"]),
         (GOOD + "student: {teacher: out/../out/export}", [], ["student.teacher", "replaces"]),

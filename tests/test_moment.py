@@ -89,14 +89,14 @@ def test_what_passes_before_a_second_look_counts_too(tmp_path, monkeypatch, numb
 
 
 def test_files_made_under_terms_that_cannot_be_read_just_now_are_kept(tmp_path, silent):
-    with shared_folder(tmp_path, {"seed": 1}, "sample"):
+    with shared_folder(tmp_path, {"seed": 1}, "sample", r".*\.mp4"):
         (tmp_path / "made.mp4").write_bytes(b"hours of work")
     (tmp_path / "terms.json").rename(tmp_path / "kept")
     silent("terms.json")
-    with pytest.raises(MomentError), shared_folder(tmp_path, {"seed": 1}, "sample"):
+    with pytest.raises(MomentError), shared_folder(tmp_path, {"seed": 1}, "sample", r".*\.mp4"):
         pass
     (tmp_path / "kept").replace(tmp_path / "terms.json")
-    with shared_folder(tmp_path, {"seed": 1}, "sample"):
+    with shared_folder(tmp_path, {"seed": 1}, "sample", r".*\.mp4"):
         assert (tmp_path / "made.mp4").read_bytes() == b"hours of work"
 
 

@@ -34,7 +34,9 @@ class EndpointSection(Section):
     send: Literal["frames", "video"] = Field(
         "frames", description="video: the whole file, as vLLM takes it; many endpoints take pictures only"
     )
-    frames: Annotated[int, Field(ge=2)] = Field(8, description="of each video, evenly spaced, with the first and last")
+    frames: Annotated[int, Field(ge=2, strict=True)] = Field(
+        8, description="of each video, evenly spaced, with the first and last"
+    )
     question: str = Field(QUESTION, description="holds {prompt}, and asks for the JSON of the default")
     timeout_s: Seconds = Field(120.0, description="for one answer, from connecting to its last byte")
     retries: Count = Field(5, description="of a question that fails; the waits double, from a second to a minute")

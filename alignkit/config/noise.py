@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from alignkit.config.sections import BelowOne, Count, NonNegative, Number, Place, Positive, Section, Seed
+from alignkit.config.sections import BelowOne, Count, Flag, NonNegative, Number, Place, Positive, Section, Seed
 
 HIGH_NOISE = (0.75, 0.95)
 """t ∈ [750, 950] of 1000, which nearly matches the whole range in LPO's ablation (arXiv 2502.01051)."""
@@ -44,11 +44,11 @@ class NoiseSection(Section):
         "noise; high_noise: [0.75, 0.95]; null: all",
     )
     path_steps: Positive = Field(4, description="states stored of each video, at steps drawn for its prompt")
-    path_between: bool = Field(False, description="store the states after them too, and train in between")
+    path_between: Flag = Field(False, description="store the states after them too, and train in between")
     anchor: Literal["inversion", "shared"] = Field(
         "inversion", description="for a real video beside a sampled one: its inversion, or the pair's fresh noise"
     )
-    guided: bool = Field(False, description="train the guided prediction instead of the conditional one")
+    guided: Flag = Field(False, description="train the guided prediction instead of the conditional one")
     inversion_guidance: NonNegative = Field(
         1.0, description="of inversions; above 1 they drift: what is undone is amplified"
     )
@@ -108,7 +108,7 @@ class RolloutSection(Section):
     guidance_scale: NonNegative | None = Field(
         None, description="classifier-free guidance, 1 and below: none; null: as in sample"
     )
-    dynamic_guidance: bool | None = Field(None, description="CogVideoX's use_dynamic_cfg; null: as in sample")
+    dynamic_guidance: Flag | None = Field(None, description="CogVideoX's use_dynamic_cfg; null: as in sample")
     negative_prompt: str | None = Field(None, description="what guidance leads away from; null: as in sample")
     block_size: Positive = Field(8, description="videos in one file: the unit that is made and resumed whole")
     batch_size: Positive = Field(1, description="videos sampled at once; a smaller last batch is filled up")

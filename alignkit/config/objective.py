@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from alignkit.config.sections import Fraction, NonNegative, Number, Section
+from alignkit.config.sections import Fraction, NonNegative, Number, Section, plain_number
 
 _PREFERENCE = {"beta": 5000.0, "beta_min": 50.0, "beta_max": 5000.0, "loser_safeguard": None, "weight_sft": 0.0}
 _SMOOTHED = _PREFERENCE | {"label_smoothing": 0.0}
@@ -29,7 +29,7 @@ computes is the function of its name in `alignkit.objectives.heads`."""
 
 def _beta(value: Any) -> float | str:
     try:
-        beta = value if value == "auto" else float(math.nan if isinstance(value, bool) else value)
+        beta = value if value == "auto" else float(plain_number(value))
     except (TypeError, ValueError):
         beta = math.nan
     if beta != "auto" and not 0 < beta < math.inf:
@@ -58,7 +58,7 @@ class ObjectiveSection(Section):
     poly_alpha: Annotated[Number, Field(ge=-1)] = Field(1.0, description="α of Poly-DPO; 0 is plain dpo")
     guard_weight: NonNegative = Field(1.0, description="of the winner's error in the guard, times a power of a")
     guard_exponent: NonNegative = Field(2.0, description="that power; 0: the same guard at every noise level")
-    strength_range: tuple[float, float] = Field(
+    strength_range: tuple[Fraction, Fraction] = Field(
         (0.75, 0.90),
         description="shares of redone steps [low, high] that become a factor of 1 to 2 on the region's logit",
     )

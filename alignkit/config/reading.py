@@ -40,7 +40,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         tree = {}
@@ -119,7 +119,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = read_yaml(text)
     except ConfigError as error:
         raise ConfigError(f"override {override!r}: {str(error).partition(': ')[2]}") from None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
     for part in parts[:-1]:
         child = tree.setdefault(part, {})

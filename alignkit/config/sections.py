@@ -8,6 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
+def _no_blank(value: Any) -> Any:
+    if value == "" or "\0" in str(value):
+        raise ValueError("is no path")
+    return value
+
+
 def _expanded(path: Path) -> Path:
     try:
         return Path(os.path.abspath(path.expanduser()))
@@ -15,9 +21,14 @@ def _expanded(path: Path) -> Path:
         raise ValueError(str(error)) from None
 
 
-def _no_bool(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
+    """Raises ValueError for what would be taken for a number, and is none as people write them."""
     if isinstance(value, bool):
         raise ValueError("should be a number, not true or false")
+    if isinstance(value, str) and not re.fullmatch(
+        r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.ASCII | re.IGNORECASE
+    ):
+        raise ValueError("should be a number")
     return value
 
 
@@ -31,14 +42,15 @@ def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
 Positive = Annotated[int, Field(ge=1, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**64, strict=True)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(plain_number)]
 """YAML 1.1 takes 1e-4 for a text, so texts of numbers are taken."""
 Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[Number, Field(ge=0.0, lt=1.0)]
+Flag = Annotated[bool, Field(strict=True)]
 EachOnce = AfterValidator(_each_once)
 """Of a list: what stands there twice would be counted, or merged, twice."""
 NonNegative = Annotated[Number, Field(ge=0.0)]
-Place = Annotated[Path, AfterValidator(_expanded)]
+Place = Annotated[Path, BeforeValidator(_no_blank), AfterValidator(_expanded)]
 """A file or folder: with ~ expanded, and absolute, so that it means the same wherever it is read."""
 Family = Literal["wan", "cogvideox"]
 """Known to `alignkit.models`, which this module cannot ask without loading diffusers."""
@@ -77,7 +89,7 @@ class ModelSection(Section):
         None, description="of the low expert, wherever another guidance_scale is above 1; null: that one too"
     )
     max_sequence_length: Positive = Field(512, description="text tokens that the network attends to, padding included")
-    vae_tiling: bool = Field(
+    vae_tiling: Flag = Field(
         False,
         description="videos are encoded and decoded in tiles of 256 pixels that overlap: less memory; the VAE's "
         "normalisation and attention see one tile at a time, so latents are others",
@@ -182,7 +194,7 @@ class PairsSection(Section):
     guidance_scale: NonNegative = Field(
         6.0, description="of the base model that redoes regions; 1 and below: no guidance"
     )
-    dynamic_guidance: bool = Field(False, description="CogVideoX's use_dynamic_cfg")
+    dynamic_guidance: Flag = Field(False, description="CogVideoX's use_dynamic_cfg")
     prompt_prefix: str = Field(
         "", description="put before each caption where regions are redone; training sees the plain one"
     )
@@ -216,7 +228,7 @@ class LoraSection(Section):
 
     rank: Positive = Field(64, description="of each adapter")
     alpha: Positive = Field(128, description="an adapter adds alpha / rank times its product")
-    targets: tuple[str, ...] = Field(
+    targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], EachOnce] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"),
         min_length=1,
         description="ends of the names of the linear layers that get one",
@@ -259,7 +271,7 @@ class TrainSection(Section):
     branches: Literal["together", "apart"] = Field(
         "together", description="winners and losers in one forward; or in turn: half the activations, a forward more"
     )
-    compile: bool = Field(False, description="torch.compile of the repeated block; ZeRO-3's hooks break its graph")
+    compile: Flag = Field(False, description="torch.compile of the repeated block; ZeRO-3's hooks break its graph")
     caption_dropout: Fraction = Field(0.0, description="share of pairs shown with the empty prompt, on both sides")
     checkpoint_every: Positive = Field(
         100, description="steps from one checkpoint to the next; the last step is saved too"
@@ -268,8 +280,8 @@ class TrainSection(Section):
         None, description="save too when the last save is so many minutes ago; null: by steps alone"
     )
     keep_checkpoints: Positive = Field(2, description="the newest so many stay, older ones are removed")
-    restart: bool = Field(False, description="start over where checkpoints exist and none is whole")
-    reshape: bool = Field(False, description="convert a checkpoint of another number of processes (--reshape)")
+    restart: Flag = Field(False, description="start over where checkpoints exist and none is whole")
+    reshape: Flag = Field(False, description="convert a checkpoint of another number of processes (--reshape)")
     accept: tuple[str, ...] = Field((), description="settings that may differ from the checkpoint's, by name")
     validate_every: Positive | None = Field(
         None, description="steps from one look at the held-out pairs to the next, the first before any; null: none"
@@ -381,7 +393,7 @@ class SampleSection(Section):
         50, description="steps of the model's sampler; also of the schedule that evaluation.positions are on"
     )
     guidance_scale: NonNegative = Field(5.0, description="classifier-free guidance; 1 and below: none")
-    dynamic_guidance: bool = Field(False, description="CogVideoX's use_dynamic_cfg")
+    dynamic_guidance: Flag = Field(False, description="CogVideoX's use_dynamic_cfg")
     negative_prompt: str = Field("", description="what guidance leads away from")
     count: Positive = Field(64, description="videos sampled per seed and model, from held-out prompts")
     seeds: Annotated[tuple[Seed, ...], EachOnce] = Field(

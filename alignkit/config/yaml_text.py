@@ -16,8 +16,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str | int | float] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
-            if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key, str | int | float | bool):
+            if isinstance(key, str | int | float | bool):
                 if key in seen:
                     raise ConfigError(
                         f"line {key_node.start_mark.line + 1}: the key {key!r} stands there twice; keep one"

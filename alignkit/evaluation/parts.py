@@ -76,7 +76,7 @@ class Parts:
             "device": [self.device.type, str(working_dtype(config.model, self.device))],
             "versions": versions() | {"alignkit": __version__},
         }
-        return shared_folder(self.folder, terms, "eval")
+        return shared_folder(self.folder, terms, "eval", r"\.?[a-z]+-\d{5}\.(safetensors.*|lock)")
 
     def make(self, show: bool) -> None:
         """Have every part made, whichever process makes it."""

@@ -29,6 +29,9 @@ MAPS = "maps.npz"
 """In the samples' folder: where the judge sees faults, uint8 [count, 5, 12, 12] of each model, 255: certain."""
 
 
+MADE = r"\.?seed\d+-\d{4,}\..*"  # what `_file` names, what is being written of it, and locks
+
+
 def samples_folder(config: Config) -> Path:
     return config.output.dir / "samples"
 
@@ -78,7 +81,7 @@ def sample(config: Config, device: torch.device, show: bool = True) -> Path:
         load_model(section, with_transformer=False, with_encoders=False).latent_shape(*_size(config))
     with ExitStack() as held, one_thread(device):
         for name in MODELS:
-            held.enter_context(shared_folder(folder / name, terms[name], "sample"))
+            held.enter_context(shared_folder(folder / name, terms[name], "sample", MADE))
         for files in videos:
             if files[-1].exists() and not all(file.exists() for file in files):  # somebody has deleted one
                 files[-1].unlink()  # which is written last and says that a batch is there

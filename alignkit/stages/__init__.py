@@ -28,7 +28,7 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
         own = folder / "pairs" if entry.data or entry.pairs or entry.name in SUPPLIED else shared
         places = {
             "output": {"dir": str(folder)},
-            "pairs": {"folder": str(entry.pairs.get("folder") or own)},
+            "pairs": {"folder": entry.pairs.get("folder") or str(own)},
         }
         if entry.student and entry.name not in STUDENTS:
             raise ConfigError(f"{where}: student: is read by {' and '.join(STUDENTS)} alone; leave it out")

@@ -185,13 +185,14 @@ def test_other_settings_are_measured_anew(again):
 def test_what_others_are_making_under_other_terms_is_not_taken_away(tmp_path, command, capsys):
     folder = tmp_path / "folder"
     code = "import sys; from pathlib import Path; from alignkit.sharing import shared_folder\n"
-    code += "with shared_folder(Path(sys.argv[1]), {'a': int(sys.argv[2])}, 'eval'): print('in')"
-    with shared_folder(folder, {"a": 1}, "sample"):
+    code += "with shared_folder(Path(sys.argv[1]), {'a': int(sys.argv[2])}, 'eval', 'file'): print('in')"
+    with shared_folder(folder, {"a": 1}, "sample", "file"):
         (folder / "file").touch()
+        (folder / "notes.txt").touch()
         other, same = (command(folder, word, python=("-c", code)) for word in "21")
         assert same.stdout == "in\n", same.stderr
         assert ConfigError.__name__ in other.stderr and "alignkit sample, process" in other.stderr
         assert (folder / "file").exists()
-    with shared_folder(folder, {"a": 2}, "sample"):
-        assert not (folder / "file").exists()
+    with shared_folder(folder, {"a": 2}, "sample", "file"):
+        assert not (folder / "file").exists() and (folder / "notes.txt").exists(), "somebody else's"
     assert "made under other terms (a); it is deleted" in capsys.readouterr().err
