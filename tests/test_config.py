@@ -93,7 +93,7 @@ def test_a_locale_of_few_characters_changes_no_word_of_a_configuration(tmp_path)
         (GOOD + "objective: {strength_range: [-1, 5]}", [], ["strength_range", "greater than or equal to 0"]),
         (GOOD + "ranker: {endpoint: {url: 'http://x/v1', model: m, frames: '8'}}", [], ["frames", "integer"]),
         (GOOD + "train: {lora: {targets: [to_q, to_q]}}", [], ["train.lora.targets", "to_q stands there twice"]),
-        (GOOD + "train: {lora: {targets: ['']}}", [], ["train.lora.targets", "at least 1"]),
+        (GOOD + "train: {lora: {targets: ['']}}", [], ["train.lora.targets", "should match"]),
         ("output: {dir: ''}", [], ["output.dir", "is no path"]),
         (GOOD + "data: {videos: ''}", [], ["data.videos", "is no path"]),
         ('output: {dir: "a\\0b"}', [], ["output.dir", "is no path"]),

@@ -228,7 +228,7 @@ class LoraSection(Section):
 
     rank: Positive = Field(64, description="of each adapter")
     alpha: Positive = Field(128, description="an adapter adds alpha / rank times its product")
-    targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], EachOnce] = Field(
+    targets: Annotated[tuple[Annotated[str, Field(pattern=r"\S")], ...], EachOnce] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"),
         min_length=1,
         description="ends of the names of the linear layers that get one",
