@@ -29,12 +29,14 @@ def test_anchors_and_merge_keys_mean_what_they_mean_in_yaml():
 
 def test_what_answers_a_refusal_is_not_kept_with_the_run(tmp_path):
     """It answered the next one, too, where the settings in a run's folder were given as a file."""
-    (tmp_path / "run.yaml").write_text(GOOD + "train: {restart: true, reshape: true, accept: [train.learning_rate]}")
-    config = load_config(tmp_path / "run.yaml")
+    answers = "restart: true, reshape: true, accept: [train.learning_rate]"
+    text = GOOD + f"train: {{{answers}}}\nstages: [{{name: sft, train: {{{answers}}}}}]"
+    config = load_config(write(tmp_path, text))
     (tmp_path / "kept.yaml").write_text(dump_config(config))
     kept = load_config(tmp_path / "kept.yaml")
     assert (kept.train.restart, kept.train.reshape, kept.train.accept) == (False, False, ())
-    assert kept.model_copy(update={"train": config.train}) == config
+    assert kept.stages[0].train == {}
+    assert kept.model_copy(update={"train": config.train, "stages": config.stages}) == config
 
 
 def test_a_locale_of_few_characters_changes_no_word_of_a_configuration(tmp_path):

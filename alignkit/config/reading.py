@@ -102,7 +102,10 @@ def changed(config: Config, changes: dict[str, dict[str, Any]], where: str) -> C
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object, but for ONCE."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude={"train": set(ONCE)}), sort_keys=False)
+    tree = config.model_dump(mode="json")
+    for section in (tree, *(tree["stages"] or ())):
+        section["train"] = {key: value for key, value in section["train"].items() if key not in ONCE}
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
