@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
@@ -30,11 +31,23 @@ CHECKED_FRAMES = 1800
 # Between YUV and RGB: chroma interpolated to full size, rounded exactly, the same bits on every processor.
 CONVERSION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 
-HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
-TO_SDR = (
-    "ffmpeg -i IN -vf zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
-    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p OUT"
-)
+# Transfer characteristics of ITU-T H.273 that are no gamma of SDR: what they are, and filters of ffmpeg to BT.709.
+TONEMAP = "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,zscale=t=bt709:m=bt709:r=tv"
+RECODE = "zscale=p=bt709:t=bt709:m=bt709:r=tv"
+CINEMA = "'clip(maxval*1.037*pow(val/maxval\\,13/12)\\,0\\,maxval)'"  # gamma 2.6 to 2.4, white 48 of 52.37
+NOT_SDR = {
+    8: ("video in linear light", RECODE),
+    9: ("log video (100:1)", RECODE),
+    10: ("log video (316:1)", RECODE),
+    16: ("HDR video (PQ)", TONEMAP),
+    17: (
+        "digital cinema video (SMPTE ST 428)",  # which zscale does not know
+        f"format=gbrp12le,lutrgb=r={CINEMA}:g={CINEMA}:b={CINEMA},setparams=color_trc=bt709,{RECODE}",
+    ),
+    18: ("HDR video (HLG)", TONEMAP),
+}
+UNTAGGED = 2  # in all tables of H.273
+DOLBY_VISION = ("dvh1", "dvhe", "dvav", "dva1", "dav1")  # tags of what only its own decoders are to show
 PLAYBACK_FPS = 8.0  # of videos that are sampled, where the data names no rate
 TRANSPARENT = "has transparent pixels; put it on black first: ffmpeg -i IN -vf premultiply=inplace=1,format=yuv420p OUT"
 
@@ -139,7 +152,9 @@ def _opened(path: Path) -> Iterator[VideoStream]:
                 raise DataError(f"{path}: holds no video stream")
             if stream.codec_context is None:
                 raise DataError(f"{path}: no decoder for the codec of its video")
-            _refuse_hdr(stream.codec_context.color_trc, path)
+            if stream.codec_context.codec_tag in DOLBY_VISION:
+                raise DataError(f"{path}: is Dolby Vision that no other decoder shows in its colours; export it as SDR")
+            _refuse_other_light(stream.codec_context, path)
             if stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) == "1":
                 raise DataError(f"{path}: {TRANSPARENT}")
             yield stream
@@ -151,15 +166,21 @@ def _opened(path: Path) -> Iterator[VideoStream]:
         raise DataError(f"{path}: cannot be read as a video ({reason})") from error
 
 
-def _refuse_hdr(transfer: int, path: Path) -> None:
+def _refuse_other_light(tagged: VideoCodecContext | VideoFrame, path: Path) -> None:
     """Read as if it were SDR, its white comes out as grey."""
-    if transfer in HDR:
-        raise DataError(f"{path}: is HDR video ({HDR[transfer]}); convert it first: {TO_SDR}")
+    if tagged.color_trc in NOT_SDR:
+        what, filters = NOT_SDR[tagged.color_trc]
+        matrix, primaries = ("bt2020nc", "bt2020") if filters == TONEMAP else ("smpte170m", "bt709")
+        assumed = [f"colorspace={matrix}"] * (tagged.colorspace == UNTAGGED)
+        assumed += [f"color_primaries={primaries}"] * (tagged.color_primaries == UNTAGGED)
+        if assumed:  # zscale finds no path from what is not tagged
+            filters = f"setparams={':'.join(assumed)},{filters}"
+        raise DataError(f"{path}: is {what}; convert it first: ffmpeg -i IN -vf {filters},format=yuv420p OUT")
 
 
 def _refuse_transparency(frame: VideoFrame, path: Path) -> None:
     """Behind what is transparent stands a colour that no player shows."""
-    if any(part.is_alpha for part in frame.format.components):
+    if frame.format.has_palette or any(part.is_alpha for part in frame.format.components):
         alpha = frame.to_ndarray(format="rgba")[..., 3]
         if alpha.min() < 255:
             raise DataError(f"{path}: {TRANSPARENT}")
@@ -185,7 +206,7 @@ def _timed_frames(stream: VideoStream, path: Path) -> Iterator[TimedFrame]:
             for frame in packet.decode():
                 if frame.is_corrupt:
                     raise DataError(f"{path}: damaged at frame {count + 1}")
-                _refuse_hdr(frame.color_trc, path)
+                _refuse_other_light(frame, path)
                 _refuse_transparency(frame, path)
                 start = frame.pts * frame.time_base if frame.pts is not None else count * step
                 yield start, (frame.duration * frame.time_base if frame.duration else step), frame

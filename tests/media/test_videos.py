@@ -399,31 +399,68 @@ def test_test_pictures_differ_in_every_orientation():
     assert len(set(shown)) == len(shown) == 8
 
 
-@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
-@pytest.mark.parametrize("codec", ["libx264", "ffv1"])
-def test_hdr_is_refused_with_the_command_that_converts_it(tmp_path, transfer, name, codec):
+@pytest.mark.parametrize(
+    ("transfer", "what", "filters"),
+    [
+        (16, r"HDR video \(PQ\)", "setparams=colorspace=bt2020nc:color_primaries=bt2020,zscale=.*tonemap"),
+        (18, r"HDR video \(HLG\)", "setparams=.*tonemap"),
+        (8, "video in linear light", "setparams=colorspace=smpte170m:color_primaries=bt709,zscale=p=bt709:t=bt709"),
+        (9, "log video", "setparams=.*zscale"),
+        (10, "log video", "setparams=.*zscale"),
+        (17, "digital cinema video", "setparams=.*lutrgb"),
+    ],
+)
+def test_other_light_than_sdr_is_refused_with_the_command_that_converts_it(tmp_path, transfer, what, filters):
     """Read as if it were SDR, its white comes out as grey."""
-    file = encode(tmp_path / "phone.mkv", quadrants(), codec=codec, pix_fmt="yuv420p10le", transfer=transfer)
-    with pytest.raises(DataError, match=rf"phone\.mkv: is HDR video \({name}\); convert it first: ffmpeg .*tonemap"):
+    for codec in ("libx264", "ffv1"):
+        file = encode(tmp_path / "phone.mkv", quadrants(), codec=codec, pix_fmt="yuv420p10le", transfer=transfer)
+        with pytest.raises(DataError, match=rf"phone\.mkv: is {what}.*; convert it first: ffmpeg -i IN -vf {filters}"):
+            decode_clip(file, SPEC)
+
+
+def test_a_command_that_converts_assumes_only_what_is_not_tagged(tmp_path):
+    file = encode(tmp_path / "tagged.mkv", quadrants(), matrix="ITU709", transfer=8)
+    with pytest.raises(DataError, match="setparams=color_primaries=bt709,zscale"):
         decode_clip(file, SPEC)
-    plain = encode(tmp_path / "plain.mkv", quadrants(), codec=codec, pix_fmt="yuv420p10le", transfer=1)
+
+
+@pytest.mark.parametrize("transfer", [1, 4, 6, 7, 11, 12, 13, 14])
+def test_gammas_of_sdr_are_read(tmp_path, transfer):
+    plain = encode(tmp_path / "plain.mkv", quadrants(), codec="ffv1", pix_fmt="yuv420p10le", transfer=transfer)
     assert corners(decode_clip(plain, SPEC)[0]) == ["red", "green", "blue", "white"]
+
+
+@pytest.mark.parametrize("tag", ["dva1", "dvav", "dvh1", "dvhe"])
+def test_dolby_vision_alone_is_refused(tmp_path, tag):
+    """Decoded as what it is built on, its colours are others; files that have a picture for all have another tag."""
+    write_video(tmp_path / "a.mp4", quadrants(frames=2), 8)
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes().replace(b"avc1", tag.encode()))
+    with pytest.raises(DataError, match=r"a\.mp4: is Dolby Vision"):
+        decode_clip(tmp_path / "a.mp4", SPEC)
 
 
 def test_transparent_pixels_are_refused_and_opaque_ones_with_an_alpha_channel_are_not(tmp_path):
     """Behind what is transparent stands a colour that no player shows."""
-    for name, alpha in (("opaque.mov", 255), ("glass.mov", 120)):
-        with av.open(str(tmp_path / name), "w") as container:
-            stream = container.add_stream("png", rate=10)
-            stream.height, stream.width, stream.pix_fmt = 48, 48, "rgba"
-            for picture in quadrants().numpy():
-                rgba = np.concatenate([picture, np.full((48, 48, 1), 255, np.uint8)], axis=2)
-                rgba[10:20, 10:20, 3] = alpha
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(rgba, format="rgba")))
-            container.mux(stream.encode())
-    assert corners(decode_clip(tmp_path / "opaque.mov", SPEC)[0]) == ["red", "green", "blue", "white"]
-    with pytest.raises(DataError, match=r"glass\.mov: has transparent pixels; .* ffmpeg -i IN"):
-        decode_clip(tmp_path / "glass.mov", SPEC)
+    for alpha in (255, 120):
+        coloured = [np.concatenate([p, np.full((48, 48, 1), 255, np.uint8)], axis=2) for p in quadrants().numpy()]
+        for picture in coloured:
+            picture[10:20, 10:20, 3] = alpha
+        entries = np.zeros((256, 4), np.uint8)  # alpha, red, green, blue
+        entries[:2] = [[alpha, 255, 0, 0], [255, 255, 0, 0]]
+        index = np.ones((48, 48), np.uint8)
+        index[10:20, 10:20] = 0
+        for name, pix_fmt, pictures in (("rgba", "rgba", coloured), ("palette", "pal8", [(index, entries)] * 17)):
+            with av.open(str(tmp_path / f"{name}{alpha}.mov"), "w") as container:
+                stream = container.add_stream("png", rate=10)
+                stream.height, stream.width, stream.pix_fmt = 48, 48, pix_fmt
+                for picture in pictures:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format=pix_fmt)))
+                container.mux(stream.encode())
+    assert corners(decode_clip(tmp_path / "rgba255.mov", SPEC)[0]) == ["red", "green", "blue", "white"]
+    assert corners(decode_clip(tmp_path / "palette255.mov", SPEC)[0]) == ["red"] * 4
+    for name in ("rgba120", "palette120"):
+        with pytest.raises(DataError, match=rf"{name}\.mov: has transparent pixels; .* ffmpeg -i IN"):
+            decode_clip(tmp_path / f"{name}.mov", SPEC)
 
 
 @pytest.mark.parametrize(
