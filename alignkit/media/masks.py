@@ -31,6 +31,7 @@ from alignkit.moment import end_if_unreadable
 
 VIDEO_MASKS = (".mp4", ".mov", ".webm", ".mkv")
 MASK_SUFFIXES = (*VIDEO_MASKS, ".png", ".npy", ".json")
+OTHER_PICTURES = (".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
 def find_mask(folder: str | Path, clip_name: str, video: Path | None = None) -> Path | None:
@@ -158,6 +159,7 @@ def _frames(path: Path, facts: VideoFacts) -> Iterator[np.ndarray]:
         files = _pngs(path)
         if not files:
             raise DataError(f"{path}: holds no .png file")
+        _refuse_other_kinds(path, files)
         return _png_frames(files)
     if suffix in VIDEO_MASKS:
         return (_bright(picture) for picture in upright_frames(path))
@@ -173,6 +175,16 @@ def _frames(path: Path, facts: VideoFacts) -> Iterator[np.ndarray]:
 def _pngs(folder: Path) -> list[Path]:
     files = [file for file in folder.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith(".")]
     return sorted(files, key=_natural)
+
+
+def _refuse_other_kinds(folder: Path, pngs: list[Path]) -> None:
+    """A frame7.jpg among frame1.png to frame6.png: frames that would be missed. One beside frame1.png is none."""
+    stems = {file.stem for file in pngs}
+    series = {re.sub("[0-9]+", "", stem) for stem in stems}
+    for file in sorted(folder.iterdir()):
+        alike = file.stem not in stems and re.sub("[0-9]+", "", file.stem) in series
+        if alike and file.suffix.lower() in OTHER_PICTURES:
+            raise DataError(f"{folder}: {file.name} lies among .png files; save all frames as .png, or remove it")
 
 
 def _natural(file: Path) -> list[int | str]:
@@ -196,6 +208,8 @@ def _png(file: Path) -> np.ndarray:
     """[H, W]: grey values to 255 or, in 16 bits, to 65535; 255 for what is not black in a palette image."""
     try:
         with Image.open(file) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise DataError(f"{file}: is an animation; save each of its frames as a .png of its own, in a folder")
             if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
                 raise DataError(f"{file}: is transparent in places; save the mask as black and white, without alpha")
             if image.mode == "P":
@@ -266,6 +280,8 @@ def _boxes(path: Path, height: int, width: int) -> Iterator[np.ndarray]:
                 raise DataError(
                     f"{path}: frame {number}: expected [x0, y0, x1, y1] with x0 < x1, y0 < y1, got {box!r:.60}"
                 )
+            if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
+                raise DataError(f"{path}: frame {number}: {box} lies outside the video's {width} x {height} pixels")
             x0, y0, x1, y1 = (max(0, math.ceil(edge - 0.5)) for edge in box)  # pixel i has its centre at i + 0.5
             frame[y0:y1, x0:x1] = True
         yield frame

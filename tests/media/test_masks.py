@@ -222,7 +222,13 @@ def test_boxes_end_at_the_border_of_the_video(tmp_path, video):
         ("m.json", b'{"boxes": [[], [[9, 2, 3, 4]]]}', r"frame 1: expected .* got \[9, 2, 3, 4\]"),
         ("m.json", b'{"boxes": [[1, 2, 3, 4]]}', "frame 0: expected .* got 1"),
         ("m.json", b'{"static": [[1, 2, NaN, 4]]}', r"got \[1, 2, nan, 4\]"),
-        ("m.json", b'{"static": [[200, 200, 300, 300]]}', "is empty"),
+        ("m.json", b'{"static": [[99.6, 0, 300, 9]]}', "is empty"),
+        (
+            "m.json",
+            b'{"boxes": [[[0, 0, 9, 9]], [[0, 0, 9, 9], [100, 0, 110, 9]]]}',
+            r"frame 1: \[100, 0, 110, 9\] lies outside the video's 100 x 60 pixels",
+        ),
+        ("m.json", b'{"static": [[0, -9, 9, 0]]}', r"frame 0: \[0, -9, 9, 0\] lies outside"),
         ("m.json", b'{"static": 7}', "frame 0: expected .* got 7"),
         ("m.json", b'{"static": [[0, 0, 9, 9]], "static": [[30, 0, 48, 9]]}', "holds the key 'static' twice; keep one"),
     ],
@@ -285,6 +291,24 @@ def test_an_empty_frame_of_black_and_white_pictures_does_not_change_what_white_m
     before = mask_digest(folder)
     (folder / "notes.txt").write_text("no picture")
     assert mask_digest(folder) == before, "what is not read does not count"
+
+
+def test_animations_are_refused(tmp_path, video):
+    """Their first frame alone would be the mask of all."""
+    first, *others = [Image.fromarray(frame * np.uint8(255)) for frame in box()]
+    first.save(tmp_path / "m.png", save_all=True, append_images=others)
+    with pytest.raises(DataError, match=r"m\.png: is an animation; save each of its frames as a \.png"):
+        read_mask(tmp_path / "m.png", video, SPEC)
+
+
+def test_frames_of_other_kinds_than_png_are_not_missed(tmp_path, video):
+    folder = pngs(tmp_path / "m", box(17, 48, 48))
+    for name in ("cover.jpg", "frame3.jpg"):  # no frame, and the picture that a mask was made of
+        (folder / name).touch()
+    assert read_mask(folder, video, SPEC).any()
+    (folder / "frame17.JPG").touch()
+    with pytest.raises(DataError, match=r"m: frame17\.JPG lies among \.png files"):
+        read_mask(folder, video, SPEC)
 
 
 def test_folder_without_pictures_damaged_video_and_the_video_itself_are_refused(tmp_path, video):
