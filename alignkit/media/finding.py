@@ -7,10 +7,8 @@ from pathlib import Path
 
 from alignkit.errors import DataError
 from alignkit.media.captions import CAPTION_FILES, Caption, Problem, caption_beside, read_captions
-from alignkit.media.names import composed
+from alignkit.media.names import VIDEO_SUFFIXES, composed
 from alignkit.media.rows import is_unicode
-
-VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 
 
 @dataclass(frozen=True)

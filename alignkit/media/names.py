@@ -4,6 +4,8 @@ import os
 import unicodedata
 from pathlib import Path
 
+VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
+
 
 def composed(name: str) -> str:
     """One spelling for names that look the same: a file system may hold "é" as one character, a text as two."""

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import pyarrow.parquet
 
 from alignkit.errors import DataError
 from alignkit.json_text import TwiceError, read_json
+from alignkit.media.names import VIDEO_SUFFIXES
+
+# In a text of several lines: what a row of a table holds, and hardly ever a prompt or a caption.
+FILE_IN_A_ROW = re.compile(rf"({'|'.join(map(re.escape, VIDEO_SUFFIXES))})[,\r\n]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,12 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def _refuse_twice(columns: list[str], table: str) -> None:
+    twice = [name for name in columns if columns.count(name) > 1]
+    if twice:
+        raise DataError(f"{table}: has two columns with the name {twice[0]!r}")
+
+
 def _csv(file: Path, what: str, text: str) -> Table:
     csv.field_size_limit(max(len(text), csv.field_size_limit()))  # 131,072 characters unless told
     # Not text.splitlines(), which divides a line at characters that a prompt may hold.
@@ -82,14 +93,14 @@ def _csv(file: Path, what: str, text: str) -> Table:
     except csv.Error as error:
         raise DataError(f"{what} {file}, line {reader.line_num}: {error}") from error
     columns = [name.strip() for name in lines[0][1]] if lines else []
-    twice = [name for name in columns if columns.count(name) > 1]
-    if twice:
-        raise DataError(f"{what} {file}: has two columns with the name {twice[0]!r}")
+    _refuse_twice(columns, f"{what} {file}")
     rows: list[tuple[int, dict[str, Any] | str]] = []
     row: dict[str, Any] | str
     for number, cells in lines[1:]:
         if any(cells[len(columns) :]):
             row = "has more values than there are columns (put a text that holds commas in double quotes)"
+        elif any(FILE_IN_A_ROW.search(cell) for cell in cells if "\n" in cell or "\r" in cell):
+            row = "ends a text that holds other rows: a double quote is missing in one of the lines before"
         else:
             row = dict(zip(columns, cells, strict=False))
         rows.append((number, row))
@@ -99,7 +110,11 @@ def _csv(file: Path, what: str, text: str) -> Table:
 def _parquet(file: Path, what: str, columns: tuple[str, ...]) -> Table:
     try:
         names = pyarrow.parquet.read_schema(file).names
-        table = pyarrow.parquet.read_table(file, columns=[name for name in names if name in columns])
+        read = [name for name in names if name in columns]
+        _refuse_twice(read, f"{what} {file}")
+        table = pyarrow.parquet.read_table(file, columns=read)
         return Table(names, list(enumerate(table.to_pylist(), start=1)))
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{what} {file} cannot be read as Parquet ({' '.join(str(error).split())})") from error
