@@ -35,7 +35,7 @@ def read_preferences(file: Path, shown: str | None = None) -> tuple[list[Prefere
     shown: what to call the file in a row's `where`; its name unless told.
 
     Columns: prompt (a text), chosen and rejected (paths of videos), and if wanted mask (a path that
-    `alignkit.media.masks.read_mask` can read). Paths are absolute, or relative to the file's own folder; whether
+    `alignkit.media.masks.read_mask` can read). Paths are absolute, in ~, or relative to the file's own folder; whether
     they exist is not looked at here. Other columns are ignored.
 
     Raises DataError if the file cannot be read, lacks a column, or has no row that can be used.
@@ -77,9 +77,11 @@ def _preference(number: int, where: str, row: dict[str, Any], folder: Path) -> P
 
 
 def _file(folder: Path, written: str) -> Path:
-    """The file of that very name, else of the name between its blanks."""
-    exact = folder / written
-    return exact if os.path.exists(exact) else located(folder / written.strip())
+    """The file of that very name, else of the name between its blanks, else of that with ~ as the user's folder."""
+    for name in (written, written.strip()):
+        if os.path.exists(folder / name):
+            return folder / name
+    return located(folder / os.path.expanduser(written.strip()))
 
 
 def _text(row: dict[str, Any], column: str) -> str:

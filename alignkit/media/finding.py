@@ -125,7 +125,7 @@ def _match(listed: dict[str, Caption], videos: dict[str, Path]) -> tuple[dict[st
     matched: dict[str, Caption] = {}
     problems: list[Problem] = []
     for video, caption in listed.items():
-        ways = (video, video.strip())
+        ways = (video, video.strip(), os.path.expanduser(video.strip()))
         found = next((absolute.get(way, way) for way in ways if way in videos or way in absolute), None)
         if found is None:
             wanted = composed(video.strip())

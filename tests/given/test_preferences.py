@@ -167,3 +167,14 @@ def test_a_name_that_no_file_system_takes_is_one_rows_problem(tmp_path):
     table = jsonl(tmp_path / "pairs.jsonl", strange, {"prompt": "b", "chosen": "1.mp4", "rejected": "2.mp4"})
     preferences, _ = read_preferences(table)
     assert [row.prompt for row in preferences] == ["a", "b"]
+
+
+def test_a_tilde_is_the_users_folder_unless_there_is_a_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~" / "b.mp4").touch()
+    row = {"prompt": "a", "chosen": " ~/a.mp4", "rejected": "~/b.mp4", "mask": "~nobody-here/m.npy"}
+    ((preference,), _) = read_preferences(jsonl(tmp_path / "pairs.jsonl", row))
+    assert preference.chosen == tmp_path / "home" / "a.mp4"
+    assert preference.rejected == tmp_path / "~" / "b.mp4"
+    assert preference.mask == tmp_path / "~nobody-here" / "m.npy"

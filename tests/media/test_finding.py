@@ -176,3 +176,11 @@ def test_a_caption_file_beside_a_video_may_compose_its_name_otherwise(tmp_path):
     touch(tmp_path, "caf\u00e9.mp4")
     (tmp_path / "cafe\u0301.txt").write_text("a cat")
     assert [clip.caption for clip in find_clips(tmp_path)[0]] == ["a cat"]
+
+
+def test_a_tilde_in_a_captions_file_is_the_users_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path / "clips", "a.mp4")
+    captions(tmp_path / "clips", {"~/clips/a.mp4": "a cat"})
+    clips, problems = find_clips(tmp_path / "clips")
+    assert [clip.caption for clip in clips] == ["a cat"] and problems == []
