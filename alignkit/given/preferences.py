@@ -1,5 +1,6 @@
 """Preference pairs that users bring: a table with the columns prompt, chosen and rejected."""
 
+import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ def read_preferences(file: Path, shown: str | None = None) -> tuple[list[Prefere
     `alignkit.media.masks.read_mask` can read). Paths are absolute, in ~, or relative to the file's own folder; whether
     they exist is not looked at here. Other columns are ignored.
 
-    Raises DataError if the file cannot be read, lacks a column, or has no row that can be used.
+    Raises DataError if the file cannot be read, lacks a column, has one that is nearly called mask, or has no row that
+    can be used.
     """
     file = Path(file)
     shown = shown or file.name
@@ -49,6 +51,9 @@ def read_preferences(file: Path, shown: str | None = None) -> tuple[list[Prefere
             f"preference file {file}: it has the columns {', '.join(table.columns) or '(none)'}; "
             f"{', '.join(COLUMNS)} are needed, and mask may be there" + _first_of(problems)
         )
+    for name in table.columns:
+        if name != "mask" and difflib.get_close_matches(name.lower(), ["mask"], cutoff=0.8):  # "task" has 0.75
+            raise DataError(f"preference file {file}: unknown column {name!r}; did you mean 'mask'? Rename it")
     preferences = []
     for number, (line, row) in enumerate(table.rows):
         if isinstance(row, str):
@@ -72,7 +77,9 @@ def _first_of(problems: list[Problem]) -> str:
 
 def _preference(number: int, where: str, row: dict[str, Any], folder: Path) -> Preference:
     prompt, chosen, rejected = (_text(row, column) for column in COLUMNS)
-    mask = _file(folder, _text(row, "mask")) if str(row.get("mask") or "").strip() else None
+    written = row.get("mask")
+    unmasked = written is None or (isinstance(written, str) and not written.strip())
+    mask = None if unmasked else _file(folder, _text(row, "mask"))
     return Preference(number, where, " ".join(prompt.split()), _file(folder, chosen), _file(folder, rejected), mask)
 
 

@@ -55,6 +55,10 @@ def read_captions(file: Path) -> tuple[dict[str, Caption], list[Problem]]:
         if isinstance(row, str):
             problems.append(Problem(where, f"line {number} {row}"))
             continue
+        differing = _differing(row)
+        if differing:
+            problems.append(Problem(where, f"line {number}: {differing}"))
+            continue
         video, text = _first(row, VIDEO_KEYS), _first(row, TEXT_KEYS)
         if not isinstance(video, str) or not video.strip():
             problems.append(Problem(where, f"line {number} names no video (one of: {', '.join(VIDEO_KEYS)})"))
@@ -86,6 +90,17 @@ def caption_beside(video: Path) -> Caption | None:
     except (OSError, UnicodeDecodeError) as error:
         end_if_of_the_moment(file, error)
         raise DataError(f"its caption file {file.name} cannot be read as UTF-8 text ({error})") from error
+
+
+def _differing(row: dict[str, Any]) -> str | None:
+    """What is wrong with a row that names two videos or has two captions, in columns that are both read."""
+    for one, other in (("video", "file_name"), ("caption", "text")):
+        values = [row.get(column) for column in (one, other)]
+        a, b = (" ".join(value.split()) if isinstance(value, str) else "" for value in values)
+        within = one == "video" and (f"/{a}".endswith(f"/{b}") or f"/{b}".endswith(f"/{a}"))  # with its folder or not
+        if a and b and a != b and not within:
+            return f"its {one} and its {other} differ; keep one of the columns"
+    return None
 
 
 def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:

@@ -27,8 +27,8 @@ def find_clips(folder: str | Path, captions: str | Path | None = None) -> tuple[
     metadata.jsonl, metadata.csv in the folder; a video that has none there may have a .txt file beside it.
     Names in the captions file are paths inside the folder; a bare file name will do where it is unambiguous.
     Hidden files are passed over. Left out, with a Problem each: folders that may not be looked into, videos without a
-    caption or with an empty one, captions without a video, lines that cannot be read, and all but the first of files
-    with equal bytes.
+    caption or with an empty one, captions without a video, lines that cannot be read or say two things, all but the
+    first of files with equal bytes, and (one for all) further files of captions.
 
     Raises DataError if the folder or the captions file is missing, or nothing usable is left.
     """
@@ -43,6 +43,9 @@ def find_clips(folder: str | Path, captions: str | Path | None = None) -> tuple[
     file = _captions_file(folder, captions)
     listed, unread = read_captions(file) if file else ({}, [])
     problems += unread
+    others = [name for name in CAPTION_FILES if file and name != file.name and (folder / name).is_file()]
+    if file and others and captions is None:
+        problems.append(Problem(", ".join(others), f"not read: {file.name} is; keep one, or name it in data.captions"))
     by_video, missing = _match(listed, videos)
     problems += missing
 

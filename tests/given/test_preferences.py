@@ -74,6 +74,8 @@ def test_mask_column_may_be_absent_and_other_columns_are_ignored(tmp_path):
         ({"prompt": " \n", "chosen": "x.mp4", "rejected": "y.mp4"}, "its prompt is empty"),
         ({"prompt": "a", "chosen": "", "rejected": "y.mp4"}, "its chosen is empty"),
         ({"prompt": "a", "chosen": "x.mp4", "rejected": "y.mp4", "mask": 7}, "its mask is not a text but 7"),
+        ({"prompt": "a", "chosen": "x.mp4", "rejected": "y.mp4", "mask": 0}, "its mask is not a text but 0"),
+        ({"prompt": "a", "chosen": "x.mp4", "rejected": "y.mp4", "mask": False}, "its mask is not a text but False"),
     ],
 )
 def test_bad_line_is_reported_and_does_not_move_the_numbers_of_the_others(tmp_path, bad, reason):
@@ -178,3 +180,12 @@ def test_a_tilde_is_the_users_folder_unless_there_is_a_file_of_that_name(tmp_pat
     assert preference.chosen == tmp_path / "home" / "a.mp4"
     assert preference.rejected == tmp_path / "~" / "b.mp4"
     assert preference.mask == tmp_path / "~nobody-here" / "m.npy"
+
+
+@pytest.mark.parametrize("column", ["masks", "Mask", "msk"])
+def test_a_column_that_is_nearly_called_mask_is_not_ignored(tmp_path, column):
+    row = {"prompt": "a", "chosen": "x.mp4", "rejected": "y.mp4"}
+    with pytest.raises(DataError, match=rf"unknown column '{column}'; did you mean 'mask'"):
+        read_preferences(jsonl(tmp_path / "pairs.jsonl", row, row | {column: "m.png"}))
+    others = {"task": 1, "mask_area": 2, "chosen_score": 3, "": 4}
+    assert not read_preferences(jsonl(tmp_path / "pairs.jsonl", row | others))[1]

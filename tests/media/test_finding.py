@@ -184,3 +184,38 @@ def test_a_tilde_in_a_captions_file_is_the_users_folder(tmp_path, monkeypatch):
     captions(tmp_path / "clips", {"~/clips/a.mp4": "a cat"})
     clips, problems = find_clips(tmp_path / "clips")
     assert [clip.caption for clip in clips] == ["a cat"] and problems == []
+
+
+def test_captions_files_that_are_not_read_are_said_once(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    captions(tmp_path, {"a.mp4": "a cat"})
+    for name in ("metadata.csv", "captions.csv"):
+        (tmp_path / name).write_text("file_name,text\nb.mp4,a dog\n")
+    clips, problems = find_clips(tmp_path)
+    assert [clip.name for clip in clips] == ["a.mp4"]
+    assert [(problem.video, problem.reason) for problem in problems] == [
+        ("b.mp4", "no caption"),
+        ("captions.csv, metadata.csv", "not read: captions.jsonl is; keep one, or name it in data.captions"),
+    ]
+    assert [problem.video for problem in find_clips(tmp_path, "captions.jsonl")[1]] == ["b.mp4"]
+
+
+@pytest.mark.parametrize(
+    "row, differing",
+    [
+        ({"video": "a.mp4", "file_name": "b.mp4", "text": "x"}, "its video and its file_name differ"),
+        ({"video": "x/a.mp4", "file_name": "y/a.mp4", "text": "x"}, "its video and its file_name differ"),
+        ({"video": "a.mp4", "caption": "x", "text": "y"}, "its caption and its text differ"),
+        ({"video": "a.mp4", "file_name": "sub/a.mp4", "caption": "x", "text": " x ", "description": "z"}, None),
+        ({"video": "a.mp4", "file_name": None, "caption": "x", "text": ""}, None),
+    ],
+)
+def test_two_columns_that_say_different_things_are_no_caption(tmp_path, row, differing):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "captions.jsonl").write_text(json.dumps(row) + '\n{"video": "b.mp4", "caption": "fine"}\n')
+    clips, problems = find_clips(tmp_path)
+    assert [clip.name for clip in clips] == (["b.mp4"] if differing else ["a.mp4", "b.mp4"])
+    reasons = {problem.video: problem.reason for problem in problems}
+    assert reasons == ({} if not differing else {
+        "a.mp4": "no caption", "captions.jsonl:1": f"line 1: {differing}; keep one of the columns"
+    })  # fmt: skip
