@@ -19,6 +19,7 @@ from alignkit.apo.inversions import add_inversions, inversion_terms, versions
 from alignkit.config import Config
 from alignkit.errors import DataError
 from alignkit.media.captions import Problem
+from alignkit.media.names import written_file
 from alignkit.media.rows import read_table
 from alignkit.media.videos import decode_clip
 from alignkit.models import VideoModel, load_model, working_dtype
@@ -237,7 +238,7 @@ def _side(row: dict[str, Any], column: str, folder: Path, rollouts: RolloutStore
             raise DataError(f"{column}: no rollout has the number {value}")
         return value
     if isinstance(value, str) and value.strip():
-        return folder / value.strip()
+        return written_file(folder, value)
     raise DataError(f"{column}: expected a rollout's number or a video's path, got {value!r:.60}")
 
 

@@ -1,14 +1,13 @@
 """Preference pairs that users bring: a table with the columns prompt, chosen and rejected."""
 
 import difflib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import DataError
 from alignkit.media.captions import Problem
-from alignkit.media.names import located
+from alignkit.media.names import written_file
 from alignkit.media.rows import is_unicode, read_table
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -79,16 +78,10 @@ def _preference(number: int, where: str, row: dict[str, Any], folder: Path) -> P
     prompt, chosen, rejected = (_text(row, column) for column in COLUMNS)
     written = row.get("mask")
     unmasked = written is None or (isinstance(written, str) and not written.strip())
-    mask = None if unmasked else _file(folder, _text(row, "mask"))
-    return Preference(number, where, " ".join(prompt.split()), _file(folder, chosen), _file(folder, rejected), mask)
-
-
-def _file(folder: Path, written: str) -> Path:
-    """The file of that very name, else of the name between its blanks, else of that with ~ as the user's folder."""
-    for name in (written, written.strip()):
-        if os.path.exists(folder / name):
-            return folder / name
-    return located(folder / os.path.expanduser(written.strip()))
+    mask = None if unmasked else written_file(folder, _text(row, "mask"))
+    return Preference(
+        number, where, " ".join(prompt.split()), written_file(folder, chosen), written_file(folder, rejected), mask
+    )
 
 
 def _text(row: dict[str, Any], column: str) -> str:

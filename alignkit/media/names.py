@@ -27,3 +27,12 @@ def located(path: Path) -> Path:
             step = found / same[0]
         found = step
     return found
+
+
+def written_file(folder: Path, written: str) -> Path:
+    """What a table in `folder` names: the file of that very name, else of the name between its blanks, else of that with
+    ~ as the user's folder."""
+    for name in (written, written.strip()):
+        if os.path.exists(folder / name):
+            return folder / name
+    return located(folder / os.path.expanduser(written.strip()))

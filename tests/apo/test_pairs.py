@@ -97,6 +97,16 @@ def test_rows_that_make_no_sense_are_left_out(rollouts, tmp_path, row, words):
     assert [problem.video for problem in problems] == ["ranking.jsonl:2"] and words in problems[0].reason
 
 
+def test_names_are_read_as_in_tables_of_pairs(rollouts, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a b.mp4 ").touch()
+    (tmp_path / "r.jsonl").write_text(
+        '{"chosen": "~/real.mp4", "rejected": 0}\n{"chosen": "a b.mp4 ", "rejected": 1}\n'
+    )
+    rankings, _ = read_rankings(tmp_path / "r.jsonl", rollouts)
+    assert [row.chosen for row in rankings] == [tmp_path / "real.mp4", tmp_path / "a b.mp4 "]
+
+
 def test_numbers_in_csv_are_numbers(rollouts, tmp_path):
     (tmp_path / "r.csv").write_text("chosen,rejected\n1,2\nreal.mp4,0\n")
     rankings, problems = read_rankings(tmp_path / "r.csv", rollouts)
