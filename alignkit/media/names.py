@@ -30,8 +30,8 @@ def located(path: Path) -> Path:
 
 
 def written_file(folder: Path, written: str) -> Path:
-    """What a table in `folder` names: the file of that very name, else of the name between its blanks, else of that with
-    ~ as the user's folder."""
+    """What a table in `folder` names: the file of that very name, else of the name between its blanks, else of the one
+    with ~ as the user's folder."""
     for name in (written, written.strip()):
         if os.path.exists(folder / name):
             return folder / name
