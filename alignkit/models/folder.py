@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
 from einops import rearrange
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError, ConfigError, ModelError
@@ -32,6 +34,7 @@ Watch = Callable[[int, Tensor], None]
 HUB_TIMEOUT_S = 10.0
 TILE, STRIDE = 256, 192  # of the VAE, in pixels, as diffusers has Wan's
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
+LORA_FORMAT = "wanted: diffusers' transformer.LAYER.lora_A.weight with its transformer.LAYER.lora_B.weight"
 
 
 @dataclass
@@ -150,20 +153,47 @@ class ModelFolder:
 
     def merge_lora(self, folder: Path) -> None:
         """Add the adapters of `folder` to the weights of `network`. Raises ModelError where they are missing or do not
-        fit."""
+        fit, whole: diffusers passes over tensors that it cannot place, and draws those that are not there."""
         if not (folder / LORA_FILE).is_file():
             raise ModelError(f"model.lora: {folder / LORA_FILE}: no such file")
         self.lora = (*self.lora, folder)
         if self.transformer is None:
             return
         try:
+            tensors = load_file(folder / LORA_FILE)
             self.network.load_lora_adapter(str(folder), weight_name=LORA_FILE, prefix="transformer")
         except Exception as error:  # peft, diffusers and safetensors each raise their own kinds
-            problem = " ".join(str(error).split())[:300]
-            raise ModelError(f"model.lora: {folder / LORA_FILE}: cannot load: {problem}") from error
+            raise ModelError(
+                f"model.lora: {folder / LORA_FILE}: cannot load: {_line(error)} ({LORA_FORMAT})"
+            ) from error
+        problem = _misfit(tensors, self.network)
+        if problem:
+            raise ModelError(f"model.lora: {folder / LORA_FILE}: {problem} ({LORA_FORMAT})")
         self.network.fuse_lora()
         self.network.unload_lora()
         frozen(self.network)
+
+
+def _misfit(tensors: dict[str, Tensor], network: Any) -> str | None:
+    """How a file's `tensors` differ from the adapters that `network` was given of them; None where they do not."""
+    adapters = {
+        f"transformer.{name}".replace(f".{adapter}", "")
+        for adapter in getattr(network, "peft_config", ())  # absent where nothing of the file was taken
+        for name, _ in network.named_parameters()
+        if f".{adapter}" in name
+    }
+    names = convert_unet_state_dict_to_peft(tensors)  # by name alone, as diffusers' loader does it
+    given = {f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name for name in names}
+    if not given:
+        return "holds no tensors"
+    if unused := sorted(given - adapters):
+        return f"{len(unused)} of its {len(given)} tensors, {unused[0]} first, fit no layer of this model"
+    # a bias that is not there is zero
+    if absent := sorted(name for name in adapters - given if not name.endswith(".lora_B.bias")):
+        return f"holds no {absent[0]}, half of a pair"
+    if broken := sorted(name for name, tensor in tensors.items() if not tensor.float().isfinite().all()):
+        return f"{broken[0]} holds NaN or infinity"
+    return None
 
 
 def unwatched(i: int, state: Tensor) -> None:
