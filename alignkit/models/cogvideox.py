@@ -15,6 +15,7 @@ from diffusers.models._modeling_parallel import ContextParallelInput, ContextPar
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from alignkit.models.folder import (
     TILE,
     ModelFolder,
     Watch,
+    checked_path,
     first_order_sample,
     frozen,
     grid_of,
@@ -127,6 +129,17 @@ class CogVideoXModel(ModelFolder):
         """A scheduler with no steps taken."""
         return CogVideoXDDIMScheduler.from_config(self.scheduler.config)
 
+    def _scheduler_of(self, num_steps: int, device: torch.device | None = None) -> CogVideoXDDIMScheduler:
+        """Before the first of `num_steps`. Raises ConfigError for more than it has timesteps."""
+        scheduler = self.new_scheduler()
+        if num_steps > len(scheduler.alphas_cumprod):
+            raise ConfigError(
+                f"num_inference_steps: {num_steps}, but DDIM takes a step from one of this model's "
+                f"{len(scheduler.alphas_cumprod)} timesteps to another; take no more steps than these"
+            )
+        scheduler.set_timesteps(num_steps, device=device)
+        return scheduler
+
     def few_step_scheduler(self, num_steps: int) -> CogVideoXDDIMScheduler:
         """DDIM, also in the place of a folder's DPM. Raises ConfigError for steps that it does not walk row by row."""
         reason = self.first_order(num_steps)
@@ -135,13 +148,13 @@ class CogVideoXModel(ModelFolder):
         return self.new_scheduler()
 
     def schedule(self, num_steps: int) -> Schedule:
-        """The states that this model's sampler visits in `num_steps`, read off the scheduler object.
+        """The states that this model's sampler visits in `num_steps`, read off the scheduler object. Raises ConfigError
+        for more than it has timesteps.
 
         DDIM steps down by 1000 // num_steps whatever the spacing of its timesteps: where `num_steps` does not
         divide 1000, its states lie up to one timestep beside those that the network is told, and these here.
         """
-        scheduler = self.new_scheduler()
-        scheduler.set_timesteps(num_steps)
+        scheduler = self._scheduler_of(num_steps)
         visited = scheduler.alphas_cumprod[scheduler.timesteps].double()
         return Schedule(v_coefficients(torch.cat([visited, visited.new_ones(1)])), scheduler.timesteps.double())
 
@@ -201,8 +214,7 @@ class CogVideoXModel(ModelFolder):
 
         if solver == "first_order":
             return first_order_sample(noise, predict, self.schedule(num_steps), text.dtype, watch)
-        scheduler = self.new_scheduler()
-        scheduler.set_timesteps(num_steps, device=noise.device)
+        scheduler = self._scheduler_of(num_steps, noise.device)
         latents = (noise * scheduler.init_noise_sigma).to(text.dtype)
         for i, t in enumerate(scheduler.timesteps):
             watch(i, latents.to(text.dtype))
@@ -386,7 +398,7 @@ def load(
 def _load_scheduler(path: str, revision: str | None) -> tuple[CogVideoXDDIMScheduler, bool]:
     """DDIM with the folder's settings, and whether the folder itself names DPM."""
     config = CogVideoXDDIMScheduler.load_config(path, subfolder="scheduler", revision=revision)
-    where = f"model.path: {path}/scheduler"
+    where = f"model.path: {path}/scheduler/{SCHEDULER_CONFIG_NAME}"
     if config.get("prediction_type") != "v_prediction":
         raise ModelError(f"{where}: prediction_type is {config.get('prediction_type')}, CogVideoX predicts v")
     if not config.get("set_alpha_to_one", True):
@@ -394,8 +406,16 @@ def _load_scheduler(path: str, revision: str | None) -> tuple[CogVideoXDDIMSched
     stochastic = config.get("_class_name") == "CogVideoXDPMScheduler"
     if stochastic:
         say(f"{where}: DPM's first step multiplies the starting noise by 0; sampling with DDIM of the same config")
+    shift = config.get("snr_shift_scale", 3.0)
+    if not isinstance(shift, int | float) or shift <= 0:
+        raise ModelError(f"{where}: snr_shift_scale is {shift!r}, not a number above 0")
     # clip_sample and its kin are not read by CogVideoX's DDIM.
-    return CogVideoXDDIMScheduler.from_config(config), stochastic
+    scheduler = CogVideoXDDIMScheduler.from_config(config)
+    known, said = len(scheduler.alphas_cumprod), scheduler.config.num_train_timesteps
+    if known != said:
+        raise ModelError(f"{where}: trained_betas has {known} numbers, but num_train_timesteps is {said}")
+    checked_path(CogVideoXModel(path, 0, scheduler))
+    return scheduler, stochastic
 
 
 def _check_text_length(config: dict[str, Any], length: int) -> None:

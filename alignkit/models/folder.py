@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import convert_unet_state_dict_to_peft
 from einops import rearrange
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
@@ -32,6 +33,7 @@ from alignkit.schedules import Schedule, one_step
 REMEMBERED_PROMPTS = 64  # an embedding of a full model takes megabytes
 Watch = Callable[[int, Tensor], None]
 HUB_TIMEOUT_S = 10.0
+PATH_STEPS = 20  # few, so that a path of few timesteps has as many
 TILE, STRIDE = 256, 192  # of the VAE, in pixels, as diffusers has Wan's
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 LORA_FORMAT = "wanted: diffusers' transformer.LAYER.lora_A.weight with its transformer.LAYER.lora_B.weight"
@@ -103,6 +105,12 @@ class ModelFolder:
     def video_tokens(self, num_frames: int, height: int, width: int) -> int:
         """Of one video, as the network sees it: both families' patches are 2×2 latents of a frame."""
         return math.prod(self.latent_grid(num_frames, height, width)) // 4
+
+    def schedule(self, num_steps: int) -> Schedule:
+        raise NotImplementedError
+
+    def training_path(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     def encode_text(self, prompts: list[str]) -> list[Tensor]:
         """Text embeddings as `pad_text` takes them, fp32 [tokens, D] each on CPU; the last prompts are remembered."""
@@ -196,6 +204,9 @@ def _misfit(tensors: dict[str, Tensor], network: Any) -> str | None:
     return None
 
 
+Model = TypeVar("Model", bound=ModelFolder)
+
+
 def unwatched(i: int, state: Tensor) -> None:
     """For nobody to see."""
 
@@ -267,6 +278,24 @@ def load_transformer(
         more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""
         raise ModelError(f"model.path: {path}/{part}: holds no {missing[0]}{more}")
     return frozen(network)
+
+
+def checked_path(model: Model) -> Model:
+    """`model`, of which the scheduler alone is needed. Raises ModelError unless it leads from noise to clean latents:
+    diffusers takes options with which it does not."""
+    where = f"model.path: {model.path}/scheduler/{SCHEDULER_CONFIG_NAME}"
+    try:
+        walked = model.schedule(PATH_STEPS).coefficients
+        trained, _ = model.training_path(torch.linspace(1, 0, 1000, dtype=torch.float64))
+    except Exception as error:  # of numbers that are none diffusers, numpy and torch each raise their own kinds
+        raise ModelError(f"{where}: cannot be walked: {_line(error)}") from error
+    for rows in (walked, trained):
+        noise = rows[:, 1]
+        if not (rows.isfinite().all() and noise.min() >= 0 and noise.max() <= 1 and noise.diff().max() <= 0):
+            raise ModelError(f"{where}: its noise does not fall within [0, 1]: {noise[0]:g} … {noise[-1]:g}")
+    if walked[-1, :2].tolist() != [1.0, 0.0] or walked[:, 1].diff().max() == 0:
+        raise ModelError(f"{where}: its steps do not each lead to less noise, the last one to none")
+    return model
 
 
 def settings_of(part: Any, path: str, subfolder: str, revision: str | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from torch import Tensor, nn
 
 from alignkit.errors import ConfigError, ModelError
@@ -18,6 +19,7 @@ from alignkit.models.folder import (
     TILE,
     ModelFolder,
     Watch,
+    checked_path,
     first_order_sample,
     frozen,
     grid_of,
@@ -35,6 +37,12 @@ GUIDED_AT_ONCE = 1
 # "" splits timesteps of each token, which Wan2.1 has none of, and warns of it
 CONTEXT_PLAN = {name: part for name, part in WanTransformer3DModel._cp_plan.items() if name}
 """The video's tokens and their positions; every process has the whole text."""
+WANS_OPTIONS = {
+    "use_flow_sigmas": True, "use_dynamic_shifting": False, "shift_terminal": None, "final_sigmas_type": "zero",
+    "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
+    "prediction_type": "flow_prediction", "predict_x0": True, "thresholding": False,
+}  # fmt: skip
+"""Of UniPC, which is a solver for other families too."""
 
 
 class WanModel(ModelFolder):
@@ -230,11 +238,7 @@ def load(
     with loading(path, WanPipeline, revision, expert) as index:
         if index.get("expand_timesteps"):
             raise ModelError(f"model.path: {path}: expand_timesteps is on: Wan2.2's 5B is not supported")
-        scheduler = UniPCMultistepScheduler.from_pretrained(path, subfolder="scheduler", revision=revision)
-        if scheduler.config.use_dynamic_shifting:
-            raise ModelError(f"model.path: {path}/scheduler: use_dynamic_shifting is on: Wan's shift is one number")
-        if not scheduler.config.use_flow_sigmas:
-            raise ModelError(f"model.path: {path}/scheduler: use_flow_sigmas is off, so its states are not Wan's")
+        scheduler = _load_scheduler(path, revision)
         vae_config = settings_of(AutoencoderKLWan, path, "vae", revision)
         boundary = None
         if expert:
@@ -256,3 +260,17 @@ def load(
             path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision,
             variant=variant, expert=expert, boundary=boundary,
         )  # fmt: skip
+
+
+def _load_scheduler(path: str, revision: str | None) -> UniPCMultistepScheduler:
+    scheduler = UniPCMultistepScheduler.from_pretrained(path, subfolder="scheduler", revision=revision)
+    where = f"model.path: {path}/scheduler/{SCHEDULER_CONFIG_NAME}"
+    for option, wanted in WANS_OPTIONS.items():
+        found = scheduler.config[option]
+        if (found or None) != (wanted or None):
+            raise ModelError(f"{where}: {option} is {found!r}; on Wan's path it is {wanted!r}")
+    shift = scheduler.config.flow_shift
+    if not isinstance(shift, int | float) or shift <= 0:
+        raise ModelError(f"{where}: flow_shift is {shift!r}, not a number above 0")
+    checked_path(WanModel(path, 0, scheduler))
+    return scheduler

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -216,11 +217,30 @@ def test_a_dpm_folder_is_sampled_with_ddim_and_says_so(cogvideox_folders, tmp_pa
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"prediction_type": "epsilon"}, "prediction_type is epsilon"), ({"set_alpha_to_one": False}, "set_alpha_to_one")],
+    [
+        ({"prediction_type": "epsilon"}, "prediction_type is epsilon"),
+        ({"set_alpha_to_one": False}, "set_alpha_to_one"),
+        ({"timestep_spacing": "bogus"}, "cannot be walked: bogus is not supported"),
+        ({"timestep_spacing": "leading", "steps_offset": 50}, "cannot be walked: index 1000"),
+        ({"trained_betas": [0.1] * 10}, "trained_betas has 10 numbers, but num_train_timesteps is 1000"),
+        ({"trained_betas": [-0.1] * 1000}, "its noise does not fall within"),
+        ({"trained_betas": [0.0] * 1000, "rescale_betas_zero_snr": False}, "its steps do not each lead to less noise"),
+        ({"snr_shift_scale": 0}, "snr_shift_scale is 0, not a number above 0"),
+    ],
 )
 def test_schedulers_that_are_not_cogvideox_are_refused(cogvideox_folders, tmp_path, changes, named):
-    with pytest.raises(ModelError, match=named):
-        load(with_scheduler(cogvideox_folders["5b"], tmp_path / "m", **changes))
+    folder = with_scheduler(cogvideox_folders["5b"], tmp_path / "m", **changes)
+    with pytest.raises(ModelError, match=rf"model\.path: .*scheduler/scheduler_config\.json: {named}"):
+        load(folder, with_transformer=False, with_encoders=False)
+
+
+def test_more_steps_than_timesteps_are_refused(cogvideox_folders):
+    model = load(cogvideox_folders["2b"], with_transformer=False, with_encoders=False)
+    assert len(model.schedule(1000)) == 1000
+    sample = partial(model.sample, torch.zeros(1), torch.zeros(1), torch.zeros(1), guidance=1.0)
+    for walk in (model.schedule, model.first_order, lambda steps: sample(num_steps=steps)):
+        with pytest.raises(ConfigError, match=r"num_inference_steps: 1001, but .*1000 timesteps .*no more steps"):
+            walk(1001)
 
 
 def test_a_folder_of_the_other_family_is_refused(cogvideox_folders):

@@ -174,12 +174,59 @@ def test_weights_of_a_variant_are_loaded_by_its_name_and_missed_by_name(tmp_path
     assert train(config, start_process())
 
 
-def test_a_scheduler_whose_shift_is_no_number_is_refused(tmp_path):
-    shutil.copytree(shipped_model("wan"), tmp_path / "m")
-    file = tmp_path / "m/scheduler/scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
-    with pytest.raises(ModelError, match="use_dynamic_shifting is on"):
-        load(tmp_path / "m")
+@pytest.fixture(scope="module")
+def schedulers(tmp_path_factory):
+    """`schedulers(flow_shift=0)`: loads a model, without its weights, whose scheduler has that option."""
+    folder = tmp_path_factory.mktemp("schedulers") / "m"
+    shutil.copytree(shipped_model("wan"), folder)
+    file = folder / "scheduler/scheduler_config.json"
+    shipped = json.loads(file.read_text())
+
+    def load(**options):
+        file.write_text(json.dumps(shipped | options))
+        return load_model(ModelSection(path=str(folder)), with_transformer=False, with_encoders=False)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("use_dynamic_shifting", True, "is True; on Wan's path it is False"),
+        ("use_flow_sigmas", False, "is False; on Wan's path it is True"),
+        ("use_exponential_sigmas", True, "is True"),
+        ("use_beta_sigmas", True, "is True"),
+        ("use_karras_sigmas", True, "is True"),
+        ("final_sigmas_type", "sigma_min", "is 'sigma_min'"),
+        ("prediction_type", "epsilon", "is 'epsilon'"),
+        ("thresholding", True, "is True"),
+        ("predict_x0", False, "is False"),
+        ("shift_terminal", 0.1, r"is 0\.1"),
+        ("flow_shift", None, "is None, not a number above 0"),
+        ("flow_shift", "3", "is '3', not a number above 0"),
+        ("flow_shift", 0, "is 0, not a number above 0"),
+    ],
+)
+def test_schedulers_of_another_path_are_refused(schedulers, option, value, words):
+    with pytest.raises(ModelError, match=rf"model\.path: .*scheduler/scheduler_config\.json: {option} {words}"):
+        schedulers(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"timestep_spacing": "bogus"}, "cannot be walked: bogus is not supported"),
+        ({"flow_shift": 1e9}, "its noise does not fall within"),
+    ],
+)
+def test_paths_that_do_not_lead_to_clean_latents_are_refused(schedulers, options, words):
+    with pytest.raises(ModelError, match=rf"model\.path: .*scheduler/scheduler_config\.json: {words}"):
+        schedulers(**options)
+
+
+def test_options_that_change_no_state_are_taken(schedulers, wan):
+    model = schedulers(use_dynamic_shifting=None, steps_offset=5, timestep_spacing="trailing", solver_order=3)
+    assert model.schedule(20).fingerprint == wan.schedule(20).fingerprint
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path, monkeypatch):
