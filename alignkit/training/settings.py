@@ -2,7 +2,11 @@
 loads."""
 
 import copy
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,6 +28,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "offload_optimizer": {"device": "cpu", "pin_memory": True},
     },
 }
+
+FLOPS = "its count stops at diffusers' attention; `alignkit plan` says a step's FLOPs, the training's log its mfu"
+ENGINE = "a checkpoint's manifest is of what DeepSpeed's own engine has written by then"
+NOT_HERE = {
+    "flops_profiler.enabled": FLOPS,
+    "autotuning.enabled": FLOPS,
+    "checkpoint.load_universal": "a run's checkpoints are of another form; train.reshape converts one where need be",
+    "checkpoint.writer": ENGINE,
+    "datastates_ckpt": ENGINE,
+    "tensor_parallel.autotp_size": "its plans are of language models; train.context_parallel is for what one GPU lacks",
+}
+"""Keys that DeepSpeed takes, and with which a run would end in a traceback, or could not be resumed."""
+MONITORS = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}  # and the packages that they import
 
 NOT_TAKEN = ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError
 """What DeepSpeed raises for a setting that it cannot work with, as likely as not without its name."""
@@ -66,14 +83,18 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},  # 16 micro-batches added up in bf16 are off by half a percent
         "steps_per_print": None,
     }
-    settings = _merged(base, config.deepspeed.config)
+    settings = _merged(base, _at_home(config.deepspeed.config))
     zero = settings["zero_optimization"]
     if settings["bf16"].get("bf16_master_weights_and_grads"):
         raise ConfigError(
             "deepspeed.config: bf16.bf16_master_weights_and_grads keeps no fp32 weights, and small updates are rounded "
             "away; for less memory use train.optimizer: adamw_bf16 or adamw_8bit"
         )
-    if train.optimizer == "adamw_8bit" and zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    for part in ("offload_param", "offload_optimizer"):
+        if zero.get(part, "") is None:  # as DeepSpeed's own default is
+            del zero[part]
+    moments = zero.get("offload_optimizer")
+    if train.optimizer == "adamw_8bit" and isinstance(moments, dict) and moments.get("device", "none") != "none":
         raise ConfigError(
             "train.optimizer: 'adamw_8bit' is not for moments in main memory; leave out offload_optimizer"
         )
@@ -85,7 +106,8 @@ def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
 
 
 def check_deepspeed(config: Config, process: Process) -> None:
-    """Raises ConfigError, before any weight is read, for keys of `deepspeed.config` that DeepSpeed does not take."""
+    """Raises ConfigError, before any weight is read, for keys of `deepspeed.config` that DeepSpeed does not take, or
+    takes and cannot use here."""
     if not config.deepspeed.config:
         return
     from pydantic import ValidationError
@@ -93,9 +115,11 @@ def check_deepspeed(config: Config, process: Process) -> None:
     if config.deepspeed.preset not in PRESETS:  # auto: not resolved yet
         config = changed(config, {"deepspeed": {"preset": "zero3"}}, "deepspeed.preset")
     settings = _settings(config, process)
-    read = _Noting(copy.deepcopy(settings))
+    _check_use(config)
+    read, problem, odd = _Noting(copy.deepcopy(settings)), None, list[tuple[str, Any, str]]()
     try:
-        _read(read)
+        with _models_noting(odd):
+            _read(read)
     except ValidationError as error:
         found = error.errors()[0]
         names = [str(name) for name in found["loc"]]
@@ -103,8 +127,13 @@ def check_deepspeed(config: Config, process: Process) -> None:
         said = found["msg"][:1].lower() + found["msg"][1:]
         raise ConfigError(f"deepspeed.config: {key}: {said}, got {found['input']!r}") from None
     except Exception as error:  # of its own kinds, or of code that met another type than it expects
+        problem = error
+    odd = [(".".join([*_section_of(settings, [name], given), name]), given, kind) for name, given, kind in odd]
+    for key, given, kind in [*read.odd(), *odd]:
+        raise ConfigError(f"deepspeed.config: {key}: should be {kind}, got {given!r}")
+    if problem is not None:
         guilty = [key for key in config.deepspeed.config if _is_taken(_settings(_without(config, key), process))]
-        raise ConfigError(refused(error, *guilty[:1])) from error
+        raise ConfigError(refused(problem, *guilty[:1])) from problem
     for key, value in config.deepspeed.config.items():
         if key not in read.asked_for:
             raise ConfigError(_unknown(str(key), read.asked_for))
@@ -121,31 +150,95 @@ def check_deepspeed(config: Config, process: Process) -> None:
             )
 
 
+def _check_use(config: Config) -> None:
+    """Raises ConfigError for what is taken, and ends a run or changes it unseen."""
+    given = config.deepspeed.config
+    if "enabled" in given.get("bf16", {}):
+        raise ConfigError("deepspeed.config: bf16.enabled: this is model.dtype, bf16 or fp32")
+    for key, why in NOT_HERE.items():
+        value: Any = given
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value not in (None, False):
+            raise ConfigError(f"deepspeed.config: {key}: not for alignkit's runs, {why}; leave it out")
+    for name, package in MONITORS.items():
+        section = given.get(name)
+        if isinstance(section, dict) and section.get("enabled") is True and find_spec(package) is None:
+            raise ConfigError(f"deepspeed.config: {name}.enabled: needs {package}, which is not installed: install it")
+    steps = given.get("steps_per_print")
+    if steps is not None and (_other_kind(steps, 1) or steps < 1):
+        raise ConfigError(f"deepspeed.config: steps_per_print: should be a whole number from 1 on, got {steps!r}")
+    if str(given.get("data_types", {}).get("grad_accum_dtype")).endswith("int8"):
+        raise ConfigError("deepspeed.config: data_types.grad_accum_dtype: int8 holds no gradient; use fp32 or bf16")
+
+
+def _other_kind(given: Any, like: Any) -> str:
+    """What `given` should be to be of the kind of `like`, where that is a switch or a number; empty where it is."""
+    if isinstance(like, bool):
+        return "" if isinstance(given, bool) else "true or false"
+    if not isinstance(like, int | float):
+        return ""
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        return "a number"
+    return "" if isinstance(like, float) or isinstance(given, int) or given.is_integer() else "a whole number"
+
+
+@contextmanager
+def _models_noting(odd: list[tuple[str, Any, str]]) -> Iterator[None]:
+    """What DeepSpeed's models read of another kind than it was given, "3" as 3 and 1 as true, is added to `odd`: code
+    beside them reads the same keys, and takes them as they are."""
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    read = DeepSpeedConfigModel.__init__
+
+    def note(self: Any, *arguments: Any, **given: Any) -> None:
+        read(self, *arguments, **given)
+        for name, field in type(self).model_fields.items():
+            for key in {name, field.alias} & given.keys():
+                kind = _other_kind(given[key], vars(self).get(name))
+                if kind and given[key] != "auto":  # which it leaves out
+                    odd.append((key, given[key], kind))
+
+    DeepSpeedConfigModel.__init__ = note
+    try:
+        yield
+    finally:
+        DeepSpeedConfigModel.__init__ = read
+
+
 class _Noting(dict[str, Any]):
-    """Settings that note, section by section, which of their keys are asked for: DeepSpeed passes over those that it
-    does not know."""
+    """Settings that note, section by section, which of their keys are asked for, and with which default: DeepSpeed
+    passes over those that it does not know."""
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__({key: _Noting(value) if isinstance(value, dict) else value for key, value in settings.items()})
-        self.asked_for: set[str] = set()
+        self.asked_for: dict[str, Any] = {}
+
+    def odd(self) -> Iterator[tuple[str, Any, str]]:
+        """Keys of another kind than their defaults, what they were given, and what they should be."""
+        for key, given in self.items():
+            if isinstance(given, _Noting):
+                yield from ((f"{key}.{name}", *rest) for name, *rest in given.odd())
+            elif kind := _other_kind(given, self.asked_for.get(key)):
+                yield key, given, kind
 
     def __contains__(self, key: Any) -> bool:
-        self.asked_for.add(key)
+        self.asked_for.setdefault(key)
         return super().__contains__(key)
 
     def __getitem__(self, key: str) -> Any:
-        self.asked_for.add(key)
+        self.asked_for.setdefault(key)
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.asked_for.add(key)
+        self.asked_for[key] = default
         return super().get(key, default)
 
     def keys(self) -> Any:
         return self  # in which it looks by `key in settings.keys()`
 
 
-def _unknown(key: str, known: set[str]) -> str:
+def _unknown(key: str, known: Collection[str]) -> str:
     alike = get_close_matches(key, sorted(known), 1)
     meant = f"; is {OURS.get(alike[0], alike[0])} meant?" if alike else "; leave it out"
     return f"deepspeed.config: {key}: DeepSpeed knows no such key{meant}"
@@ -184,7 +277,7 @@ def _section_of(settings: dict[str, Any], names: list[str], given: Any) -> list[
             found: Any = value
             for name in names:
                 found = found.get(name) if isinstance(found, dict) else None
-            if found == given:
+            if found == given and isinstance(found, bool) == isinstance(given, bool):
                 return [key]
             if deeper := _section_of(value, names, given):
                 return [key, *deeper]
@@ -194,6 +287,13 @@ def _section_of(settings: dict[str, Any], names: list[str], given: Any) -> list[
 def refused(error: Exception, *keys: str) -> str:
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     return f"deepspeed.config: {''.join(f'{key}: ' for key in keys)}DeepSpeed does not take it: {said}"
+
+
+def _at_home(value: Any) -> Any:
+    """~/tb, which DeepSpeed takes for a folder named ~, is a folder of the user's."""
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
