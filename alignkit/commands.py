@@ -287,24 +287,23 @@ def _eval(config: Config) -> None:
 def _report(config: Config) -> None:
     from alignkit.evaluation.summary import summary_file
     from alignkit.report import write_report
+    from alignkit.report.run import read_run
 
-    file = summary_file(config)
-    if file.exists():
-        store = PairStore(pairs_folder(config, "heldout"))  # refused before anything is written
-        write_json(file, read_json_file(file, "run 'alignkit eval' again") | _costs(config))
-        _decode_pairs(config, store)
+    summary = read_run(config.output.dir).summary | _costs(config)
+    store = PairStore(pairs_folder(config, "heldout"))
+    shown = [store[i] for i in range(min(PAIRS_IN_REPORT, len(store)))]
+    model = load_model(config.model, with_transformer=False, device=_device())  # the last that may be refused
+    write_json(summary_file(config), summary)
+    _decode_pairs(config.output.dir / "report_pairs", model, shown)
     say(f"report: {write_report(config.output.dir)}")
 
 
-def _decode_pairs(config: Config, store: PairStore) -> None:
-    """Some held-out pairs as pictures: winner, loser and mask in report_pairs/NNN.npz."""
-    folder = config.output.dir / "report_pairs"
+def _decode_pairs(folder: Path, model: VideoModel, pairs: list[Pair]) -> None:
+    """Some held-out pairs as pictures: winner, loser and mask in NNN.npz."""
     folder.mkdir(exist_ok=True)
-    model = load_model(config.model, with_transformer=False, device=_device())
-    count = min(PAIRS_IN_REPORT, len(store))
-    with progress("decoding held-out pairs", count) as bar:
-        for i in range(count):
-            write_pair(folder / f"{i:03d}.npz", _decoded(model, store[i]))
+    with progress("decoding held-out pairs", len(pairs)) as bar:
+        for i, pair in enumerate(pairs):
+            write_pair(folder / f"{i:03d}.npz", _decoded(model, pair))
             bar.advance()
 
 

@@ -10,7 +10,9 @@ import torch
 from starting import one_line
 
 from alignkit import cli, demo
+from alignkit.commands import run_command
 from alignkit.config import load_config
+from alignkit.errors import ModelError
 from alignkit.media.videos import VideoSpec, decode_clip, write_video
 from alignkit.stores.pairs import PairStore
 
@@ -216,8 +218,12 @@ def test_what_an_evaluation_or_a_page_needs_is_looked_for_before_anything_is_wri
     line = one_line(command("eval", config_file, *mine, f"data.videos={tmp_path}", "evaluation.positions=[0.3]"))
     assert "no such file; samples are compared with the held-out videos" in line
     assert contents(tmp_path / "run") == before
-    shutil.rmtree(tmp_path / "run" / "pairs" / "heldout")
     shutil.rmtree(tmp_path / "run" / "report_pairs")
+    before = contents(tmp_path / "run")
+    with pytest.raises(ModelError, match="model_index"):
+        run_command("report", load_config(config_file, [*mine, f"model.path={tmp_path}"]))
+    assert contents(tmp_path / "run") == before and not (tmp_path / "run" / "report_pairs").exists()
+    shutil.rmtree(tmp_path / "run" / "pairs" / "heldout")
     before = contents(tmp_path / "run")
     assert "no pairs here" in one_line(command("report", config_file, *mine))
     assert contents(tmp_path / "run") == before and not (tmp_path / "run" / "report_pairs").exists()
