@@ -1,15 +1,15 @@
 """The `alignkit` command: reads arguments, runs a stage, turns errors a user can mend into one line and exit code 2."""
 
-import logging
+import json
 import os
 import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Timer
 from typing import Annotated, Literal, NoReturn
 
 import typer
@@ -19,6 +19,7 @@ from alignkit.config import (
     Config,
     Family,
     check_places,
+    demo_config,
     full_name,
     load_config,
     shipped_config,
@@ -36,6 +37,7 @@ from alignkit.launch import (
     run_processes,
     slurm_group,
 )
+from alignkit.preparing import look, quiet_libraries, say_soon
 
 app = typer.Typer(
     add_completion=False,
@@ -46,8 +48,19 @@ app = typer.Typer(
     epilog="Each stage reads one YAML file; any key can be overridden: alignkit train run.yaml train.steps=200",
 )
 
+
+def path(text: str) -> Path:
+    """What bash leaves in --out=~/x is the home folder all the same. Raises ConfigError for that of nobody."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{text}: {error}") from None
+
+
+PathArgument, PathOption = partial(typer.Argument, parser=path), partial(typer.Option, parser=path)
+
 ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="a YAML file, a run's folder, or a name that `alignkit configs` lists")
+    Path, PathArgument(metavar="CONFIG", help="a YAML file, a run's folder, or a name that `alignkit configs` lists")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override any key, e.g. train.learning_rate=1e-6")
@@ -62,7 +75,6 @@ Reshape = Annotated[
 ]
 
 EXPERIMENTS = Path("runs/experiment")
-NOTICE_S = 0.4  # until a command that is not over says that it starts
 
 
 def _version(asked: bool) -> None:
@@ -85,23 +97,27 @@ def demo(
     overrides: Overrides = None,
     family: Annotated[Family, typer.Option(help="Which of the small models.")] = "wan",
     videos: Annotated[
-        Path | None, typer.Option(help="A folder of your own videos with captions, instead of drawn clips.")
+        Path | None, PathOption(help="A folder of your own videos with captions, instead of drawn clips.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where everything is written; by itself runs/demo, or runs/demo-cogvideox, -videos."),
+        PathOption(help="Where everything is written; by itself runs/demo, or runs/demo-cogvideox, -videos."),
     ] = None,
     nproc: Processes = 1,
 ) -> None:
     """Run every stage on a small model that comes with alignkit, on this machine, and write a report."""
+    settings, clips = demo_config(family, videos, out, overrides or [])
+    if clips is None:
+        check_places("run", settings)
+    look("demo", settings)
     if _to_be_started("demo", nproc):
         options = {"--family": family, "--videos": videos, "--out": out}
         words = [str(word) for option in options.items() if option[1] is not None for word in option]
         sys.exit(run_processes(["demo", *words, *(overrides or [])], nproc))
-    _quiet_libraries()
-    from alignkit.demo import run_demo
+    quiet_libraries()
+    from alignkit.demo import run
 
-    run_demo(family, videos, out, overrides or [])
+    run(settings, clips)
 
 
 @app.command()
@@ -157,19 +173,21 @@ def rank_run(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @ranking.command("serve")
 def rank_serve(
-    folder: Annotated[Path, typer.Argument(help="A folder with comparisons.jsonl: a run's rankings, or a blind set.")],
+    folder: Annotated[Path, PathArgument(help="A folder with comparisons.jsonl: a run's rankings, or a blind set.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Ask people on a page of this machine: two videos side by side, blind, by keyboard. Every vote is kept."""
+    say_soon("rank serve: starting")
     from alignkit.rankers.people.server import serve
 
     serve(folder, port, open_browser)
 
 
 @ranking.command("results")
-def rank_results(folder: Annotated[Path, typer.Argument(help="The same folder.")]) -> None:
+def rank_results(folder: Annotated[Path, PathArgument(help="The same folder.")]) -> None:
     """Print how often each kind of video won, with 95 % intervals, and how far the raters agree."""
+    say_soon("rank results: starting")
     from alignkit.rankers.people import summary
 
     print("\n".join(summary(folder)))
@@ -179,7 +197,7 @@ def rank_results(folder: Annotated[Path, typer.Argument(help="The same folder.")
 def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Look through data.videos, data.pairs or data.prompts for what cannot be used, and say why; nothing is made."""
     settings = _settings("validate", config, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from alignkit.commands import validate
 
     validate(settings)
@@ -215,7 +233,7 @@ def run_everything(config: ConfigFile, overrides: Overrides = None, nproc: Proce
     settings = _settings("run", config, overrides)
     if _to_be_started("run", nproc):
         _start_several("run", config, overrides, nproc)
-    _quiet_libraries()
+    quiet_libraries()
     from alignkit.demo import run
 
     run(settings)
@@ -264,14 +282,15 @@ def report(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's output.dir, sampled.")],
-    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another, with the same held-out prompts.")],
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the same numbers.")] = None,
+    first: Annotated[Path, PathArgument(metavar="RUN_A", help="A run's output.dir, sampled.")],
+    second: Annotated[Path, PathArgument(metavar="RUN_B", help="Another, with the same held-out prompts.")],
+    out: Annotated[Path | None, PathOption(help="A JSON file for the same numbers.")] = None,
 ) -> None:
     """Compare the samples of two runs, drawn from the same prompts and noise: each measure's means, their difference
     and its 95 % interval, and the settings that differ."""
     settings = [load_config(run) for run in (first, second)]
-    _quiet_libraries()
+    say_soon("compare: starting")
+    quiet_libraries()
     from alignkit.evaluation.comparison import compare as compared
     from alignkit.evaluation.comparison import described
     from alignkit.files import write_json
@@ -298,7 +317,8 @@ def plan(
     kind = gpu_named(gpu)
     settings = load_config(config, overrides or [])
     stage_configs(settings)
-    _quiet_libraries()
+    say_soon("plan: starting")
+    quiet_libraries()
     from alignkit.planning.plan import plan as planned
     from alignkit.planning.report import report as described
 
@@ -307,16 +327,15 @@ def plan(
 
 @app.command()
 def doctor(
-    run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="A run's output.dir: what happened to it.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="A folder that runs are to write to: its disk and locks.")] = None,
+    run: Annotated[Path | None, PathArgument(metavar="[RUN]", help="A run's output.dir: what happened to it.")] = None,
+    output: Annotated[Path | None, PathOption(help="A folder that runs are to write to: its disk and locks.")] = None,
     hashed: Annotated[bool, typer.Option("--hash", help="With RUN: read every byte of its checkpoints.")] = False,
 ) -> None:
     """Say what this machine will use, what will be slow or broken, and what to do; or with RUN what happened to a run,
     what of it is saved, and the command that goes on. Nothing is written, no weights are loaded."""
     from alignkit.doctor import printed
 
+    say_soon("doctor: starting")
     if run is not None:
         if output is not None:
             raise ConfigError("doctor: RUN looks at a run, --output at a place for one; give one of them")
@@ -329,7 +348,7 @@ def doctor(
     from alignkit.doctor.machine import findings
 
     with suppress(ImportError):  # of what is missing the doctor itself tells
-        _quiet_libraries()
+        quiet_libraries()
     print(printed(list(findings(output))))
 
 
@@ -339,11 +358,11 @@ def experiment(
     family: Annotated[
         Family | None, typer.Option(help="localdpo, apo: which of the small models; wan unless named.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where everything is written and taken up again.")] = EXPERIMENTS,
+    out: Annotated[Path, PathOption(help="Where everything is written and taken up again.")] = EXPERIMENTS,
     smoke: Annotated[bool, typer.Option(help="A few steps: minutes, and no conclusions.")] = False,
     config: Annotated[
         Path | None,
-        typer.Option(help="localdpo: compare the methods on this configuration's model and videos."),
+        PathOption(help="localdpo: compare the methods on this configuration's model and videos."),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="with --config: override any key of it")
@@ -362,7 +381,8 @@ def experiment(
     if name == "paths":
         if smoke or nproc > 1:
             raise ConfigError("experiment paths: takes seconds; leave --smoke and --nproc out")
-        _quiet_libraries()
+        say_soon(f"experiment: starting, in {out / 'paths'}")
+        quiet_libraries()
         from alignkit.experiments import paths
 
         paths.run(out / "paths")
@@ -370,7 +390,8 @@ def experiment(
     if config is not None:
         if name != "localdpo" or smoke or nproc > 1 or family is not None:
             raise ConfigError("experiment --config: goes with localdpo alone, without --family, --smoke and --nproc")
-        _quiet_libraries()
+        _settings("experiment", config, [*(overrides or []), f"output.dir={json.dumps(str(out / 'full'))}"])
+        quiet_libraries()
         from alignkit.experiments import full
 
         full.run(config, out / "full", overrides or [])
@@ -385,34 +406,21 @@ def experiment(
         options += ["--family", family] if name in ("localdpo", "apo") else []
         sys.exit(run_processes(["experiment", name, *options], nproc, together=False))
     folder = out / ("smoke" if smoke else "whole")
+    say_soon(f"experiment: starting, in {folder}")
     if name == "manifold":
         from alignkit.experiments import manifold
 
         manifold.run(folder, smoke=smoke)
     else:
-        _quiet_libraries()
+        quiet_libraries()
         from alignkit.experiments import apo, localdpo
 
         {"apo": apo, "localdpo": localdpo}[name].run(family, folder, smoke=smoke)
 
 
 def _settings(command: str, config: Path, overrides: list[str] | None) -> Config:
-    """The configuration of a command, its stages and what it is to read checked too, before anything heavy is imported;
-    that takes seconds, so there is a word on what is going on."""
-    from alignkit.stages import stage_configs
-
     settings = load_config(config, overrides or [])
-    stage_configs(settings)
-    check_places(command, settings)
-    if command == "rollout":
-        from alignkit.apo.prompts import read_prompts
-
-        read_prompts(settings.data.prompts)
-    if first_of_several():
-        word = f"{command}: starting, in {settings.output.dir}"
-        notice = Timer(NOTICE_S, lambda: print(word, file=sys.stderr, flush=True))
-        notice.daemon = True
-        notice.start()
+    look(command, settings)
     return settings
 
 
@@ -443,7 +451,7 @@ def _share(name: str, config: Path, overrides: list[str] | None, nproc: int) -> 
 
 
 def _run(name: str, config: Config) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from alignkit.commands import run_command
 
     run_command(name, config)
@@ -478,18 +486,3 @@ def run() -> None:
         why = str(error).splitlines()[0]
         say(f"alignkit: another process of this command has ended, or cannot be reached{ENDED} ({why})")
         sys.exit(1)
-
-
-def _quiet_libraries() -> None:
-    """Loading bars and notices of the libraries would drown our own; their warnings stay, which may be of the user's
-    model or text."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    notice = "Attention backends are an experimental feature"
-    for name in ("diffusers.models.modeling_utils", "diffusers.models.attention_dispatch"):
-        logging.getLogger(name).addFilter(lambda record: notice not in record.getMessage())

@@ -7,11 +7,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from alignkit.commands import check_train, run_command
-from alignkit.config import Config, Family, ModelSection, load_config, shipped_config
+from alignkit.config import Config, draws_clips
 from alignkit.config.finding import RUN_FILE
 from alignkit.errors import AlignkitError, DataError
 from alignkit.files import write_atomically
 from alignkit.launch import group_size
+from alignkit.localdpo.build import check_settings
 from alignkit.progress import progress, say
 from alignkit.remembered import stamp
 from alignkit.sharing import one_at_a_time, run_lock
@@ -26,31 +27,24 @@ CLIPS = 160
 CLIPS_SEED = 20_260  # other clips than the shipped weights were trained on
 
 
-def run_demo(family: Family, videos: Path | None, out: Path | None, overrides: list[str]) -> None:
-    """Draw clips (unless `videos` names a folder), then pairs, train, sample, eval and report, all under `out`. Every
-    process calls this.
+def run(config: Config, clips: Path | None = None) -> None:
+    """Pairs, train, sample, eval and report, all under `output.dir`. Every process calls this; the first one writes the
+    report. Run again with the same folder it continues where it was stopped.
 
-    Run again with the same folder it continues where it was stopped.
+    clips: the folder of `data.videos`, where they are to be drawn first; for a shipped small model that names no data
+    they are drawn in any case, into output.dir/clips. A chain of stages without videos or pairs of its own, whose
+    stages bring what they train on, is only trained.
+
+    Raises ConfigError, before anything is drawn or written, for settings that the training or the pairs cannot have.
     """
-    if out is None:
-        marks = [family] * (family != ModelSection().family) + ["videos"] * (videos is not None)
-        out = Path("runs") / "-".join(["demo", *marks])
-    folder = videos or out / "clips"
-    settings = [f"data.videos={json.dumps(str(folder))}", f"output.dir={json.dumps(str(out))}", *overrides]
-    config = load_config(shipped_config(f"{family}-tiny-localdpo.yaml"), settings)
-    check_train(config, group_size(os.environ), made=False)  # refused before anything is drawn
-    if videos is None:
-        draw_clips(folder)
-    run(config)
-
-
-def run(config: Config) -> None:
-    """Pairs, train, sample, eval and report. Every process calls this; the first one writes the report.
-
-    A chain of stages without videos or pairs of its own, whose stages bring what they train on, is only trained.
-    """
-    check_train(config, group_size(os.environ), made=False)  # refused before anything slow starts
-    config = with_drawn_clips(config)
+    if draws_clips(config):
+        clips = config.output.dir / "clips"
+        config = config.model_copy(update={"data": config.data.model_copy(update={"videos": clips})})
+    check_train(config, group_size(os.environ), made=False)
+    if config.data.videos and not config.data.pairs and not config.data.rollouts:
+        check_settings(config)
+    if clips is not None:
+        draw_clips(clips)
     judged = config.data.videos or config.data.pairs
     names = STAGES if judged or not config.stages else ("train",)
     main = lone_worker().main
@@ -92,17 +86,6 @@ def _put_back_if_refused(files: dict[Path, bytes | None]) -> Iterator[None]:
                 else:
                     write_atomically(file, content)
         raise
-
-
-def with_drawn_clips(config: Config) -> Config:
-    """Where a configuration of a shipped small model names no data: on clips drawn for it, in output.dir/clips."""
-    data = config.data
-    own = any(entry.data or entry.pairs.get("folder") for entry in config.stages or ())
-    if config.model.path != "tiny" or data.videos or data.pairs or data.prompts or own:
-        return config
-    folder = config.output.dir / "clips"
-    draw_clips(folder)
-    return config.model_copy(update={"data": data.model_copy(update={"videos": folder})})
 
 
 def draw_clips(folder: Path) -> None:

@@ -226,7 +226,7 @@ def serve() -> None:
         import_diffusers()
     else:
         import_everything()
-        importlib.import_module("alignkit.cli")._quiet_libraries()
+        importlib.import_module("alignkit.preparing").quiet_libraries()
     forget_garbage()
     running: dict[int, Started] = {}
     for line in sys.stdin:

@@ -21,7 +21,7 @@ LAYERS = [
     {"training"},
     {"evaluation", "report", "rankers"},
     {"stages"},
-    {"commands", "doctor", "experiments", "planning"},
+    {"commands", "doctor", "experiments", "planning", "preparing"},
     {"demo"},
     {"cli"},
     {"__main__", "reference"},

@@ -3,16 +3,18 @@
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from starting import one_line
 
-from alignkit import cli, demo
+from alignkit import cli, demo, preparing
 from alignkit.commands import run_command
-from alignkit.config import load_config
-from alignkit.errors import ModelError
+from alignkit.config import demo_config, load_config
+from alignkit.errors import AlignkitError, ConfigError, ModelError
 from alignkit.media.videos import VideoSpec, decode_clip, write_video
 from alignkit.stores.pairs import PairStore
 
@@ -42,17 +44,45 @@ def test_a_missing_configuration_is_named(command, tmp_path):
     assert f"{tmp_path / 'no.yaml'}: cannot read" in one_line(command("pairs", tmp_path / "no.yaml"))
 
 
+NO_PAIRS = "no pairs here; run 'alignkit pairs'"
+
+
 @pytest.mark.parametrize(
-    ("stage", "words"),
-    [("train", "alignkit pairs"), ("sample", "alignkit pairs"), ("eval", "alignkit pairs"), ("report", "summary.json")],
+    ("words", "said"),
+    [
+        ("train CONFIG", NO_PAIRS),
+        ("train CONFIG --nproc 2", NO_PAIRS),
+        ("cache-reference CONFIG --nproc 2", NO_PAIRS),
+        ("sample CONFIG", NO_PAIRS),
+        ("eval CONFIG", NO_PAIRS),
+        ("rank run CONFIG ranker.by=motion", "no rollouts here; run 'alignkit rollout'"),
+        ("report CONFIG", "summary.json: missing, so there is nothing to report; run 'alignkit eval'"),
+        ("report CONFIG model.path=/nowhere", "model.path: /nowhere: no such folder"),
+        ("pairs CONFIG", "data.videos: not set"),
+        ("pairs CONFIG data.videos=. data.captions=/nowhere", "data.captions: /nowhere does not exist"),
+        ("pairs CONFIG data.videos=. model.lora=[/nowhere]", "model.lora: /nowhere: no such folder"),
+        ("run CONFIG data.videos=/nowhere", "data.videos: video folder /nowhere does not exist"),
+        ("run CONFIG model.path=.", "data.videos: not set"),
+        ("demo --videos /nowhere --nproc 2", "data.videos: video folder /nowhere does not exist"),
+        ("demo train.stepz=3", "train.stepz: unknown key"),
+        ("experiment localdpo --config /nowhere.yaml", "/nowhere.yaml: cannot read"),
+        ("experiment localdpo --config CONFIG train.stepz=3", "train.stepz: unknown key"),
+    ],
 )
-def test_a_stage_without_the_one_before_says_what_to_run(command, config_file, tmp_path, stage, words):
-    assert words in one_line(command(stage, config_file, f"output.dir={tmp_path}"))
+def test_what_a_look_at_files_tells_is_said_before_anything_heavy_is_imported(
+    monkeypatch, config_file, tmp_path, words, said
+):
+    for name in ("quiet_libraries", "run_processes"):
+        monkeypatch.setattr(cli, name, lambda *_: pytest.fail("began"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AlignkitError, match=re.escape(said)):
+        typed(words.replace("CONFIG", str(config_file) + " output.dir=out" * ("experiment" not in words)))
+    assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_say_it_once(command, config_file, tmp_path):
-    line = one_line(command("train", config_file, f"output.dir={tmp_path}", "--nproc", "2"))
-    assert "alignkit pairs" in line
+def typed(words):
+    """The command line in this process."""
+    cli.app(words.split(), standalone_mode=False)
 
 
 def test_folders_without_usable_videos_are_refused(command, config_file, overrides, tmp_path):
@@ -117,7 +147,7 @@ def test_a_demo_on_own_videos_does_not_meet_what_the_plain_one_left(monkeypatch,
     monkeypatch.setattr(demo, "_conclude", lambda config: None)
     for family in ("wan", "cogvideox"):
         for videos in (None, clips):
-            demo.run_demo(family, videos, None, [])
+            demo.run(*demo_config(family, videos, None, []))
     names = ["demo", "demo-videos", "demo-cogvideox", "demo-cogvideox-videos"]
     stages = ("pairs", "train", "sample", "eval", "report")
     assert ran == [(stage, Path.cwd() / "runs" / name) for name in names for stage in stages]
@@ -136,6 +166,74 @@ def test_all_of_a_demos_processes_take_part_in_all_but_the_report(monkeypatch, c
     monkeypatch.setenv("RANK", "1")
     cli.app([*words, "--nproc", "2"], standalone_mode=False)
     assert ran == [(stage, tmp_path / "out") for stage in ("pairs", "train", "sample", "eval")]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "plan wan-tiny-localdpo",
+        "compare wan-tiny-localdpo wan-tiny-localdpo",
+        "doctor",
+        "demo",
+        "run wan-tiny-localdpo",
+        "rank serve .",
+        "rank results .",
+        "experiment paths",
+        "experiment manifold",
+        "experiment localdpo",
+        "experiment localdpo --config wan-tiny-localdpo",
+    ],
+)
+def test_a_command_has_a_word_on_its_start_before_it_imports_for_seconds(monkeypatch, words):
+    class Said(Exception):
+        pass
+
+    def say(word):
+        raise Said(word)
+
+    monkeypatch.setattr(cli, "quiet_libraries", lambda: pytest.fail("began in silence"))
+    for module in (cli, preparing):
+        monkeypatch.setattr(module, "say_soon", say)
+    with pytest.raises(Said, match=f"^{words.split()[0]}.*: starting"):
+        typed(words)
+
+
+def test_the_word_is_the_first_processs_and_leaves_what_is_printed_alone(monkeypatch, capfd):
+    monkeypatch.setattr(preparing, "NOTICE_S", 0)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        preparing.say_soon(f"plan: starting {rank}")
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.join()
+    assert capfd.readouterr() == ("", "plan: starting 0\n")
+
+
+def test_a_tilde_is_the_home_folder_wherever_the_command_line_takes_a_path(monkeypatch, tmp_path):
+    """bash leaves it in --out=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.path("~/x") == tmp_path / "x" and cli.path("x/~") == Path("x/~")
+    with pytest.raises(ConfigError, match="~nobody-of-that-name/x"):
+        cli.path("~nobody-of-that-name/x")
+    hints = [
+        get_args(hint)
+        for command in (*cli.app.registered_commands, *cli.ranking.registered_commands)
+        for hint in get_type_hints(command.callback, include_extras=True).values()
+    ]
+    parsers = [hint[1].parser for hint in hints if hint and "Path" in str(hint[0])]
+    assert len(parsers) > 15 and set(parsers) == {cli.path}
+
+
+@pytest.mark.parametrize("words", ["data.num_frames=18", "pairs.dynamic_guidance=true", "noise.source=path"])
+def test_no_clip_is_drawn_for_pairs_that_cannot_be(monkeypatch, config_file, tmp_path, words):
+    monkeypatch.setattr(demo, "draw_clips", lambda _: pytest.fail("drawn"))
+    for given in (
+        demo_config("wan", None, tmp_path / "out", [words]),
+        (load_config(config_file, [f"output.dir={tmp_path / 'out'}", words]),),
+    ):
+        with pytest.raises(ConfigError, match=words.partition("=")[0].rpartition(".")[2]):
+            demo.run(*given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(command, config_file, overrides):

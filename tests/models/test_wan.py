@@ -261,7 +261,7 @@ def test_warnings_of_libraries_about_a_users_model_are_seen(command, tmp_path):
     (file,) = (tmp_path / "m/transformer").glob("*.safetensors")
     save_file(load_file(file) | {"blocks.0.what_is_this": torch.zeros(2)}, file)
     code = (
-        "import sys\nfrom alignkit.cli import _quiet_libraries\n_quiet_libraries()\n"
+        "import sys\nfrom alignkit.preparing import quiet_libraries\nquiet_libraries()\n"
         "from alignkit.config import ModelSection\nfrom alignkit.models import load_model\n"
         "load_model(ModelSection(path=sys.argv[1]), with_encoders=False)\n"
     )
