@@ -109,7 +109,7 @@ def demo(
     settings, clips = demo_config(family, videos, out, overrides or [])
     if clips is None:
         check_places("run", settings)
-    look("demo", settings)
+    look("demo", settings, nproc)
     if _to_be_started("demo", nproc):
         options = {"--family": family, "--videos": videos, "--out": out}
         words = [str(word) for option in options.items() if option[1] is not None for word in option]
@@ -215,7 +215,7 @@ def train(
     With stages: [...] in the file, each stage in its turn, from the weights of the one before.
     """
     overrides = [*(overrides or []), *(["train.reshape=true"] if reshape else [])]
-    settings = _settings("train", config, overrides)
+    settings = _settings("train", config, overrides, nproc)
     if _to_be_started("train", nproc):
         from alignkit.commands import check_train
 
@@ -230,7 +230,7 @@ def run_everything(config: ConfigFile, overrides: Overrides = None, nproc: Proce
 
     Run again, it goes on where it was stopped. With a shipped small model and no data named, clips are drawn.
     """
-    settings = _settings("run", config, overrides)
+    settings = _settings("run", config, overrides, nproc)
     if _to_be_started("run", nproc):
         _start_several("run", config, overrides, nproc)
     quiet_libraries()
@@ -418,9 +418,9 @@ def experiment(
         {"apo": apo, "localdpo": localdpo}[name].run(family, folder, smoke=smoke)
 
 
-def _settings(command: str, config: Path, overrides: list[str] | None) -> Config:
+def _settings(command: str, config: Path, overrides: list[str] | None, nproc: int = 1) -> Config:
     settings = load_config(config, overrides or [])
-    look(command, settings)
+    look(command, settings, nproc)
     return settings
 
 

@@ -6,16 +6,20 @@ import sys
 from threading import Timer
 
 from alignkit.config import Config, check_places, store_read
-from alignkit.launch import first_of_several
+from alignkit.config.batches import accumulation_steps
+from alignkit.launch import first_of_several, group_size
 from alignkit.stages import stage_configs
 
 NOTICE_S = 0.4  # until a command that is not over says that it starts
 
 
-def look(command: str, config: Config) -> None:
+def look(command: str, config: Config, processes: int) -> None:
     """Check a command's stages and what it is to read, before anything heavy is imported, and say soon that it starts:
-    those imports take seconds. Raises what the command itself would: of what is missing, its reader tells."""
+    those imports take seconds. Raises what the command itself would: of what is missing, its reader tells. processes:
+    how many it is to start."""
     stage_configs(config)
+    if command in ("train", "run", "demo") and not config.stages:
+        accumulation_steps(config, max(processes, group_size(os.environ)))
     check_places(command, config)
     if command == "rollout":
         from alignkit.apo.prompts import read_prompts

@@ -65,6 +65,8 @@ NO_PAIRS = "no pairs here; run 'alignkit pairs'"
         ("run CONFIG model.path=.", "data.videos: not set"),
         ("demo --videos /nowhere --nproc 2", "data.videos: video folder /nowhere does not exist"),
         ("demo train.stepz=3", "train.stepz: unknown key"),
+        ("demo train.global_batch_size=7", "train.global_batch_size: 7 is not a multiple"),
+        ("train CONFIG train.global_batch_size=8 --nproc 2", "8 is not a multiple of micro_batch_size (8) times 2"),
         ("experiment localdpo --config /nowhere.yaml", "/nowhere.yaml: cannot read"),
         ("experiment localdpo --config CONFIG train.stepz=3", "train.stepz: unknown key"),
     ],

@@ -11,13 +11,14 @@ from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 
 from alignkit.apo.students import teacher_rows
 from alignkit.config import ModelSection, load_config
+from alignkit.config.batches import accumulation_steps
 from alignkit.localdpo.masks import region_mask
 from alignkit.models import family_module, load_model
 from alignkit.models.cogvideox import CogVideoXModel
 from alignkit.models.wan import WanModel
 from alignkit.stages import stage_configs
 from alignkit.training.lora import add_lora
-from alignkit.training.settings import accumulation_steps, deepspeed_config
+from alignkit.training.settings import deepspeed_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # parameters as diffusers builds them; tokens of one video, which with the text are what attention sees

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from alignkit.config import Config
+from alignkit.config.batches import accumulation_steps
 from alignkit.objectives.preference import needs_reference
 from alignkit.planning.constants import DEEPSPEED
 from alignkit.training.distributed import Process
-from alignkit.training.settings import accumulation_steps, check_deepspeed, deepspeed_config
+from alignkit.training.settings import check_deepspeed, deepspeed_config
 
 DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

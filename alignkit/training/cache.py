@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from alignkit.config import Config, changed
+from alignkit.config.batches import accumulation_steps
 from alignkit.errors import ConfigError
 from alignkit.files import write_atomically
 from alignkit.models import VideoModel, load_model, working_dtype
@@ -27,7 +28,7 @@ from alignkit.training.order import global_batch
 from alignkit.training.references.cached import FEATURES, HOLDS, cache_folder, cache_info, check_made, visit_row
 from alignkit.training.references.copy import Copy
 from alignkit.training.run import load_rows, visited_states
-from alignkit.training.settings import accumulation_steps, check_deepspeed
+from alignkit.training.settings import check_deepspeed
 from alignkit.training.terms import run_terms
 from alignkit.training.weights import open_start
 

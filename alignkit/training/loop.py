@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from alignkit.config import Config, dump_config
+from alignkit.config.batches import accumulation_steps
 from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.files import write_atomically, write_json
 from alignkit.models import VideoModel, load_model
@@ -34,7 +35,7 @@ from alignkit.training.optimizers import check_optimizer
 from alignkit.training.references import check_reference, reads_cache
 from alignkit.training.references.cached import cache_digest, cache_info, check_cache
 from alignkit.training.run import Abandoned, Run, Step, start_run
-from alignkit.training.settings import accumulation_steps, check_deepspeed
+from alignkit.training.settings import check_deepspeed
 from alignkit.training.supply import Supply, Waiting
 from alignkit.training.terms import difference, run_terms
 from alignkit.training.validation import STOPPED, check_validation, start_validation

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alignkit.config import Config, TrainSection
+from alignkit.config.batches import accumulation_steps
 from alignkit.errors import AlignkitError
 from alignkit.models import VideoModel
 from alignkit.objectives.beta import AutoBeta
@@ -29,7 +30,6 @@ from alignkit.training.order import global_batch, rank_share
 from alignkit.training.references import Reference, start_reference
 from alignkit.training.references.cached import Visited
 from alignkit.training.references.copy import release_network
-from alignkit.training.settings import accumulation_steps
 from alignkit.training.teacher import Teacher
 from alignkit.training.weights import Start
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from alignkit.config import Config, changed
+from alignkit.config.batches import accumulation_steps
 from alignkit.config.sections import OURS
 from alignkit.errors import ConfigError
 from alignkit.models import working_dtype
-from alignkit.training.context import data_ranks
 from alignkit.training.distributed import Process
 
 # the fastest first
@@ -44,21 +44,6 @@ MONITORS = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
 
 NOT_TAKEN = ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError
 """What DeepSpeed raises for a setting that it cannot work with, as likely as not without its name."""
-
-
-def accumulation_steps(config: Config, world_size: int) -> int:
-    """Forwards per step and process. Raises ConfigError when batch sizes or processes do not divide."""
-    train = config.train
-    ranks = data_ranks(config, world_size)
-    together = train.micro_batch_size * ranks
-    if train.global_batch_size % together:
-        groups = "processes" if ranks == world_size else f"groups of {train.context_parallel} processes"
-        raise ConfigError(
-            f"train.global_batch_size: {train.global_batch_size} is not a multiple of micro_batch_size "
-            f"({train.micro_batch_size}) times {ranks} {groups}; set it to a multiple of {together}, or "
-            "train.micro_batch_size lower"
-        )
-    return train.global_batch_size // together
 
 
 def deepspeed_config(config: Config, process: Process) -> dict[str, Any]:
