@@ -231,7 +231,7 @@ def load_model(
     model = family_module(section.family).load(
         path,
         revision=section.revision,
-        variant=section.variant,
+        variant=section.variant or None,
         max_sequence_length=section.max_sequence_length,
         with_transformer=with_transformer,
         with_encoders=with_encoders,

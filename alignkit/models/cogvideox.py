@@ -27,8 +27,8 @@ from alignkit.models.folder import (
     Watch,
     checked_path,
     first_order_sample,
-    frozen,
     grid_of,
+    load_encoders,
     load_transformer,
     loading,
     settings_of,
@@ -369,7 +369,9 @@ def load(
 
     Raises ModelError naming what is missing or wrong, ConfigError for a text length that the model cannot take.
     """
-    with loading(path, CogVideoXPipeline, revision, expert):
+    with loading(
+        path, CogVideoXPipeline, revision, variant, expert, with_transformer=True, with_encoders=with_encoders
+    ):  # of the transformer at least its config
         scheduler, stochastic = _load_scheduler(path, revision)
         config = CogVideoXTransformer3DModel.load_config(path, subfolder="transformer", revision=revision)
         if config.get("patch_size_t") is not None:
@@ -384,10 +386,7 @@ def load(
             transformer.set_attn_processor(AttentionProcessor())
         pipeline = None
         if with_encoders:
-            pipeline = CogVideoXPipeline.from_pretrained(
-                path, revision=revision, variant=variant, transformer=None, scheduler=scheduler
-            )
-            frozen(pipeline.vae.float()), frozen(pipeline.text_encoder.float())
+            pipeline = load_encoders(CogVideoXPipeline, path, revision, variant, transformer=None, scheduler=scheduler)
         model = CogVideoXModel(
             path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision, variant=variant
         )

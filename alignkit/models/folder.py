@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError, ConfigError, ModelError
 from alignkit.models.experts import PARTS, Experts, boundary_of
-from alignkit.models.weights import check_weight_files, file_digest, fingerprint_of
+from alignkit.models.weights import check_weight_files, file_digest, fingerprint_of, variant_of
 from alignkit.progress import say
 from alignkit.schedules import Schedule, one_step
 
@@ -35,6 +35,7 @@ Watch = Callable[[int, Tensor], None]
 HUB_TIMEOUT_S = 10.0
 PATH_STEPS = 20  # few, so that a path of few timesteps has as many
 TILE, STRIDE = 256, 192  # of the VAE, in pixels, as diffusers has Wan's
+SETTINGS = {"scheduler": SCHEDULER_CONFIG_NAME, "tokenizer": "tokenizer_config.json"}  # the others': config.json
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 LORA_FORMAT = "wanted: diffusers' transformer.LAYER.lora_A.weight with its transformer.LAYER.lora_B.weight"
 
@@ -270,6 +271,7 @@ def load_transformer(
     """A folder's network, frozen. Raises ModelError where it lacks a weight, which diffusers would draw anew."""
     if Path(path).is_dir():
         check_weight_files(Path(path) / part, variant)
+        variant = variant_of(Path(path) / part, variant)
     network, report = kind.from_pretrained(
         path, subfolder=part, revision=revision, variant=variant, torch_dtype=dtype, output_loading_info=True
     )
@@ -298,6 +300,21 @@ def checked_path(model: Model) -> Model:
     return model
 
 
+def load_encoders(
+    kind: type[DiffusionPipeline], path: str, revision: str | None, variant: str | None, **others: Any
+) -> DiffusionPipeline:
+    """A folder's pipeline with what makes latents and text, frozen, in fp32; `others` are its other parts."""
+    if variant and Path(path).is_dir() and not _has_variant(Path(path), variant):
+        variant = None  # which diffusers would refuse
+    pipeline = kind.from_pretrained(path, revision=revision, variant=variant, **others)
+    frozen(pipeline.vae.float()), frozen(pipeline.text_encoder.float())
+    return pipeline
+
+
+def _has_variant(folder: Path, variant: str) -> bool:
+    return any(f".{variant}" in file.name for file in folder.glob("*/*"))
+
+
 def settings_of(part: Any, path: str, subfolder: str, revision: str | None) -> dict[str, Any]:
     """A part's settings, the class's defaults for those that its config.json leaves out, without its weights."""
     with torch.device("meta"):
@@ -306,22 +323,62 @@ def settings_of(part: Any, path: str, subfolder: str, revision: str | None) -> d
 
 @contextmanager
 def loading(
-    path: str, pipeline: type[DiffusionPipeline], revision: str | None, expert: str | None
+    path: str,
+    pipeline: type[DiffusionPipeline],
+    revision: str | None,
+    variant: str | None,
+    expert: str | None,
+    *,
+    with_transformer: bool,
+    with_encoders: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Turn whatever loading raises into a ModelError that names `path`; refuse a folder of another pipeline first, a
-    hub model that cannot be had, and an `expert` that is none. Yields its model_index.json."""
+    """Turn whatever loading raises into a ModelError that names `path`; refuse a folder of another pipeline first, one
+    that lacks a part, a hub model that cannot be had, and an `expert` that is none. Yields its model_index.json."""
     try:
         if not Path(path).is_dir():
             _check_hub(path, pipeline.config_name, revision)
         index = pipeline.load_config(path, revision=revision)
+        if not isinstance(index, dict):
+            raise ModelError(f"model.path: {path}/{pipeline.config_name}: no JSON object")
         if index.get("_class_name") != pipeline.__name__:
             raise ModelError(f"model.path: {path}: a {index.get('_class_name')}, not a {pipeline.__name__}")
         boundary_of(path, index, expert)
+        if Path(path).is_dir():
+            networks = (PARTS.values() if expert else ["transformer"]) if with_transformer else []
+            _check_parts(Path(path), ["scheduler", "vae", *networks])
+            if with_encoders:
+                _check_encoders(Path(path), variant)
+            if variant and not _has_variant(Path(path), variant):  # as what was exported of a network that has it
+                say(f"model.variant: {variant}: no file of {path} is of it; the usual ones are loaded")
         yield index
     except AlignkitError:
         raise
     except Exception as error:  # diffusers, safetensors and json each raise their own kinds for damaged files
         raise ModelError(f"model.path: {path}: cannot load: {_line(error)}") from error
+
+
+def _check_parts(folder: Path, parts: list[str]) -> None:
+    """Raises ModelError for a part without a folder or settings, which diffusers would look for elsewhere."""
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise ModelError(f"model.path: {folder / part}: no such folder, so the model has no {part}")
+        file = folder / part / SETTINGS.get(part, "config.json")
+        if part == "tokenizer" and not file.exists():
+            continue  # some have other files alone
+        try:
+            told = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.path: {file}: cannot load: {error}") from error
+        if not isinstance(told, dict):
+            raise ModelError(f"model.path: {file}: cannot load: no JSON object")
+
+
+def _check_encoders(folder: Path, variant: str | None) -> None:
+    """The same of what makes latents and text, with their weights; diffusers loads these from *.bin too."""
+    _check_parts(folder, ["vae", "text_encoder", "tokenizer"])
+    for part in ("vae", "text_encoder"):
+        if not any((folder / part).glob("*.bin")):
+            check_weight_files(folder / part, variant)
 
 
 def _check_hub(name: str, file: str, revision: str | None) -> None:

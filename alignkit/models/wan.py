@@ -21,8 +21,8 @@ from alignkit.models.folder import (
     Watch,
     checked_path,
     first_order_sample,
-    frozen,
     grid_of,
+    load_encoders,
     load_transformer,
     loading,
     settings_of,
@@ -235,7 +235,9 @@ def load(
 
     Raises ModelError naming what is missing or wrong.
     """
-    with loading(path, WanPipeline, revision, expert) as index:
+    with loading(
+        path, WanPipeline, revision, variant, expert, with_transformer=with_transformer, with_encoders=with_encoders
+    ) as index:
         if index.get("expand_timesteps"):
             raise ModelError(f"model.path: {path}: expand_timesteps is on: Wan2.2's 5B is not supported")
         scheduler = _load_scheduler(path, revision)
@@ -252,10 +254,7 @@ def load(
             transformer = high if boundary is None else Experts(high, *low, boundary=boundary)
         pipeline = None
         if with_encoders:
-            pipeline = WanPipeline.from_pretrained(
-                path, revision=revision, variant=variant, transformer=None, transformer_2=None
-            )
-            frozen(pipeline.vae.float()), frozen(pipeline.text_encoder.float())
+            pipeline = load_encoders(WanPipeline, path, revision, variant, transformer=None, transformer_2=None)
         return WanModel(
             path, max_sequence_length, scheduler, vae_config, transformer, pipeline, dtype, revision,
             variant=variant, expert=expert, boundary=boundary,
