@@ -35,6 +35,7 @@ Watch = Callable[[int, Tensor], None]
 HUB_TIMEOUT_S = 10.0
 PATH_STEPS = 20  # few, so that a path of few timesteps has as many
 TILE, STRIDE = 256, 192  # of the VAE, in pixels, as diffusers has Wan's
+VOCABULARIES = "tokenizer.json", "spiece.model"  # of which transformers reads the first; bytes need none
 SETTINGS = {"scheduler": SCHEDULER_CONFIG_NAME, "tokenizer": "tokenizer_config.json"}  # the others': config.json
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 LORA_FORMAT = "wanted: diffusers' transformer.LAYER.lora_A.weight with its transformer.LAYER.lora_B.weight"
@@ -145,13 +146,17 @@ class ModelFolder:
         return Path(snapshot_download(self.path, revision=self.revision, local_files_only=True))
 
     def fingerprint(self, part: str = "transformer") -> str:
-        """Identifies the weights of a part: its tensors in a folder, id and commit of a hub model."""
+        """Identifies the weights of a part: its tensors in a folder, id and commit of a hub model; of the text encoder
+        its tokenizer's vocabulary too, where that is a file."""
         folder = Path(self.path)
         if folder.is_dir():
             found = fingerprint_of(folder / part, self.variant)
             if part == "transformer" and self.boundary is not None:  # both make videos
                 both = [found, fingerprint_of(folder / PARTS["low"], self.variant), self.boundary]
                 found = hashlib.sha256(json.dumps(both).encode()).hexdigest()[:16]
+            words = [folder / "tokenizer" / name for name in VOCABULARIES if (folder / "tokenizer" / name).is_file()]
+            if part == "text_encoder" and words:
+                found = hashlib.sha256(found.encode() + file_digest(words[0])).hexdigest()[:16]
         else:
             where = json.dumps([self.path, self.local_folder().name])  # …/snapshots/COMMIT
             found = hashlib.sha256(where.encode()).hexdigest()[:16]

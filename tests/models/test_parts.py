@@ -112,3 +112,15 @@ def test_a_pointer_in_place_of_a_file_is_said(folder):
     weights_of(folder, "vae").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
     with pytest.raises(ModelError, match="a pointer of Git LFS, not the file itself: git lfs pull"):
         load(folder)
+
+
+def test_a_text_encoder_is_told_by_its_vocabulary_too(folder, wan):
+    model = load_model(ModelSection(path=str(folder)), with_transformer=False, with_encoders=False)
+    prints = [model.fingerprint("text_encoder")]
+    assert prints[0] == wan.fingerprint("text_encoder"), "the shipped one has no vocabulary"
+    for name, content in (("spiece.model", "one"), ("spiece.model", "two"), ("tokenizer.json", "three")):
+        (folder / "tokenizer" / name).write_text(content)
+        prints.append(model.fingerprint("text_encoder"))
+    (folder / "tokenizer/spiece.model").unlink()  # as of a folder that was saved anew
+    assert len(set(prints)) == 4 and model.fingerprint("text_encoder") == prints[-1]
+    assert model.fingerprint("vae") == wan.fingerprint("vae")
