@@ -67,7 +67,9 @@ class ModelSection(Section):
     path: str = Field("tiny", description="a diffusers folder, a hub id, or 'tiny' for the shipped small model")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: the hub's main branch")
     variant: str | None = Field(
-        None, description="of weight files: fp16 for diffusion_pytorch_model.fp16.safetensors; null: the plain ones"
+        None,
+        description="of weight files: fp16 for diffusion_pytorch_model.fp16.safetensors, in parts that have it; null: the "
+        "plain ones",
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the network; auto: bf16 on a GPU that multiplies it, else fp32"
