@@ -68,8 +68,8 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; null: the hub's main branch")
     variant: str | None = Field(
         None,
-        description="of weight files: fp16 for diffusion_pytorch_model.fp16.safetensors, in parts that have it; null: the "
-        "plain ones",
+        description="of weight files: fp16 for diffusion_pytorch_model.fp16.safetensors, in parts that have it; "
+        "null: the plain ones",
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the network; auto: bf16 on a GPU that multiplies it, else fp32"
