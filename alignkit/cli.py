@@ -106,11 +106,12 @@ def demo(
     nproc: Processes = 1,
 ) -> None:
     """Run every stage on a small model that comes with alignkit, on this machine, and write a report."""
+    several = _to_be_started("demo", nproc)
     settings, clips = demo_config(family, videos, out, overrides or [])
     if clips is None:
         check_places("run", settings)
     look("demo", settings, nproc)
-    if _to_be_started("demo", nproc):
+    if several:
         options = {"--family": family, "--videos": videos, "--out": out}
         words = [str(word) for option in options.items() if option[1] is not None for word in option]
         sys.exit(run_processes(["demo", *words, *(overrides or [])], nproc))
@@ -215,8 +216,9 @@ def train(
     With stages: [...] in the file, each stage in its turn, from the weights of the one before.
     """
     overrides = [*(overrides or []), *(["train.reshape=true"] if reshape else [])]
+    several = _to_be_started("train", nproc)
     settings = _settings("train", config, overrides, nproc)
-    if _to_be_started("train", nproc):
+    if several:
         from alignkit.commands import check_train
 
         check_train(settings, nproc)
@@ -230,8 +232,9 @@ def run_everything(config: ConfigFile, overrides: Overrides = None, nproc: Proce
 
     Run again, it goes on where it was stopped. With a shipped small model and no data named, clips are drawn.
     """
+    several = _to_be_started("run", nproc)
     settings = _settings("run", config, overrides, nproc)
-    if _to_be_started("run", nproc):
+    if several:
         _start_several("run", config, overrides, nproc)
     quiet_libraries()
     from alignkit.demo import run
@@ -246,8 +249,9 @@ def cache_reference(config: ConfigFile, overrides: Overrides = None, nproc: Proc
     Once for all runs with the same base, pairs, noise and batches, whatever their objective. Any number of processes
     share the work; run again to resume, or to add what a longer run needs.
     """
+    several = _to_be_started("cache-reference", nproc)
     settings = _settings("cache-reference", config, overrides)
-    if _to_be_started("cache-reference", nproc):
+    if several:
         from alignkit.commands import check_cache_reference
 
         check_cache_reference(settings)
