@@ -67,9 +67,9 @@ def read(call: Call) -> Answer:
         if words[0] in SHOWN:
             from alignkit import cli
 
-            with redirect_stdout(io.StringIO()) as out:
+            with redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)) as out:
                 getattr(cli, words[0])(*words[1:])
-            return 0, out.getvalue()
+            return 0, out.buffer.getvalue().decode()
     elif call.name == "make":
         done = subprocess.run(["/usr/bin/make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.returncode, done.stderr
