@@ -26,48 +26,79 @@ def launched() -> bool:
 
 
 def first_of_several() -> bool:
-    """Whether this process speaks for those that were started beside it; so does one that is alone."""
-    return int(os.environ.get("RANK", os.environ.get(WORKER, os.environ.get("SLURM_PROCID", 0)))) == 0
+    """Whether this process speaks for those that were started beside it; so does one that is alone, or that cannot
+    read its number and is going to be refused for it."""
+    own = os.environ.get(first_named(os.environ, "RANK", WORKER, "SLURM_PROCID"), "")
+    return not own.isdecimal() or int(own) == 0
+
+
+def first_named(environment: Mapping[str, str], *names: str) -> str:
+    """The first of a launcher's variables that is there; the last, where none is."""
+    return next((name for name in names if name in environment), names[-1])
+
+
+def whole_number(environment: Mapping[str, str], name: str, otherwise: int) -> int:
+    """What a launcher says by one of its variables. Raises ConfigError where that is something else."""
+    said = environment.get(name, str(otherwise))
+    if not said.isdecimal():
+        raise ConfigError(f"{name}: should be a whole number, as a launcher sets it in the environment, got {said!r}")
+    return int(said)
+
+
+def torchrun_group(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a launcher that sets RANK, and names no LOCAL_RANK, leaves unsaid: Kubeflow's PyTorchJob starts one process
+    a container. Raises ConfigError where it cannot form a group."""
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ConfigError(f"RANK: set in the environment without {', '.join(missing)}; set them too, or unset RANK")
+    numbers = ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, processes, *_ = (whole_number(environment, name, 1) for name in numbers)
+    if rank >= processes:
+        raise ConfigError(f"RANK: should be below WORLD_SIZE, {processes}, in the environment, got {rank}")
+    alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return {} if "LOCAL_RANK" in environment else alone
 
 
 def slurm_group(environment: Mapping[str, str]) -> dict[str, str]:
     """torchrun's variables for a task of `srun -n N`, N above 1; empty for any other process.
 
-    The first task's host is the first of the step's nodes. Raises ConfigError where Slurm does not name them.
+    The first task's host is the first of the step's nodes. Raises ConfigError where Slurm does not name them, or by
+    variables that are not as it sets them.
     """
-    count = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", 1)))
     # sbatch's own process is no task
     script = environment.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environment
-    if count < 2 or script or "SLURM_PROCID" not in environment:
+    if script or "SLURM_PROCID" not in environment:
+        return {}
+    count = whole_number(environment, first_named(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), 1)
+    if count < 2:
         return {}
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
     host = environment.get("MASTER_ADDR") or first_host(nodes)
     if not host:
-        if int(environment.get("SLURM_NNODES", 1)) > 1:
+        if whole_number(environment, "SLURM_NNODES", 1) > 1:
             raise ConfigError("srun: Slurm names no SLURM_STEP_NODELIST; set MASTER_ADDR to the first node's name")
         host = "127.0.0.1"
     # a step's tasks agree on it without talking, two steps of a job side by side rarely take the same
-    job = int(environment.get("SLURM_JOB_ID", 0)) * 7 + int(environment.get("SLURM_STEP_ID", 0))
-    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", str(count)))
+    job = whole_number(environment, "SLURM_JOB_ID", 0) * 7 + whole_number(environment, "SLURM_STEP_ID", 0)
     return {
-        "RANK": environment["SLURM_PROCID"],
+        "RANK": str(whole_number(environment, "SLURM_PROCID", 0)),
         "WORLD_SIZE": str(count),
-        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
-        "LOCAL_WORLD_SIZE": str(_tasks_of_node(tasks, int(environment.get("SLURM_NODEID", 0)))),
+        "LOCAL_RANK": str(whole_number(environment, "SLURM_LOCALID", 0)),
+        "LOCAL_WORLD_SIZE": str(_tasks_of_node(environment, count)),
         "MASTER_ADDR": host,
-        "MASTER_PORT": environment.get("MASTER_PORT", str(FIRST_PORT + job % PORTS)),
+        "MASTER_PORT": str(whole_number(environment, "MASTER_PORT", FIRST_PORT + job % PORTS)),
     }
 
 
 def array_task(environment: Mapping[str, str]) -> int:
     """The number of a task of a Slurm array, from 0; 0 of any other process."""
-    return int(environment.get("SLURM_ARRAY_TASK_ID", 0)) - int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+    first = whole_number(environment, "SLURM_ARRAY_TASK_MIN", 0)
+    return whole_number(environment, "SLURM_ARRAY_TASK_ID", 0) - first
 
 
 def group_size(environment: Mapping[str, str]) -> int:
     """Of the process group that a launcher's environment names, torchrun's before Slurm's; 1 where none does."""
-    found = environment if "RANK" in environment else slurm_group(environment)
-    return int(found.get("WORLD_SIZE", 1))
+    return whole_number(environment if "RANK" in environment else slurm_group(environment), "WORLD_SIZE", 1)
 
 
 def groups_of(key: str, degree: int, processes: int) -> int:
@@ -79,17 +110,21 @@ def groups_of(key: str, degree: int, processes: int) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes: "gpu[03-05,9],cpu1" → "gpu03"."""
-    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
-    return "".join(part or "" for part in found.groups()) if found else ""
+    """The first of Slurm's list of nodes: "gpu[03-05,9],cpu1" → "gpu03", "rack[1-2]n[01-04]" → "rack1n01"."""
+    found = re.match(r"([^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[(\w*)[^\]]*\]", r"\1", found.group() if found else "")
 
 
-def _tasks_of_node(tasks: str, node: int) -> int:
-    """Of Slurm's "4(x3),2", the entry of a node."""
+def _tasks_of_node(environment: Mapping[str, str], tasks: int) -> int:
+    """This node's of Slurm's "4(x3),2"; all, where it does not say so."""
+    name = first_named(environment, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+    said = environment.get(name, str(tasks))
     counts: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", said):
         counts += [int(count)] * int(times or 1)
-    return counts[min(node, len(counts) - 1)]
+    if not counts:
+        raise ConfigError(f"{name}: should be as Slurm sets it in the environment, 4(x3),2 say, got {said!r}")
+    return counts[min(whole_number(environment, "SLURM_NODEID", 0), len(counts) - 1)]
 
 
 def free_port() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import ConfigError
-from alignkit.launch import first_host, lost_peer, slurm_group
+from alignkit.launch import first_host, first_of_several, lost_peer, slurm_group, torchrun_group
 
 TASK = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "SLURM_NTASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
 NODES = {"SLURM_STEP_NODELIST": "gpu[03-04],cpu1", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
@@ -18,7 +18,15 @@ NODES = {"SLURM_STEP_NODELIST": "gpu[03-04],cpu1", "SLURM_NNODES": "2", "SLURM_N
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("gpu1", "gpu1"), ("gpu[03-05,9],cpu1", "gpu03"), ("a,b[1-2]", "a"), ("r[1,4]n-x,c", "r1n-x"), ("", "")],
+    [
+        ("gpu1", "gpu1"),
+        ("gpu[03-05,9],cpu1", "gpu03"),
+        ("a,b[1-2]", "a"),
+        ("r[1,4]n-x,c", "r1n-x"),
+        ("", ""),
+        ("rack[1-2]n[01-04]", "rack1n01"),
+        ("rack[0-3]_blade[0-41],x[7]", "rack0_blade0"),
+    ],
 )
 def test_the_first_of_slurms_nodes_is_found(nodes, first):
     assert first_host(nodes) == first
@@ -45,6 +53,38 @@ def test_what_is_no_task_of_several_has_no_group():
     assert slurm_group(script | {"SLURM_STEP_ID": "0"}) != {}, "what it starts with srun"
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
         slurm_group(TASK | {"SLURM_NNODES": "2"})
+
+
+GROUP = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+
+
+def test_a_launcher_that_names_no_local_rank_starts_one_process_a_machine():
+    """Kubeflow's PyTorchJob."""
+    assert torchrun_group(GROUP) == {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert torchrun_group(GROUP | {"LOCAL_RANK": "1"}) == {}, "the deepspeed launcher"
+
+
+@pytest.mark.parametrize(
+    ("group", "environment", "said"),
+    [
+        (torchrun_group, {"RANK": "0"}, "RANK: set in the environment without WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        (torchrun_group, GROUP | {"RANK": "x"}, "RANK: should be a whole number, .* got 'x'"),
+        (torchrun_group, GROUP | {"LOCAL_RANK": ""}, "LOCAL_RANK: should be a whole number, .* got ''"),
+        (torchrun_group, GROUP | {"RANK": "2"}, "RANK: should be below WORLD_SIZE, 2, in the environment, got 2"),
+        (slurm_group, TASK | {"SLURM_NTASKS": "x"}, "SLURM_NTASKS: should be a whole number, .* got 'x'"),
+        (slurm_group, TASK | {"SLURM_NTASKS": ""}, "SLURM_NTASKS: should be a whole number, .* got ''"),
+        (slurm_group, TASK | {"SLURM_TASKS_PER_NODE": ""}, r"SLURM_TASKS_PER_NODE: .* 4\(x3\),2 say, got ''"),
+    ],
+)
+def test_a_variable_that_no_launcher_sets_so_is_named(group, environment, said):
+    with pytest.raises(ConfigError, match=said):
+        group(environment)
+
+
+def test_who_cannot_read_its_number_says_so_itself(monkeypatch):
+    """The command line asks while it tells an error, too."""
+    monkeypatch.setenv("RANK", "x")
+    assert first_of_several()
 
 
 REFUSED = """

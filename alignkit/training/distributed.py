@@ -20,7 +20,17 @@ import torch
 
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.files import made
-from alignkit.launch import WORKER, WORKERS, array_task, die_with_launcher, free_port, slurm_group
+from alignkit.launch import (
+    WORKER,
+    WORKERS,
+    array_task,
+    die_with_launcher,
+    first_named,
+    free_port,
+    slurm_group,
+    torchrun_group,
+    whole_number,
+)
 from alignkit.sharing import run_lock
 from alignkit.training.extension import load_cpu_communication
 
@@ -51,12 +61,12 @@ def start_process() -> Process:
     """Join the process group that the launcher's environment names (torchrun, deepspeed, `--nproc`, srun), or form one
     alone.
 
-    Sets the number of threads to cores // processes on this machine: more make every process slower.
+    Sets the number of threads to cores // processes on this machine: more make every process slower. Raises ConfigError
+    for an environment that names no group, or half of one.
     """
+    os.environ.update(torchrun_group(os.environ) if "RANK" in os.environ else slurm_group(os.environ))
     import deepspeed
 
-    if "RANK" not in os.environ:
-        os.environ.update(slurm_group(os.environ))
     if "RANK" not in os.environ:
         local = str(lone_worker().local_rank)
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "1"}
@@ -65,8 +75,8 @@ def start_process() -> Process:
     # DeepSpeed and diffusers call collectives by names that torch 2.13 deprecates; said at each step, by all processes.
     for module in (r"torch\.distributed", r"diffusers\.hooks\.context_parallel"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    set_threads(int(os.environ.get(WORKERS, os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    set_threads(int(os.environ[first_named(os.environ, WORKERS, "LOCAL_WORLD_SIZE", "WORLD_SIZE")]))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -195,20 +205,20 @@ def lone_worker() -> Process:
     """Who this process is among those of its launcher, without a process group: for work that needs no exchange.
 
     torchrun's ranks and `--nproc`'s know their number from RANK, tasks of a Slurm job or array from SLURM_PROCID and
-    SLURM_ARRAY_TASK_ID. Sets the number of threads as `start_process` does.
+    SLURM_ARRAY_TASK_ID. Sets the number of threads as `start_process` does. Raises ConfigError where they are none.
     """
     environment = os.environ
-    task = array_task(environment)
     # WORKER before RANK, which a training run that formed a group alone has set
-    rank = int(environment.get(WORKER, environment.get("RANK", task or environment.get("SLURM_PROCID", 0))))
-    local_rank = int(environment.get(WORKER, environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0))))
+    own = first_named(environment, WORKER, "RANK", "SLURM_PROCID")
+    rank = (array_task(environment) if own == "SLURM_PROCID" else 0) or whole_number(environment, own, 0)
+    local_rank = whole_number(environment, first_named(environment, WORKER, "LOCAL_RANK", "SLURM_LOCALID"), 0)
     die_with_launcher()
-    set_threads(int(environment.get("LOCAL_WORLD_SIZE", environment.get(WORKERS, 1))))
+    set_threads(whole_number(environment, first_named(environment, "LOCAL_WORLD_SIZE", WORKERS), 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank %= torch.cuda.device_count()
         device = torch.device("cuda", local_rank)
-    return Process(rank, int(environment.get("WORLD_SIZE", 1)), local_rank, device)
+    return Process(rank, whole_number(environment, "WORLD_SIZE", 1), local_rank, device)
 
 
 def set_threads(processes: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
 from alignkit.launch import PARENT, free_port
 from alignkit.training import distributed
 from alignkit.training.distributed import Process, lone_worker, on_main, on_main_at_length, start_process
@@ -87,6 +87,22 @@ def test_a_worker_knows_its_number(monkeypatch, environment, rank):
         monkeypatch.setenv(name, value)
     worker = lone_worker()
     assert worker.rank == rank and worker.main == (rank == 0)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_ARRAY_TASK_ID", "WORLD_SIZE"])
+def test_a_worker_whose_number_is_none_is_refused_by_the_variables_name(monkeypatch, name):
+    for other in SLURM:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(ConfigError, match=f"^{name}: should be a whole number, .* got 'x'"):
+        lone_worker()
+
+
+def test_a_process_with_half_a_group_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match=r"^RANK: .* without .*MASTER_PORT"):
+        start_process()
 
 
 def test_what_a_killed_build_of_the_extension_left_behind_holds_nobody_up(tmp_path):
