@@ -158,8 +158,8 @@ def test_a_demo_on_own_videos_does_not_meet_what_the_plain_one_left(monkeypatch,
 def test_all_of_a_demos_processes_take_part_in_all_but_the_report(monkeypatch, clips, tmp_path):
     started, ran = [], []
     monkeypatch.setattr(cli, "run_processes", lambda words, count: started.append((words, count)) or 0)
-    for name in ("draw_clips", "_conclude"):
-        monkeypatch.setattr(demo, name, lambda _: None)
+    for module, name in ((demo, "draw_clips"), (demo, "_conclude"), (cli, "look")):
+        monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(demo, "run_command", lambda name, config: ran.append((name, config.output.dir)))
     with pytest.raises(SystemExit):
         cli.app(["demo", "--nproc", "2", "--videos", str(clips), "train.steps=3", "--out", str(tmp_path / "out")])
@@ -202,13 +202,14 @@ def test_a_command_has_a_word_on_its_start_before_it_imports_for_seconds(monkeyp
 
 def test_the_word_is_the_first_processs_and_leaves_what_is_printed_alone(monkeypatch, capfd):
     monkeypatch.setattr(preparing, "NOTICE_S", 0)
+    before = set(threading.enumerate())
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         preparing.say_soon(f"plan: starting {rank}")
-    for thread in threading.enumerate():
-        if isinstance(thread, threading.Timer):
-            thread.join()
-    assert capfd.readouterr() == ("", "plan: starting 0\n")
+    for timer in set(threading.enumerate()) - before:
+        timer.join()
+    out, err = capfd.readouterr()
+    assert out == "" and "plan: starting 0\n" in err and "starting 1" not in err
 
 
 def test_a_tilde_is_the_home_folder_wherever_the_command_line_takes_a_path(monkeypatch, tmp_path):
