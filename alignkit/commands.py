@@ -20,7 +20,7 @@ from alignkit.given.build import build_given_pairs, find_given
 from alignkit.launch import SHARING, first_of_several
 from alignkit.localdpo.build import build_pairs, check_settings
 from alignkit.localdpo.sources import Source, check_count, check_masks, find_usable
-from alignkit.media.captions import Problem
+from alignkit.media.captions import NOTE, Problem
 from alignkit.media.videos import PLAYBACK_FPS, decode_clip, write_video
 from alignkit.models import VideoModel, load_model
 from alignkit.objectives.states.checks import check_noise, check_states
@@ -100,8 +100,9 @@ def validate(config: Config) -> None:
         say(f"{problem.video}: {problem.reason}")
     if config.data.videos:
         check_count(config, sources, problems)
-    if problems:
-        raise DataError(f"{len(problems)} {'thing' if len(problems) == 1 else 'things'} cannot be used, see above")
+    bad = [problem for problem in problems if problem.kind != NOTE]
+    if bad:
+        raise DataError(f"{len(bad)} {'thing' if len(bad) == 1 else 'things'} cannot be used, see above")
     if config.stages:
         from alignkit.stages.chain import check_supplies
 

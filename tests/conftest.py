@@ -305,16 +305,22 @@ def stand_in(server, tmp_path):
     running: dict[Path, Command] = {}
     over = threading.Event()
 
+    def done(file: Path, *answer) -> None:
+        (folder / "partial").write_text(json.dumps(answer))
+        (folder / "partial").rename(file.with_suffix(".done"))
+
     def answer() -> None:
         while not over.wait(0.02):
             for file in folder.glob("*.job"):
                 job = json.loads(file.read_text())
-                running[file] = Command(server, ["alignkit", *job["argv"]], None, job["env"])
                 file.rename(file.with_suffix(".taken"))
+                try:
+                    running[file] = Command(server, ["alignkit", *job["argv"]], None, job["env"])
+                except Exception as error:  # the thread's own end would leave the launcher waiting
+                    done(file, 1, "", repr(error))
             for file in [file for file, child in running.items() if child.poll() is not None]:
                 child = running.pop(file)
-                (folder / "partial").write_text(json.dumps([child.returncode, *child.communicate()]))
-                (folder / "partial").rename(file.with_suffix(".done"))
+                done(file, child.returncode, *child.communicate())
 
     thread = threading.Thread(target=answer)
     thread.start()

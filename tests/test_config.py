@@ -101,9 +101,9 @@ def test_a_locale_of_few_characters_changes_no_word_of_a_configuration(tmp_path)
         ('output: {dir: "a\\0b"}', [], ["output.dir", "is no path"]),
         ("{" * 3000, [], ["not valid YAML"]),
         (GOOD, ["train=" + "{" * 3000], ["override", "not valid YAML"]),
-        (GOOD + "model: {path: out/export}", [], ["model.path", "out/export", "replaces", "another output.dir"]),
+        (GOOD + "model: {path: ./out/export}", [], ["model.path", "out/export", "replaces", "another output.dir"]),
         (GOOD + "model: {lora: [out/export-ema]}", [], ["model.lora", "replaces"]),
-        (GOOD + "student: {teacher: out/../out/export}", [], ["student.teacher", "replaces"]),
+        (GOOD + "student: {teacher: ./out/../out/export}", [], ["student.teacher", "replaces"]),
         ("- a\n- b", [], ["sections", "list"]),
         ("a: [", [], ["not valid YAML"]),
         (GOOD + "objective: {beta: automatic}", [], ["objective.beta: should be a number", "or auto, got 'automatic'"]),
@@ -267,3 +267,20 @@ def test_paths_mean_the_same_wherever_they_are_read(tmp_path, monkeypatch):
     assert config.data.videos == tmp_path / "videos" and config.model.lora == (home / "a", tmp_path / "b")
     with pytest.raises(ConfigError, match=r"output.dir: .*nobody-of-that-name"):
         load_config(write(tmp_path, GOOD), ["output.dir=~nobody-of-that-name/x"])
+
+
+@pytest.mark.parametrize(
+    ("path", "refused"), [("~nobody-here/x", False), ("loop/x", False), ("Wan-AI/some", False), (".", True)]
+)
+def test_a_base_is_looked_at_where_there_is_one(tmp_path, monkeypatch, path, refused):
+    """A hub's name is no folder beside the one that a command is given in."""
+    export = tmp_path / "out" / "export"
+    export.mkdir(parents=True)
+    monkeypatch.chdir(export)
+    (export / "loop").symlink_to("loop")
+    text = f"output: {{dir: {tmp_path / 'out'}}}\nmodel: {{path: {path}}}"
+    if refused:
+        with pytest.raises(ConfigError, match=r"model\.path: \. is what this run replaces"):
+            load_config(write(tmp_path, text))
+    else:
+        assert load_config(write(tmp_path, text)).model.path == path

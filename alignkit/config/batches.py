@@ -4,11 +4,18 @@ from alignkit.config.whole import Config
 from alignkit.errors import ConfigError
 from alignkit.launch import groups_of
 
+KEY = "train.context_parallel"
+
+
+def data_ranks(config: Config, world_size: int) -> int:
+    """Groups of processes that train on different pairs. Raises ConfigError as `groups_of`."""
+    return groups_of(KEY, config.train.context_parallel, world_size)
+
 
 def accumulation_steps(config: Config, world_size: int) -> int:
     """Forwards per step and process. Raises ConfigError when batch sizes or processes do not divide."""
     train = config.train
-    ranks = groups_of("train.context_parallel", train.context_parallel, world_size)
+    ranks = data_ranks(config, world_size)
     together = train.micro_batch_size * ranks
     if train.global_batch_size % together:
         groups = "processes" if ranks == world_size else f"groups of {train.context_parallel} processes"

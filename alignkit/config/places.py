@@ -16,7 +16,7 @@ READ = {
     "rollout": ("data.prompts",),
     "validate": (*PAIRS, "data.prompts"),
 }
-"""By command, the keys whose files it cannot do without. Later ones read stores, whose sources may be gone by then."""
+"""By command, the keys whose files it cannot do without. Others read stores, whose sources may be gone by then."""
 SPLITS = {"train": "train", "cache-reference": "train", "sample": "heldout", "eval": "heldout"}
 """Of the pairs, by the command that cannot do without them."""
 

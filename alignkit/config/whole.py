@@ -1,5 +1,6 @@
 """All sections together, and what must hold between them."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -135,14 +136,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _base_that_stays(self) -> "Config":
-        written = [(self.output.dir / name).resolve() for name in ("export", "export-ema")]
+        written = [os.path.realpath(self.output.dir / name) for name in ("export", "export-ema")]
         for key, places in (
             ("model.path", [self.model.path]),
             ("model.lora", self.model.lora),
             ("student.teacher", [self.student.teacher] if self.student.teacher else []),
         ):
             for place in places:
-                if any(Path(place).expanduser().resolve().is_relative_to(folder) for folder in written):
+                path = os.path.expanduser(place)
+                found = os.path.realpath(path)
+                is_folder = path.startswith((".", "/")) or os.path.exists(found)  # else a hub's id
+                if is_folder and any(Path(found).is_relative_to(folder) for folder in written):
                     raise ValueError(f"{key}: {place} is what this run replaces as it ends; choose another output.dir")
         return self
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from alignkit.errors import MomentError
 from alignkit.training import manifest as manifests
 from alignkit.training.manifest import BEFORE, DAMAGED, PARTIAL
 
@@ -66,7 +67,11 @@ class Training:
     @cached_property
     def checkpoints(self) -> list[Checkpoint]:
         """The newest first."""
-        return [self._checkpoint(path) for path in manifests.candidates(self.folder / "checkpoints")]
+        try:
+            found = manifests.candidates(self.folder / "checkpoints")
+        except (MomentError, OSError):
+            return []
+        return [self._checkpoint(path) for path in found]
 
     @cached_property
     def newest(self) -> Checkpoint | None:
@@ -107,7 +112,10 @@ class Training:
         return (self.folder / "masters.json").is_file() and (self.folder / "masters.safetensors").is_file()
 
     def _checkpoint(self, path: Path) -> Checkpoint:
-        wrong = manifests.described(path, lambda: manifests.damage(path, hashed=self.hashed))
+        try:
+            wrong = manifests.described(path, lambda: manifests.damage(path, hashed=self.hashed))
+        except MomentError as error:
+            wrong = str(error)
         processes = record(path / manifests.MANIFEST).get("world_size", 0)
         return Checkpoint(path.name, manifests.step_of(path), wrong, processes)
 

@@ -55,11 +55,18 @@ def run(file: Path, out: Path, overrides: list[str]) -> Path:
 def _stages(config: Config) -> None:
     """What of the arm is not there yet; all of it under other settings, which each command then takes or refuses."""
     done, kept = config.output.dir / "stages.json", config.output.dir / "config.yaml"
-    same = kept.exists() and kept.read_text() == dump_config(config)
+    same = kept.exists() and _alike(load_config(kept), config)
     stages = read_json_file(done, "delete it") if same and done.exists() else {}
     for name in ("pairs", "train", "sample", "eval"):
         if name not in stages or (name == "train" and not export_folder(config).is_dir()):
             run_command(name, config)
+
+
+def _alike(kept: Config, config: Config) -> bool:
+    """Whether a run was begun with these settings: what it keeps names the preset that it chose."""
+    preset = kept.deepspeed.preset if config.deepspeed.preset == "auto" else config.deepspeed.preset
+    chosen = config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"preset": preset})})
+    return dump_config(kept) == dump_config(chosen)
 
 
 def _numbers(config: Config, summary: dict[str, Any], model: str) -> dict[str, float]:

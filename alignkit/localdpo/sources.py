@@ -10,7 +10,7 @@ import numpy as np
 
 from alignkit.config import Config
 from alignkit.errors import DataError
-from alignkit.media.captions import Problem
+from alignkit.media.captions import NOTE, Problem
 from alignkit.media.finding import Clip, find_clips
 from alignkit.media.masks import find_mask, mask_on_grid, read_mask
 from alignkit.media.usable import usable_clips
@@ -65,8 +65,9 @@ def check_count(config: Config, sources: list[Source], problems: list[Problem]) 
     """Raises DataError unless there is a clip for either split."""
     if len(sources) < 2:
         why = "; what is wrong with the others is said above" if problems else ""
+        others = sum(problem.kind != NOTE for problem in problems)
         raise DataError(
-            f"data.videos: {len(sources)} usable of {len(sources) + len(problems)} in {config.data.videos}, but one to "
+            f"data.videos: {len(sources)} usable of {len(sources) + others} in {config.data.videos}, but one to "
             f"train on and one to hold out are needed (and 16 held out for a verdict){why}"
         )
 

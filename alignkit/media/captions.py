@@ -14,6 +14,10 @@ VIDEO_KEYS = ("video", "file_name", "filename", "video_path", "path", "file")
 TEXT_KEYS = ("caption", "text", "prompt", "description")
 
 
+NOTE = "note"
+"""The `kind` of what is said, and of which no clip or row is the worse."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something in the user's data that was left out, and why, in words for people.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignkit.errors import DataError
-from alignkit.media.captions import CAPTION_FILES, Caption, Problem, caption_beside, read_captions
+from alignkit.media.captions import CAPTION_FILES, NOTE, Caption, Problem, caption_beside, read_captions
 from alignkit.media.names import VIDEO_SUFFIXES, composed
 from alignkit.media.rows import is_unicode
 
@@ -45,7 +45,9 @@ def find_clips(folder: str | Path, captions: str | Path | None = None) -> tuple[
     problems += unread
     others = [name for name in CAPTION_FILES if file and name != file.name and (folder / name).is_file()]
     if file and others and captions is None:
-        problems.append(Problem(", ".join(others), f"not read: {file.name} is; keep one, or name it in data.captions"))
+        problems.append(
+            Problem(", ".join(others), f"not read: {file.name} is; keep one, or name it in data.captions", NOTE)
+        )
     by_video, missing = _match(listed, videos)
     problems += missing
 
@@ -90,7 +92,9 @@ def _video_files(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
     def note(error: OSError) -> None:
         if not isinstance(error, PermissionError):
             raise error
-        closed.append(Problem(Path(error.filename).relative_to(folder).as_posix(), "you may not look into this folder"))
+        closed.append(
+            Problem(Path(error.filename).relative_to(folder).as_posix(), "you may not look into this folder", NOTE)
+        )
 
     visited: set[str] = set()
     for root, folders, files in os.walk(folder, onerror=note, followlinks=True):

@@ -89,6 +89,10 @@ class TooShortError(DataError):
     """A video that holds fewer frames than are needed."""
 
 
+class OtherKindError(DataError):
+    """A video of a kind that is not read, whatever is in it."""
+
+
 # --- decoding -----------------------------------------------------------------------------------------------
 
 
@@ -153,11 +157,15 @@ def _opened(path: Path) -> Iterator[VideoStream]:
             if stream.codec_context is None:
                 raise DataError(f"{path}: no decoder for the codec of its video")
             if stream.codec_context.codec_tag in DOLBY_VISION:
-                raise DataError(f"{path}: is Dolby Vision that no other decoder shows in its colours; export it as SDR")
+                raise OtherKindError(
+                    f"{path}: is Dolby Vision that no other decoder shows in its colours; export it as SDR"
+                )
             _refuse_other_light(stream.codec_context, path)
             if stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) == "1":
-                raise DataError(f"{path}: {TRANSPARENT}")
+                raise OtherKindError(f"{path}: {TRANSPARENT}")
             yield stream
+    except OtherKindError:
+        raise
     except (av.FFmpegError, OSError, ValueError, MemoryError, OverflowError) as error:
         end_if_unreadable(path, error)
         if isinstance(error, DataError):
@@ -175,7 +183,7 @@ def _refuse_other_light(tagged: VideoCodecContext | VideoFrame, path: Path) -> N
         assumed += [f"color_primaries={primaries}"] * (tagged.color_primaries == UNTAGGED)
         if assumed:  # zscale finds no path from what is not tagged
             filters = f"setparams={':'.join(assumed)},{filters}"
-        raise DataError(f"{path}: is {what}; convert it first: ffmpeg -i IN -vf {filters},format=yuv420p OUT")
+        raise OtherKindError(f"{path}: is {what}; convert it first: ffmpeg -i IN -vf {filters},format=yuv420p OUT")
 
 
 def _refuse_transparency(frame: VideoFrame, path: Path) -> None:
@@ -183,7 +191,7 @@ def _refuse_transparency(frame: VideoFrame, path: Path) -> None:
     if frame.format.has_palette or any(part.is_alpha for part in frame.format.components):
         alpha = frame.to_ndarray(format="rgba")[..., 3]
         if alpha.min() < 255:
-            raise DataError(f"{path}: {TRANSPARENT}")
+            raise OtherKindError(f"{path}: {TRANSPARENT}")
 
 
 def _reason(error: av.FFmpegError) -> str:

@@ -298,7 +298,7 @@ def checked_path(model: Model) -> Model:
         raise ModelError(f"{where}: cannot be walked: {_line(error)}") from error
     for rows in (walked, trained):
         noise = rows[:, 1]
-        if not (rows.isfinite().all() and noise.min() >= 0 and noise.max() <= 1 and noise.diff().max() <= 0):
+        if not (rows.isfinite().all() and noise.min() >= 0 and noise.max() <= 1 + 1e-9 and noise.diff().max() <= 0):
             raise ModelError(f"{where}: its noise does not fall within [0, 1]: {noise[0]:g} … {noise[-1]:g}")
     if walked[-1, :2].tolist() != [1.0, 0.0] or walked[:, 1].diff().max() == 0:
         raise ModelError(f"{where}: its steps do not each lead to less noise, the last one to none")

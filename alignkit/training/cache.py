@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from alignkit.config import Config, changed
-from alignkit.config.batches import accumulation_steps
+from alignkit.config.batches import accumulation_steps, data_ranks
 from alignkit.errors import ConfigError
 from alignkit.files import write_atomically
 from alignkit.models import VideoModel, load_model, working_dtype
@@ -21,7 +21,7 @@ from alignkit.stores.blocks import build_together, one_thread
 from alignkit.stores.folders import pairs_folder
 from alignkit.stores.pairs import PairStore
 from alignkit.stores.store import StoreInfo, has_blocks, missing_blocks, read_info, terms_file, write_rows
-from alignkit.training.context import check_context, data_ranks
+from alignkit.training.context import check_context
 from alignkit.training.distributed import Process, on_main
 from alignkit.training.engine import process_put_back
 from alignkit.training.order import global_batch

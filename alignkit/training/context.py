@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from alignkit.config import Config, ModelSection
+from alignkit.config.batches import data_ranks
 from alignkit.errors import AlignkitError, ConfigError, DataError
 from alignkit.launch import array_task, groups_of
 from alignkit.models import VideoModel, family_module, load_model, working_dtype
@@ -38,11 +39,6 @@ KEY, PAIRS_KEY, ROLLOUT_KEY = (f"{name}.context_parallel" for name in ("train", 
 def token_key(config: Config) -> str | None:
     """What has tokens shared in training, as `set_attention` wants to know it."""
     return KEY if config.train.context_parallel > 1 else None
-
-
-def data_ranks(config: Config, world_size: int) -> int:
-    """Groups of processes that train on different pairs. Raises ConfigError as `groups_of`."""
-    return groups_of(KEY, config.train.context_parallel, world_size)
 
 
 def own_group(config: Config, process: Process) -> tuple[int, int]:

@@ -105,7 +105,7 @@ def _leave_group() -> None:
 
 
 def on_main(process: Process, make: Callable[[], Result]) -> Result:
-    """What make() returns on the first process, for all of them; an AlignkitError that it raises is raised on all."""
+    """What make() returns on the first process, for all of them; an AlignkitError or OSError of it is raised on all."""
     return make() if process.world_size == 1 else on_main_rank(make)
 
 
@@ -115,7 +115,7 @@ def on_main_rank(make: Callable[[], Result]) -> Result:
     if torch.distributed.get_rank() == 0:
         try:
             answer = [(make(), None)]
-        except AlignkitError as error:
+        except (AlignkitError, OSError) as error:
             answer = [(None, error)]
     torch.distributed.broadcast_object_list(answer, src=0)
     result, refused = answer[0]
@@ -132,11 +132,11 @@ def gather(part: Result) -> list[Result]:
 
 
 def on_each(make: Callable[[], Result]) -> list[Result]:
-    """What make() returns on every process, in their order; an AlignkitError that it raises on any is raised on all."""
+    """What make() returns on every process, in their order; an AlignkitError or OSError of any is raised on all."""
     answer: list[Any]
     try:
         answer = [make(), None]
-    except AlignkitError as error:
+    except (AlignkitError, OSError) as error:
         answer = [None, error]
     answers = gather(answer)
     for _, refused in answers:

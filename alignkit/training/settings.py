@@ -33,7 +33,7 @@ FLOPS = "its count stops at diffusers' attention; `alignkit plan` says a step's 
 ENGINE = "a checkpoint's manifest is of what DeepSpeed's own engine has written by then"
 NOT_HERE = {
     "flops_profiler.enabled": FLOPS,
-    "autotuning.enabled": FLOPS,
+    "autotuning.enabled": "DeepSpeed's launcher tunes by runs of its own; `alignkit plan` says what fits and its time",
     "checkpoint.load_universal": "a run's checkpoints are of another form; train.reshape converts one where need be",
     "checkpoint.writer": ENGINE,
     "datastates_ckpt": ENGINE,
@@ -100,7 +100,7 @@ def check_deepspeed(config: Config, process: Process) -> None:
     if config.deepspeed.preset not in PRESETS:  # auto: not resolved yet
         config = changed(config, {"deepspeed": {"preset": "zero3"}}, "deepspeed.preset")
     settings = _settings(config, process)
-    _check_use(config)
+    _check_use(config, working_dtype(config.model, process.device) == torch.bfloat16)
     read, problem, odd = _Noting(copy.deepcopy(settings)), None, list[tuple[str, Any, str]]()
     try:
         with _models_noting(odd):
@@ -135,11 +135,12 @@ def check_deepspeed(config: Config, process: Process) -> None:
             )
 
 
-def _check_use(config: Config) -> None:
+def _check_use(config: Config, in_bf16: bool) -> None:
     """Raises ConfigError for what is taken, and ends a run or changes it unseen."""
     given = config.deepspeed.config
-    if "enabled" in given.get("bf16", {}):
-        raise ConfigError("deepspeed.config: bf16.enabled: this is model.dtype, bf16 or fp32")
+    half = given.get("bf16")
+    if isinstance(half, dict) and half.get("enabled", in_bf16) is not in_bf16:
+        raise ConfigError(f"deepspeed.config: bf16.enabled: this is model.dtype, here {'bf16' if in_bf16 else 'fp32'}")
     for key, why in NOT_HERE.items():
         value: Any = given
         for name in key.split("."):

@@ -109,6 +109,17 @@ def test_damaged_checkpoints_are_told_from_whole_ones_by_their_manifest(make):
     assert "train.restart=true" in goes_on(run)
 
 
+def test_a_checkpoint_that_cannot_be_read_just_now_is_said_beside_all_else(make):
+    run = make("train.steps=6")
+    metrics(run / "train", 6)
+    manifest = checkpoint(run / "train", 4) / manifests.MANIFEST
+    checkpoint(run / "train", 2)
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")  # gives EIO
+    found = said(run)
+    assert "saved: step-00000002" in found["train"] and "the machine cannot read it just now" in found["train"]
+
+
 def test_who_holds_the_lock_is_said_and_may_go_on(make):
     run = make()
     with run_lock(run, "train"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import DataError
+from alignkit.media.captions import NOTE
 from alignkit.media.finding import find_clips
 
 
@@ -139,8 +140,8 @@ def test_folders_that_may_not_be_looked_into_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr("os.scandir", guarded)
     clips, problems = find_clips(tmp_path)
     assert [clip.name for clip in clips] == ["a.mp4"]
-    assert [(problem.video, problem.reason) for problem in problems] == [
-        (name, "you may not look into this folder") for name in ("closed", "sub/shut")
+    assert [(problem.video, problem.reason, problem.kind) for problem in problems] == [
+        (name, "you may not look into this folder", NOTE) for name in ("closed", "sub/shut")
     ]
     (tmp_path / "a.mp4").unlink()
     with pytest.raises(DataError, match=r"no videos in .* \(closed: you may not look into this folder\)"):

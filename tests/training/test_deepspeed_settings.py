@@ -53,7 +53,7 @@ REFUSED = [
     ("{sparse_attention: {mode: dense}}", "deepspeed.config: sparse_attention: DeepSpeed does not take it"),
     ("{qqq: 1}", "deepspeed.config: qqq: DeepSpeed knows no such key; leave it out"),
     ("{zero_optimization: 3}", "zero_optimization: should be a section of keys, got 3"),
-    ("{bf16: {enabled: true}}", "bf16.enabled: this is model.dtype, bf16 or fp32"),
+    ("{bf16: {enabled: true}}", "bf16.enabled: this is model.dtype, here fp32"),
     ("{bf16: {check_grad_overflow: maybe}}", "bf16.check_grad_overflow: input should be a valid boolean"),
     ("{comms_logger: {enabled: maybe}}", "config: comms_logger.enabled: input should be a valid boolean"),
     ("{bf16: true}", "bf16: should be a section of keys, got True"),
