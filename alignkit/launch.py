@@ -147,8 +147,9 @@ def run_processes(arguments: list[str], count: int, *, together: bool = True) ->
     together: they know of each other, and can form a process group; else each believes to be alone. One that a signal
     ended, which could not say so itself, is named.
 
-    SIGTERM is passed on and a terminal's interrupt reaches all of them by itself, so that they save a checkpoint
-    together; when one fails the others are killed, since they would wait for it for ever.
+    A signal that asks for an end is passed on as SIGTERM, so that they save a checkpoint together: a terminal's
+    interrupt has reached them by itself, and a second one would end them at once. When one fails the others are killed,
+    since they would wait for it for ever.
     """
     shared = {
         "WORLD_SIZE": str(count),
@@ -166,12 +167,12 @@ def run_processes(arguments: list[str], count: int, *, together: bool = True) ->
         for number in range(count)
     ]
 
-    def pass_on(number: int, _frame: object) -> None:
+    def pass_on(_number: int, _frame: object) -> None:
         for child in children:
-            child.send_signal(number)
+            child.send_signal(signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGINT, lambda number, _frame: None)
+    for asked in end_signals():
+        signal.signal(asked, pass_on)
     running, code = set(children), 0
     while running:
         for child in list(running):
@@ -190,6 +191,13 @@ def run_processes(arguments: list[str], count: int, *, together: bool = True) ->
                 for number, by in killed.items():
                     print(f"alignkit: process {number} was ended by {_signal(by)}{ENDED}", file=sys.stderr)
     return code
+
+
+def end_signals() -> list[signal.Signals]:
+    """Those by which a user, a supervisor, a lost connection and Slurm (`--signal=USR1@300`) ask for an end; without
+    SIGHUP where it is ignored, as nohup has it."""
+    lost = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *lost]
 
 
 def _signal(number: int) -> str:

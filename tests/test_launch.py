@@ -9,8 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from alignkit import launch
 from alignkit.errors import ConfigError
-from alignkit.launch import first_host, first_of_several, lost_peer, slurm_group, torchrun_group
+from alignkit.launch import (
+    end_signals,
+    first_host,
+    first_of_several,
+    lost_peer,
+    run_processes,
+    slurm_group,
+    torchrun_group,
+)
 
 TASK = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "SLURM_NTASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
 NODES = {"SLURM_STEP_NODELIST": "gpu[03-04],cpu1", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
@@ -164,6 +173,45 @@ def test_a_process_that_a_signal_ended_is_named_by_who_started_it(run_with_pairs
     assert started.returncode == 128 + signal.SIGKILL
     assert f"alignkit: process {number} was ended by SIGKILL (of a machine without memory left, say" in said
     assert "Traceback" not in said
+
+
+ASKING = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
+
+
+@pytest.fixture
+def handlers_put_back():
+    before = {number: signal.getsignal(number) for number in ASKING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers_put_back")
+@pytest.mark.parametrize("number", ASKING)
+def test_whatever_asks_the_launcher_alone_for_an_end_reaches_who_it_started(monkeypatch, number):
+    """A supervisor or a notebook interrupts no one else."""
+    asked, sent = [], []
+
+    class Child:
+        def __init__(self, *_, **__):
+            self.send_signal = sent.append
+
+        def wait(self, timeout):
+            if not asked:
+                asked.append(os.kill(os.getpid(), number))
+                raise subprocess.TimeoutExpired("it", timeout)
+            return 0
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Child)
+    assert run_processes(["train"], 2) == 0
+    assert sent == [signal.SIGTERM, signal.SIGTERM]
+
+
+@pytest.mark.usefixtures("handlers_put_back")
+def test_under_nohup_a_lost_connection_is_passed_over():
+    assert signal.SIGHUP in end_signals()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert signal.SIGHUP not in end_signals()
 
 
 class DistBackendError(RuntimeError):

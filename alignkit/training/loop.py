@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from alignkit.config import Config, dump_config
 from alignkit.config.batches import accumulation_steps
 from alignkit.errors import AlignkitError, CheckpointError
 from alignkit.files import write_atomically, write_json
+from alignkit.launch import end_signals
 from alignkit.models import VideoModel, load_model
 from alignkit.objectives.states.checks import check_noise, check_origins
 from alignkit.progress import progress, say
@@ -80,9 +82,9 @@ def train(
 ) -> bool:
     """Train from the newest whole checkpoint to `train.steps`, then export; returns True. Every process calls this.
 
-    SIGTERM or an interrupt ends it after the micro-batch under way, with a checkpoint of the last whole step; it then
-    returns False. As a stage
-    (`link`) it starts from the weights of the stage before and hands its own on; once it has, it is not run again.
+    SIGTERM, an interrupt, SIGHUP or SIGUSR1 ends it after the micro-batch under way, with a checkpoint of the last
+    whole step; it then returns False. As a stage (`link`) it starts from the weights of the stage before and hands its
+    own on; once it has, it is not run again.
     supply: makes the pairs along the way; they are else those of the configuration. at_peak: what the log's `mfu` is
     taken from.
     """
@@ -393,17 +395,29 @@ def _stop_diverged(run: Run, folder: Path, number: int, rows: list[tuple[int, in
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGTERM or an interrupt has come; a second interrupt ends at once."""
+    """Yields a function that says whether one of `end_signals` has come; a second interrupt ends at once."""
     seen: list[int] = []
 
     def note(number: int, _frame: object) -> None:
-        if seen and number == signal.SIGINT:
+        if number == signal.SIGINT and number in seen:  # a launcher passes a terminal's on, as SIGTERM: no second one
             raise KeyboardInterrupt
+        _leave_lost_terminal()
         seen.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in end_signals()}
     try:
         yield lambda: bool(seen)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_lost_terminal() -> None:
+    """What is written to a terminal that is gone is an error, which would end a run that has only to be saved."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)

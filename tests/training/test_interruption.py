@@ -14,7 +14,7 @@ from alignkit.config import OutputSection
 from alignkit.experiments import driver
 from alignkit.training.distributed import start_process
 from alignkit.training.export import export_folder
-from alignkit.training.loop import train, train_folder
+from alignkit.training.loop import _stop_signals, train, train_folder
 from alignkit.training.metrics import MetricsLog, read_metrics
 
 # Ends the process at the worst moment of the second save: everything written, not yet renamed.
@@ -86,6 +86,51 @@ def test_sigterm_saves_a_checkpoint_on_both_processes_and_exits_0(run_with_pairs
     done = len(read_metrics(file))
     assert 0 < done < 200
     assert (train_folder(config) / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_whatever_asks_for_an_end_is_heard(number):
+    with _stop_signals() as stop:
+        assert not stop()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+
+
+def test_a_terminals_interrupt_that_a_launcher_passes_on_ends_nothing_at_once():
+    """Whichever of the two comes first; a second one of the terminal's does."""
+    with _stop_signals() as stop:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_under_nohup_a_lost_connection_ends_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _stop_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_said_to_a_terminal_that_is_gone_is_no_error():
+    terminal, end = os.openpty()
+    kept = os.dup(2)
+    try:
+        os.dup2(end, 2)
+        os.close(terminal)
+        with pytest.raises(OSError):
+            os.write(2, b"stopped")
+        with _stop_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.write(2, b"stopped")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(end)
 
 
 @pytest.mark.parametrize("caller", ["stage", "experiment"])
