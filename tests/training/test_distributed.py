@@ -14,7 +14,7 @@ import torch
 
 from alignkit.errors import ConfigError, DataError
 from alignkit.launch import PARENT, free_port
-from alignkit.training import distributed
+from alignkit.training import distributed, extension
 from alignkit.training.distributed import Process, lone_worker, on_main, on_main_at_length, start_process
 
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", PARENT)
@@ -104,6 +104,38 @@ def test_a_process_with_half_a_group_is_refused(monkeypatch):
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(ConfigError, match=r"^RANK: .* without .*MASTER_PORT"):
         start_process()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"),
+    [
+        (PermissionError(13, "Permission denied"), r"\(Permission denied\)"),
+        (DataError("a: this file system has no locks"), r"\(no locks there\)"),
+    ],
+)
+def test_a_folder_in_which_the_extension_cannot_be_built_is_named(monkeypatch, tmp_path, refusal, said):
+    """And a build of another process's is waited for with a word."""
+    asked = []
+
+    def refuse(*lock):
+        asked.append(lock)
+        raise refusal
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new"))
+    monkeypatch.setattr(extension, "one_at_a_time", refuse)
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/new: .* {said}; set TORCH_EXTENSIONS_DIR to a folder"):
+        extension.load_cpu_communication()
+    assert asked == [(tmp_path / "new/.building.lock", asked[0][1])] and asked[0][1].startswith("waiting for another")
+
+
+def test_a_user_without_a_home_is_told_where_to_name_a_folder(monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr(extension.sys, "prefix", "/proc/nowhere")
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    with pytest.raises(ConfigError, match=r"^/proc/nowhere/.* no home; set TORCH_EXTENSIONS_DIR to a folder"):
+        extension.load_cpu_communication()
 
 
 def test_what_a_killed_build_of_the_extension_left_behind_holds_nobody_up(tmp_path):
