@@ -403,7 +403,7 @@ def experiment(
     if overrides:
         raise ConfigError("experiment: key=value goes with --config alone")
     family = family or "wan"
-    if launched() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launched() and group_size(os.environ) > 1:
         raise ConfigError("experiment: its processes train apart, torchrun's together; use --nproc instead")
     if nproc > 1:
         options = ["--out", str(out), *(["--smoke"] if smoke else [])]
