@@ -181,6 +181,7 @@ ASKING = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 @pytest.fixture
 def handlers_put_back():
     before = {number: signal.getsignal(number) for number in ASKING}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored where all of this was started under nohup
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -88,6 +88,14 @@ def test_sigterm_saves_a_checkpoint_on_both_processes_and_exits_0(run_with_pairs
     assert (train_folder(config) / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
 
 
+@pytest.fixture(autouse=True)
+def hang_ups_are_heard():
+    """Also where all of this was started under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_whatever_asks_for_an_end_is_heard(number):
     with _stop_signals() as stop:
