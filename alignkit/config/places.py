@@ -1,5 +1,6 @@
 """Whether what a command is to read is there, looked at before anything heavy is imported."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ READ = {
     "validate": (*PAIRS, "data.prompts"),
 }
 """By command, the keys whose files it cannot do without. Others read stores, whose sources may be gone by then."""
+NO_VIDEOS = "data.videos: not set; name the folder that holds the videos"
 SPLITS = {"train": "train", "cache-reference": "train", "sample": "heldout", "eval": "heldout"}
 """Of the pairs, by the command that cannot do without them."""
 
@@ -38,14 +40,14 @@ def check_places(command: str, config: Config) -> None:
             raise DataError(f"{key}: {place} does not exist")
     none_needed = trains_alone or (command == "run" and draws_clips(config))
     if command in ("pairs", "run") and not (named or data.rollouts or none_needed):
-        raise DataError("data.videos: not set; name the folder that holds the videos")
+        raise DataError(NO_VIDEOS)
     if command != "rank":  # which reads no model where its videos are there
         check_model_place(config.model)
 
 
 def check_model_place(section: ModelSection) -> None:
     """Raises ModelError where `path` is plainly a folder's and there is none, or where one of `lora` is missing."""
-    if section.path.startswith((".", "/", "~")) and not Path(section.path).expanduser().is_dir():
+    if section.path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(section.path)):
         raise ModelError(f"model.path: {section.path}: no such folder")
     for folder in section.lora:
         if not folder.is_dir():

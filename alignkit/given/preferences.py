@@ -51,9 +51,8 @@ def read_preferences(file: Path, shown: str | None = None) -> tuple[list[Prefere
             f"{', '.join(COLUMNS)} are needed, and mask may be there" + _first_of(problems)
         )
     for name in table.columns:
-        if name != "mask" and difflib.get_close_matches(
-            name.lower(), ["mask"], cutoff=0.81
-        ):  # "task" has 0.75, "masked" 0.8
+        alike = difflib.SequenceMatcher(None, name.lower(), "mask").ratio()
+        if name != "mask" and alike > 0.8:  # "task" has 0.75, "masked" 0.8
             raise DataError(f"preference file {file}: unknown column {name!r}; did you mean 'mask'? Rename it")
     preferences = []
     for number, (line, row) in enumerate(table.rows):

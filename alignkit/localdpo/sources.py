@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from alignkit.config import Config
+from alignkit.config.places import NO_VIDEOS
 from alignkit.errors import DataError
 from alignkit.media.captions import NOTE, Problem
 from alignkit.media.finding import Clip, find_clips
@@ -30,7 +31,7 @@ def find_usable(config: Config, show: bool = True) -> tuple[list[Source], list[P
     """The clips of `data.videos` that decode to the wanted size and length, in name order, and what is wrong with
     the others. What was decoded before is remembered in the user's cache."""
     if config.data.videos is None:
-        raise DataError("data.videos: not set; name the folder that holds the videos")
+        raise DataError(NO_VIDEOS)
     clips, problems = find_clips(config.data.videos, config.data.captions)
     good, refused = usable_clips(clips, config.data.videos, video_spec(config), show=show)
     if config.pairs.mask.files is None:

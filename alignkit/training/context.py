@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from alignkit.config import Config, ModelSection
-from alignkit.config.batches import data_ranks
+from alignkit.config.batches import KEY, data_ranks
 from alignkit.errors import AlignkitError, ConfigError, DataError
 from alignkit.launch import array_task, groups_of
 from alignkit.models import VideoModel, family_module, load_model, working_dtype
@@ -33,7 +33,7 @@ from alignkit.training.distributed import Process, lone_worker, start_process
 from alignkit.training.weights import empty_network
 
 Result = TypeVar("Result")
-KEY, PAIRS_KEY, ROLLOUT_KEY = (f"{name}.context_parallel" for name in ("train", "pairs", "rollout"))
+PAIRS_KEY, ROLLOUT_KEY = "pairs.context_parallel", "rollout.context_parallel"
 
 
 def token_key(config: Config) -> str | None:
