@@ -109,11 +109,11 @@ def share_out(files: list[Path], make: Callable[[int], None], looked: Callable[[
 
 
 @contextmanager
-def shared_folder(folder: Path, terms: dict[str, Any], command: str, made: str) -> Iterator[None]:
+def shared_folder(folder: Path, terms: dict[str, Any], command: str, names: str) -> Iterator[None]:
     """The right to make files in `folder`, had by any number of processes that make them under the same terms (JSON, by
     name). What was made there under others is deleted, and it is said which of them changed.
 
-    made: a regular expression that fits the names of all such files, and of no one else's.
+    names: a regular expression that fits those of all such files, and of no one else's.
 
     Raises ConfigError while others make files in it under other terms.
     """
@@ -124,7 +124,7 @@ def shared_folder(folder: Path, terms: dict[str, Any], command: str, made: str) 
             changed = [name for name in {**before, **terms} if before.get(name) != terms.get(name)]
             if changed:
                 with run_lock(folder, command):
-                    _empty(folder, made, ", ".join(changed) if before else "settings that it does not tell")
+                    _empty(folder, names, ", ".join(changed) if before else "settings that it does not tell")
                     write_json(folder / TERMS, terms)
             held.enter_context(run_lock(folder, command, shared=True))
         yield
@@ -139,8 +139,8 @@ def stored_terms(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _empty(folder: Path, made: str, why: str) -> None:
-    old = [path for path in folder.iterdir() if re.fullmatch(made, path.name) and path.is_file()]
+def _empty(folder: Path, names: str, why: str) -> None:
+    old = [path for path in folder.iterdir() if re.fullmatch(names, path.name) and path.is_file()]
     if any(path.suffix != ".lock" for path in old):
         say(f"{folder}: what is there was made under other terms ({why}); it is deleted")
     for path in old:
